@@ -1,0 +1,134 @@
+"""One training step's worth of schedule, prediction, noise, loss and weights."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sdxl_fixes import prediction as predictions
+from sdxl_fixes.loss import Loss, ScheduledHuber
+from sdxl_fixes.noise import InputPerturbation, OffsetNoise
+from sdxl_fixes.schedule import NoiseSchedule
+from sdxl_fixes.tables import Table
+from sdxl_fixes.timesteps import TimestepSampler
+from sdxl_fixes.weighting import Weighting
+
+EPSILON_AT_ZERO_SNR = (
+    "epsilon prediction with zero terminal SNR: at the last timestep the input is the noise itself, so the network learns to copy it and "
+    "nothing about the image, and sampling from it divides by zero. Use v_prediction, or a finite terminal sigma"
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What :meth:`Objective.draw` made: everything a training step needs."""
+
+    noisy: torch.Tensor  # [B, C, H, W], the latents' dtype: the network's input
+    timesteps: torch.Tensor  # [B]: what the network is told; int64 timesteps, for flow_prediction float T * s
+    target: torch.Tensor  # [B, C, H, W], float32
+    noise: torch.Tensor  # [B, C, H, W], float32, unperturbed
+    index: torch.Tensor  # [B], int64: row of the schedule's tables
+    importance: torch.Tensor | None  # [B], float32: from the timestep sampler
+
+
+class Objective:
+    """Training objective over one noise schedule.
+
+    schedule         the NoiseSchedule that noise, target, loss weights, Huber's delta and timestep sampling all read
+    prediction_type  epsilon, v_prediction, sample or flow_prediction
+    loss             Loss("l2"), Loss("l1") or ScheduledHuber(...)
+    weighting        MinSNR, SoftMinSNR, Debiased, or None
+    perturbation     InputPerturbation or None; off where ``draw(..., training=False)``
+    offset           OffsetNoise or None
+    timesteps        TimestepSampler; None draws uniformly
+
+    flow_prediction trains rectified flow: the input is (1 - s) x0 + s noise with s = sigma/(1 + sigma), and the network is told T s.
+    Schedule arithmetic is float32 whatever the latents' dtype. On an accelerator no method waits for the device, except the first
+    ``draw``, which checks once that the latents are finite (on the CPU every draw checks: it is free there).
+    """
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        prediction_type: str = "epsilon",
+        loss: Loss | ScheduledHuber | None = None,
+        weighting: Weighting | None = None,
+        perturbation: InputPerturbation | None = None,
+        offset: OffsetNoise | None = None,
+        timesteps: TimestepSampler | None = None,
+    ) -> None:
+        self.schedule = schedule
+        self.prediction_type = predictions.check_prediction_type(prediction_type)
+        self.loss_function = Loss("l2") if loss is None else loss
+        self.weighting, self.perturbation, self.offset = weighting, perturbation, offset
+        self.timesteps = TimestepSampler(schedule) if timesteps is None else timesteps
+        if prediction_type == "epsilon" and schedule.residual_signal == 0:
+            warnings.warn(EPSILON_AT_ZERO_SNR, stacklevel=2)
+        alpha, sigma = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
+        norm = alpha + sigma if prediction_type == "flow_prediction" else np.ones(len(schedule))
+        self._alpha, self._sigma = Table(alpha / norm), Table(sigma / norm)
+        self._conditioning = Table(len(schedule) * sigma / norm) if prediction_type == "flow_prediction" else None
+        delta = self.loss_function.delta(schedule)
+        self._delta = None if delta is None else Table(delta)
+        self._weight = None if weighting is None else Table(weighting.table(schedule, prediction_type))
+        self._checked = False
+
+    def draw(
+        self,
+        latents: torch.Tensor,
+        training: bool = True,
+        generator: torch.Generator | None = None,
+        index: torch.Tensor | None = None,
+    ) -> Step:
+        """Noise ``latents`` (x0, [B, C, H, W], scaled as the network expects). ``index`` fixes the timesteps ([B], int64).
+
+        Random numbers are drawn in kohya's order: noise, offset, timesteps, perturbation. Raises ValueError for latents that are not
+        finite (see the class).
+        """
+        self._check(latents)
+        noise = torch.randn(latents.shape, dtype=torch.float32, device=latents.device, generator=generator)
+        if self.offset is not None:
+            noise = self.offset(noise, generator)
+        if index is None:
+            index = self.timesteps.draw(len(latents), latents.device, generator)
+        seen = self.perturbation(noise, generator) if training and self.perturbation is not None else noise
+        alpha, sigma = self._alpha(index, latents.ndim), self._sigma(index, latents.ndim)
+        return Step(
+            noisy=predictions.add_noise(latents, seen, alpha, sigma).to(latents.dtype),
+            timesteps=index if self._conditioning is None else self._conditioning(index),
+            target=predictions.target(self.prediction_type, latents, noise, alpha, sigma),
+            noise=noise,
+            index=index,
+            importance=self.timesteps.weights(index),
+        )
+
+    def loss(self, prediction: torch.Tensor, step: Step, mask: torch.Tensor | None = None, reduction: str = "mean") -> torch.Tensor:
+        """The weighted loss of the network's ``prediction`` for ``step``: a scalar, or shape [B] with ``reduction="none"``.
+
+        ``mask`` broadcasts against the prediction and multiplies the loss of each element (which is then averaged over all elements).
+        """
+        if reduction not in ("mean", "none"):
+            raise ValueError(f"unknown reduction {reduction!r}: expected mean or none")
+        if prediction.shape != step.target.shape:
+            raise ValueError(f"prediction has shape {tuple(prediction.shape)}, the target {tuple(step.target.shape)}: they must be equal")
+        delta = None if self._delta is None else self._delta(step.index, prediction.ndim)
+        loss = self.loss_function(prediction, step.target, delta, mask).flatten(1).mean(1)  # type: ignore[arg-type]
+        if self._weight is not None:
+            loss = loss * self._weight(step.index)
+        if step.importance is not None:
+            loss = loss * step.importance
+        return loss.mean() if reduction == "mean" else loss
+
+    def _check(self, latents: torch.Tensor) -> None:
+        if torch.compiler.is_compiling() or (self._checked and latents.device.type != "cpu"):
+            return
+        self._checked = True
+        if not bool(torch.isfinite(latents).all()):
+            bad = int((~torch.isfinite(latents)).sum())
+            raise ValueError(
+                f"{bad} of {latents.numel()} latent values are not finite: re-encode these images with the VAE in float32 "
+                "(SDXL's own VAE overflows in float16)"
+            )

@@ -1,0 +1,108 @@
+"""Loss weights by SNR, for every prediction, finite at SNR 0.
+
+A weight is thought of on the x0 loss. The same error in x0 makes another error in another prediction, so its weight divides by
+
+    sample 1        epsilon SNR        v_prediction SNR + 1        flow_prediction (sqrt(SNR) + 1)^2
+
+(the squared ratio of the errors at a fixed noisy sample). Each weighting is a function of an array of SNRs; ``table`` evaluates it in
+float64 at a schedule's timesteps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from sdxl_fixes.prediction import check_prediction_type
+from sdxl_fixes.schedule import Array, NoiseSchedule
+
+
+class Weighting:
+    """A weight for every SNR: subclasses say which."""
+
+    def __call__(self, snr: Array, prediction_type: str) -> Array:
+        """Weights of the loss of ``prediction_type`` at ``snr`` >= 0 (any shape), finite and not negative."""
+        raise NotImplementedError
+
+    def table(self, schedule: NoiseSchedule, prediction_type: str) -> Array:
+        """The weight of every timestep, float64, shape [T]."""
+        return self(schedule.snr, check_prediction_type(prediction_type))
+
+
+@dataclass(frozen=True)
+class MinSNR(Weighting):
+    """min(SNR, gamma) on the x0 loss (arXiv:2303.09556 section 3.4).
+
+    eps: min(SNR, gamma)/SNR, whose limit at SNR 0 is 1. v: min(SNR, gamma)/(SNR + 1), which is 0 at SNR 0: the textbook form gives no
+    weight to the terminal step that zero terminal SNR adds. ``floor=True`` uses min(SNR + 1, gamma) on the x0 loss instead, which is
+    min(1, gamma/(SNR + 1)) for v, hence 1 there; for eps, already 1, nothing changes.
+    """
+
+    gamma: float = 5.0
+    floor: bool = False
+
+    def __post_init__(self) -> None:
+        _check_positive("min_snr_gamma", self.gamma)
+
+    def __call__(self, snr: Array, prediction_type: str) -> Array:
+        if prediction_type == "epsilon":
+            return np.minimum(1.0, self.gamma / np.maximum(snr, self.gamma))
+        return np.minimum(snr + self.floor, self.gamma) / _error_ratio(snr, prediction_type)
+
+
+@dataclass(frozen=True)
+class SoftMinSNR(Weighting):
+    """SNR gamma/(SNR + gamma) on the x0 loss: min-SNR without the corner (k-diffusion's soft-min-snr with sigma_data = gamma^-1/2).
+
+    eps: gamma/(SNR + gamma), 1 at SNR 0. v: SNR gamma/((SNR + gamma)(SNR + 1)), 0 at SNR 0.
+    """
+
+    gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        _check_positive("soft_min_snr_gamma", self.gamma)
+
+    def __call__(self, snr: Array, prediction_type: str) -> Array:
+        if prediction_type == "epsilon":
+            return self.gamma / (snr + self.gamma)
+        return snr * self.gamma / (snr + self.gamma) / _error_ratio(snr, prediction_type)
+
+
+@dataclass(frozen=True)
+class Debiased(Weighting):
+    """1/sqrt(SNR) on the eps loss (arXiv:2310.08442), i.e. sqrt(SNR) on the x0 loss.
+
+    eps has no limit at SNR 0, so the weight is capped at ``cap``: by default SDXL's own terminal sigma, 14.6, the largest that stock
+    training ever gives. For v there are two forms in use: ``v_form="kohya"``, 1/(SNR + 1), and ``v_form="onetrainer"``,
+    1/sqrt(SNR + 1); both are 1 at SNR 0. ``snr_limit`` clips the SNR from above before anything else, as kohya does.
+    """
+
+    cap: float = float(NoiseSchedule.sdxl().terminal_sigma)
+    v_form: str = "kohya"
+    snr_limit: float = 1000.0
+
+    def __post_init__(self) -> None:
+        _check_positive("cap", self.cap)
+        _check_positive("snr_limit", self.snr_limit)
+        if self.v_form not in ("kohya", "onetrainer"):
+            raise ValueError(f"unknown v_form {self.v_form!r}: expected kohya or onetrainer")
+
+    def __call__(self, snr: Array, prediction_type: str) -> Array:
+        snr = np.minimum(snr, self.snr_limit)
+        if prediction_type == "v_prediction":
+            return 1 / (snr + 1) if self.v_form == "kohya" else 1 / np.sqrt(snr + 1)
+        if prediction_type == "epsilon":
+            return 1 / np.maximum(np.sqrt(snr), 1 / self.cap)
+        return np.sqrt(snr) / _error_ratio(snr, prediction_type)
+
+
+def _error_ratio(snr: Array, prediction_type: str) -> Array:
+    """Squared error of the prediction over squared error of x0, for the predictions where it is finite and positive at SNR 0."""
+    return {"sample": np.ones_like(snr), "v_prediction": snr + 1, "flow_prediction": (np.sqrt(snr) + 1) ** 2}[prediction_type]
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a positive number, got {value}")
