@@ -260,7 +260,8 @@ class NoiseSchedule:
     def log_snr(self) -> Array:
         """Natural logarithm of the SNR; minus infinity at SNR 0."""
         with np.errstate(divide="ignore"):
-            return _frozen(np.log(self.snr))
+            log_snr: Array = np.log(self.snr)
+        return _frozen(log_snr)
 
     @property
     def terminal_sigma(self) -> float:
@@ -378,9 +379,8 @@ def _check_steps(name: str, table: Array, falling: bool) -> None:
     wrong = (np.diff(table) >= 0) if falling else (np.diff(table) <= 0)
     if wrong.any():
         t = int(np.argmax(wrong))
-        raise ValueError(
-            f"{name} must {'fall' if falling else 'rise'} at every timestep, but {name}[{t}] = {table[t]:g} and {name}[{t + 1}] = {table[t + 1]:g}"
-        )
+        way = "fall" if falling else "rise"
+        raise ValueError(f"{name} must {way} at every timestep, but {name}[{t}] = {table[t]:g} and {name}[{t + 1}] = {table[t + 1]:g}")
 
 
 def _check_beta_range(beta_start: float, beta_end: float, num_timesteps: int) -> None:
@@ -395,7 +395,7 @@ def _betas(alphas_cumprod: Array) -> Array:
     return betas
 
 
-def _frozen(table: Array) -> Array:
+def _frozen(table: npt.NDArray[Any]) -> Array:
     table.setflags(write=False)
     return table
 

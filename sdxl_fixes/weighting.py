@@ -48,7 +48,7 @@ class MinSNR(Weighting):
 
     def __call__(self, snr: Array, prediction_type: str) -> Array:
         if prediction_type == "epsilon":
-            return np.minimum(1.0, self.gamma / np.maximum(snr, self.gamma))
+            return self.gamma / np.maximum(snr, self.gamma)
         return np.minimum(snr + self.floor, self.gamma) / _error_ratio(snr, prediction_type)
 
 
@@ -96,6 +96,39 @@ class Debiased(Weighting):
         if prediction_type == "epsilon":
             return 1 / np.maximum(np.sqrt(snr), 1 / self.cap)
         return np.sqrt(snr) / _error_ratio(snr, prediction_type)
+
+
+@dataclass(frozen=True)
+class EpsilonLike(Weighting):
+    """Gives the v loss the weight that the eps loss would have, SNR/(SNR + 1) (kohya's --scale_v_pred_loss_like_noise_pred); 0 at SNR 0.
+    ``snr_limit`` clips the SNR from above, as kohya does."""
+
+    snr_limit: float = 1000.0
+
+    def __call__(self, snr: Array, prediction_type: str) -> Array:
+        snr = np.minimum(snr, self.snr_limit)
+        return snr / (snr + 1)
+
+
+@dataclass(frozen=True)
+class PlusVLike(Weighting):
+    """The loss plus ``amount`` times the eps loss weighted as a v loss, 1 + amount (SNR + 1)/SNR (kohya's --v_pred_like_loss).
+
+    The second term has no limit at SNR 0, so (SNR + 1)/SNR is capped at ``cap``: by default SDXL's own at its last timestep, 214.6, the
+    largest that stock training ever gives. ``snr_limit`` clips the SNR from above, as kohya does.
+    """
+
+    amount: float
+    cap: float = 1 / float(NoiseSchedule.sdxl().snr[-1]) + 1
+    snr_limit: float = 1000.0
+
+    def __post_init__(self) -> None:
+        _check_positive("v_pred_like_loss", self.amount)
+        _check_positive("cap", self.cap)
+
+    def __call__(self, snr: Array, prediction_type: str) -> Array:
+        snr = np.minimum(snr, self.snr_limit)
+        return 1 + self.amount / np.maximum(snr / (snr + 1), 1 / self.cap)
 
 
 def _error_ratio(snr: Array, prediction_type: str) -> Array:

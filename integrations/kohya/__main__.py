@@ -1,0 +1,41 @@
+"""python -m sdxl_fixes.kohya sdxl_train.py ...   (also through ``accelerate launch -m``)"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+from sdxl_fixes.flags import FlagError
+from sdxl_fixes.kohya.install import TRAINERS, install
+from sdxl_fixes.kohya.run import SESSION
+
+USAGE = "usage: python -m sdxl_fixes.kohya PATH/TO/sdxl_train.py [the script's own flags and ours; --help lists both]"
+SCRIPTS = [f"{name}.py" for name in TRAINERS[:2]]
+
+
+def main() -> None:
+    """Run an unmodified SDXL trainer of sd-scripts with the fixes installed."""
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        sys.exit(USAGE)
+    script = Path(sys.argv[1])
+    if script.name not in SCRIPTS:
+        sys.exit(f"sdxl-fixes: {script.name} is not one of the trainers that the fixes are made for: {', '.join(SCRIPTS)}")
+    if not script.is_file():
+        sys.exit(f"sdxl-fixes: there is no {script}: give the path of {script.name} in your sd-scripts folder")
+    sys.path.insert(0, str(script.resolve().parent))  # what python itself does for a script; runpy does not
+    sys.argv = sys.argv[1:]
+    try:
+        install()
+        runpy.run_path(str(script), run_name="__main__")
+    except FlagError as error:
+        sys.exit(f"sdxl-fixes: {error}")
+    except RuntimeError as error:
+        if str(error).startswith("sdxl-fixes: "):
+            sys.exit(str(error))
+        raise
+    SESSION.check_reached()
+
+
+if __name__ == "__main__":
+    main()

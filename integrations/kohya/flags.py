@@ -1,0 +1,32 @@
+"""The plugin's flags in kohya's parser, and the moment its arguments are known."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from sdxl_fixes.flags import add_flags
+from sdxl_fixes.kohya.run import SESSION, Run, report_flags
+
+OURS = ("terminal_sigma", "terminal_sigma_method", "terminal_sigma_start", "huber_l2_gradient", "min_snr_floor")
+
+
+def add_arguments(original: Callable[..., Any], parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+    """Upstream's arguments, then ours; a TOML --config_file is read with the same parser, so it knows them too."""
+    result = original(parser, *args, **kwargs)
+    add_flags(parser, OURS)
+    report_flags(parser)
+    return result
+
+
+def verify(original: Callable[..., Any], args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
+    """The first call of both trainers' train(): nothing is loaded yet."""
+    SESSION.run = Run.start(args, SESSION.patches)
+    return original(args, *rest, **kwargs)
+
+
+def step_done(original: Callable[..., Any], self: Any, **kwargs: Any) -> Any:
+    """Called at the end of every training step: by now every fix that is on must have been reached."""
+    SESSION.check_reached()
+    return original(self, **kwargs)

@@ -1,0 +1,50 @@
+"""Kohya's Huber threshold and elementwise loss."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from sdxl_fixes.kohya.run import SESSION
+from sdxl_fixes.loss import HUBER_KINDS, ScheduledHuber
+from sdxl_fixes.schedule import NoiseSchedule
+from sdxl_fixes.tables import Table
+
+
+def threshold(
+    original: Callable[..., torch.Tensor | None], args: argparse.Namespace, timesteps: torch.Tensor, noise_scheduler: Any, **kwargs: Any
+) -> torch.Tensor | None:
+    """Delta of each sample, float32, shape [B], on the timesteps' device."""
+    run = SESSION.on("loss")
+    loss = run.settings.loss() if run else None
+    if run is None or not isinstance(loss, ScheduledHuber):
+        return original(args, timesteps, noise_scheduler, **kwargs)
+    return delta_table(loss, run.schedule)(timesteps)
+
+
+def conditional_loss(
+    original: Callable[..., torch.Tensor],
+    model_pred: torch.Tensor,
+    target: torch.Tensor,
+    loss_type: str,
+    reduction: str,
+    huber_c: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """huber and smooth_l1 in the form that does not cancel; l2 and l1 stay upstream's."""
+    run = SESSION.on("loss") if loss_type in HUBER_KINDS else None
+    loss = run.settings.loss() if run else None
+    if huber_c is None or not isinstance(loss, ScheduledHuber):
+        return original(model_pred, target, loss_type, reduction, huber_c, **kwargs)
+    values = loss(model_pred, target, huber_c)
+    return values if reduction == "none" else values.sum() if reduction == "sum" else values.mean()
+
+
+@lru_cache(maxsize=4)
+def delta_table(loss: ScheduledHuber, schedule: NoiseSchedule) -> Table:
+    """Delta of every timestep."""
+    return Table(loss.delta(schedule))

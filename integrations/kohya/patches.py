@@ -1,0 +1,36 @@
+"""Every patch of sd-scripts, in one table (v0.10.0 to main). ``run`` carries the flags and is applied whatever fixes are on."""
+
+from __future__ import annotations
+
+from sdxl_fixes.kohya import flags, loss, noise, schedule, weighting
+from sdxl_fixes.patching import Patch
+
+_FUNCTIONS, _UTIL = "library.custom_train_functions", "library.train_util"
+_WEIGHT = ("loss", "timesteps", "noise_scheduler")
+
+# fmt: off
+PATCHES = (
+    Patch("run", f"{_FUNCTIONS}:add_custom_train_arguments", ("parser",), flags.add_arguments, "adds the flags"),
+    Patch("run", f"{_UTIL}:verify_training_args", ("args",), flags.verify, "checks the flags before any model is loaded"),
+    Patch("run", f"{_UTIL}:LossRecorder.add", ("self",), flags.step_done, "stops after the first step if a fix was never reached"),
+
+    Patch("schedule", f"{_FUNCTIONS}:prepare_scheduler_for_custom_training", ("noise_scheduler", "device"), schedule.prepare,
+          "one schedule for betas, alphas_cumprod, SNR table and noising (upstream keeps the SNR table of the old one)"),
+    Patch("schedule", f"{_FUNCTIONS}:fix_noise_scheduler_betas_for_zero_terminal_snr", ("noise_scheduler",), schedule.rescale,
+          "the same, whichever of the two comes last"),
+
+    Patch("loss", f"{_UTIL}:get_huber_threshold_if_needed", ("args", "timesteps", "noise_scheduler"), loss.threshold,
+          "delta from that schedule, on the timesteps' device; --huber_scale counts in every --huber_schedule"),
+    Patch("loss", f"{_UTIL}:conditional_loss", ("model_pred", "target", "loss_type", "reduction", "huber_c"), loss.conditional_loss,
+          "the form that does not cancel to 0 for small errors"),
+
+    Patch("weighting", f"{_FUNCTIONS}:apply_snr_weight", (*_WEIGHT, "gamma"), weighting.min_snr,
+          "min-SNR from that schedule, finite at SNR 0, one lookup per batch"),
+    Patch("weighting", f"{_FUNCTIONS}:apply_debiased_estimation", _WEIGHT, weighting.debiased, "the same for debiased estimation"),
+    Patch("weighting", f"{_FUNCTIONS}:scale_v_prediction_loss_like_noise_prediction", _WEIGHT, weighting.epsilon_like, "the same"),
+    Patch("weighting", f"{_FUNCTIONS}:add_v_prediction_like_loss", (*_WEIGHT, "v_pred_like_loss"), weighting.plus_v_like, "the same"),
+
+    Patch("noise", f"{_UTIL}:get_noise_noisy_latents_and_timesteps", ("args", "noise_scheduler", "latents"), noise.noise_and_timesteps,
+          "random input perturbation draws a strength per sample (upstream: one for the batch)"),
+)
+# fmt: on

@@ -1,0 +1,145 @@
+"""The training run that the patches serve: its settings, and which fixes are switched on."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sdxl_fixes import __version__
+from sdxl_fixes.flags import FlagError, Settings
+from sdxl_fixes.loss import HUBER_KINDS
+from sdxl_fixes.objective import EPSILON_AT_ZERO_SNR
+from sdxl_fixes.patching import PatchSet
+from sdxl_fixes.schedule import NoiseSchedule
+
+# fix -> (which flags bring it into play, whether they do in this run)
+FIXES: dict[str, tuple[str, Callable[[argparse.Namespace, Settings], bool]]] = {
+    "schedule": ("--zero_terminal_snr, --terminal_sigma", lambda args, settings: settings.changes_schedule),
+    "loss": ("--loss_type huber, smooth_l1", lambda args, settings: settings.loss_type in HUBER_KINDS),
+    "weighting": (
+        "--min_snr_gamma, --debiased_estimation_loss, --v_pred_like_loss, --scale_v_pred_loss_like_noise_pred",
+        lambda args, settings: bool(
+            settings.min_snr_gamma
+            or settings.debiased_estimation_loss
+            or getattr(args, "v_pred_like_loss", None)
+            or getattr(args, "scale_v_pred_loss_like_noise_pred", False)
+        ),
+    ),
+    "noise": (
+        "--ip_noise_gamma_random_strength",
+        lambda args, settings: settings.perturbation() is not None and settings.ip_noise_gamma_random_strength,
+    ),
+}
+# plugin flags that mean nothing unless their fix is on
+FLAG_FIXES = {"terminal_sigma": "schedule", "huber_l2_gradient": "loss", "min_snr_floor": "weighting"}
+
+
+def parse_fixes(text: str) -> frozenset[str]:
+    """``all``, ``none``, names, or ``all,-name``: the fixes that may be switched on. Raises FlagError for an unknown name."""
+    chosen: set[str] = set()
+    for word in (word.strip() for word in text.split(",")):
+        names = {"all": set(FIXES), "none": set[str]()}.get(word.lstrip("-"), {word.lstrip("-")})
+        if not names <= set(FIXES):
+            raise FlagError(
+                f"--fixes: unknown fix {word.lstrip('-')!r}: expected all, none, or some of {', '.join(FIXES)} (-name leaves one out)"
+            )
+        chosen = chosen - names if word.startswith("-") else chosen | names
+    return frozenset(chosen)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: the checked settings, the schedule they describe, and the fixes that are on."""
+
+    settings: Settings
+    schedule: NoiseSchedule
+    prediction_type: str
+    on: frozenset[str]
+
+    @classmethod
+    def start(cls, args: argparse.Namespace, patches: PatchSet) -> Run:
+        """Read kohya's parsed arguments. Raises FlagError (before any model is loaded) for wrong or contradictory flags and for a
+        fix that was asked for but does not fit this version of sd-scripts."""
+        allowed = parse_fixes(getattr(args, "fixes", None) or "all")
+        settings = Settings.from_args(args)
+        wanted = {name for name, (_, in_play) in FIXES.items() if in_play(args, settings)}
+        for flag, fix in FLAG_FIXES.items():
+            if getattr(args, flag, None) and fix not in allowed:
+                raise FlagError(f"--{flag} needs the fix {fix!r}, which --fixes {args.fixes} switches off: drop one of them")
+            if getattr(args, flag, None) and fix in patches.refused:
+                raise FlagError(f"--{flag} cannot work in this sd-scripts: {patches.refused[fix]}")
+        prediction_type = "v_prediction" if getattr(args, "v_parameterization", False) else "epsilon"
+        schedule = settings.schedule()
+        if prediction_type == "epsilon" and schedule.residual_signal == 0:
+            warnings.warn(EPSILON_AT_ZERO_SNR.replace("v_prediction", "--v_parameterization"), stacklevel=2)
+        on = frozenset(wanted & allowed - set(patches.refused))
+        run = cls(settings, schedule, prediction_type, on)
+        if os.environ.get("RANK", "0") == "0":
+            print(run.report(patches, allowed, wanted), file=sys.stderr, flush=True)
+        return run
+
+    def report(self, patches: PatchSet, allowed: frozenset[str], wanted: set[str]) -> str:
+        """What is on, what is off and why: one line per fix, one per patch that is on."""
+        lines = [f"sdxl-fixes {__version__} in kohya-ss/sd-scripts"]
+        for fix, (flags, _) in FIXES.items():
+            if fix in self.on:
+                lines.append(f"  {fix:<10} on   {self._describe(fix)}")
+                lines += [f"  {'':<15}{patch.target}: {patch.purpose}" for patch in patches.patches if patch.fix == fix]
+            elif fix in patches.refused:
+                lines.append(f"  {fix:<10} REFUSED  {patches.refused[fix]}")
+            elif fix not in allowed:
+                lines.append(
+                    f"  {fix:<10} off  by --fixes" + (", though flags ask for it: upstream's own behaviour" if fix in wanted else "")
+                )
+            else:
+                lines.append(f"  {fix:<10} off  no flag asks for it ({flags})")
+        return "\n".join(lines)
+
+    def _describe(self, fix: str) -> str:
+        if fix == "schedule":
+            return f"{self.schedule!r} instead of sigma {NoiseSchedule.sdxl().terminal_sigma:.4g}, {self.prediction_type}, in float32"
+        return repr({"loss": self.settings.loss, "noise": self.settings.perturbation, "weighting": self._weightings}[fix]())
+
+    def _weightings(self) -> object:
+        return list(self.settings._weightings().values())
+
+
+class Session:
+    """What the patches share within the process: the patch set, and the run once its arguments are known."""
+
+    def __init__(self) -> None:
+        self.patches = PatchSet(())
+        self.run: Run | None = None
+
+    def on(self, fix: str) -> Run | None:
+        """The run if ``fix`` is switched on in it, which also counts it as reached; else None."""
+        if self.run is None or fix not in self.run.on:
+            return None
+        self.patches.reached(fix)
+        return self.run
+
+    def check_reached(self) -> None:
+        """Raise RuntimeError if a fix that is on has not been reached although a training step is over."""
+        missed = [] if self.run is None else sorted(fix for fix in self.run.on if not self.patches.calls.get(fix))
+        if missed:
+            raise RuntimeError(
+                f"sdxl-fixes: {', '.join(missed)} asked for but never reached in the first training step: this trainer does not call "
+                f"what we patch; leave out its flags or give --fixes all,{','.join('-' + fix for fix in missed)}"
+            )
+
+
+SESSION = Session()
+
+
+def report_flags(parser: Any) -> None:
+    """Add ``--fixes``."""
+    parser.add_argument(
+        "--fixes",
+        default=None,
+        help=f"which sdxl-fixes may act: all (default), none, or a list of {', '.join(FIXES)}; -name leaves one out",
+    )

@@ -1,0 +1,58 @@
+"""Kohya's DDPMScheduler, made to follow the run's schedule: betas, alphas_cumprod, SNR table, noising and velocity together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from sdxl_fixes import prediction
+from sdxl_fixes.kohya.run import SESSION
+from sdxl_fixes.schedule import NoiseSchedule
+from sdxl_fixes.tables import Table
+
+
+def prepare(original: Callable[..., None], noise_scheduler: Any, device: torch.device, *args: Any, **kwargs: Any) -> None:
+    """After upstream's own preparation, whatever it did."""
+    original(noise_scheduler, device, *args, **kwargs)
+    if run := SESSION.on("schedule"):
+        follow(noise_scheduler, run.schedule, device)
+
+
+def rescale(original: Callable[..., None], noise_scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Upstream's ZTSNR rescale, which runs before or after :func:`prepare` and leaves the SNR table of the other schedule behind."""
+    if run := SESSION.on("schedule"):
+        device = noise_scheduler.all_snr.device if hasattr(noise_scheduler, "all_snr") else torch.device("cpu")
+        return follow(noise_scheduler, run.schedule, device)
+    original(noise_scheduler, *args, **kwargs)
+
+
+def follow(noise_scheduler: Any, schedule: NoiseSchedule, device: torch.device) -> None:
+    """Put ``schedule`` into every table of the instance, and noise in float32 whatever the latents' dtype."""
+    if len(schedule) != noise_scheduler.config.num_train_timesteps:
+        raise ValueError(
+            f"the trainer has {noise_scheduler.config.num_train_timesteps} timesteps, the schedule {len(schedule)}: they must be equal"
+        )
+    alpha, sigma = levels(schedule)
+    noise_scheduler.betas = torch.from_numpy(schedule.betas.copy()).float()
+    noise_scheduler.alphas = torch.from_numpy(1 - schedule.betas).float()
+    noise_scheduler.alphas_cumprod = torch.from_numpy(schedule.alphas_cumprod.copy()).float()
+    noise_scheduler.all_snr = torch.from_numpy(schedule.snr.copy()).float().to(device)
+
+    def add_noise(original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        ndim = original_samples.ndim
+        noisy = prediction.add_noise(original_samples, noise, alpha(timesteps, ndim), sigma(timesteps, ndim))
+        return noisy.to(original_samples.dtype)
+
+    def get_velocity(sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return prediction.target("v_prediction", sample, noise, alpha(timesteps, sample.ndim), sigma(timesteps, sample.ndim))
+
+    noise_scheduler.add_noise, noise_scheduler.get_velocity = add_noise, get_velocity
+
+
+@lru_cache(maxsize=4)
+def levels(schedule: NoiseSchedule) -> tuple[Table, Table]:
+    """What multiplies the latents and the noise."""
+    return Table(schedule.sqrt_alphas_cumprod), Table(schedule.sqrt_one_minus_alphas_cumprod)

@@ -1,0 +1,170 @@
+"""Command-line flags and what they mean, once for every trainer. Names and meanings are kohya's wherever kohya has the flag."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from sdxl_fixes.loss import HUBER_KINDS, HUBER_SCHEDULES, LOSS_TYPES, Loss, ScheduledHuber
+from sdxl_fixes.noise import InputPerturbation, OffsetNoise
+from sdxl_fixes.objective import Objective
+from sdxl_fixes.schedule import TERMINAL_SIGMA_METHODS, NoiseSchedule
+from sdxl_fixes.weighting import Debiased, MinSNR, SoftMinSNR, Weighting
+
+T = TypeVar("T")
+
+
+class FlagError(ValueError):
+    """A flag's value is wrong, or two flags contradict each other; the message is one sentence for the user."""
+
+
+SCHEDULE_FLAGS: dict[str, dict[str, Any]] = {
+    "zero_terminal_snr": dict(action="store_true", help="train the last timestep on pure noise (arXiv:2305.08891)"),
+    "terminal_sigma": dict(type=float, help="end the noise schedule at this sigma instead of SDXL's 14.6 (inf: zero terminal SNR)"),
+    "terminal_sigma_method": dict(
+        choices=TERMINAL_SIGMA_METHODS,
+        help="how --terminal_sigma is reached: beta_end moves the whole schedule (default), rescale mostly its end, "
+        "tail only timesteps from --terminal_sigma_start, last only timestep 999",
+    ),
+    "terminal_sigma_start": dict(type=int, help="first timestep that --terminal_sigma_method tail may move (default 750)"),
+}
+LOSS_FLAGS: dict[str, dict[str, Any]] = {
+    "loss_type": dict(choices=LOSS_TYPES, default="l2", help="loss of the residual"),
+    "huber_schedule": dict(choices=HUBER_SCHEDULES, default="snr", help="how Huber's delta follows the noise level"),
+    "huber_c": dict(type=float, default=0.1, help="Huber's delta at its smallest"),
+    "huber_scale": dict(type=float, default=1.0, help="multiplies Huber's delta, in every schedule"),
+    "huber_l2_gradient": dict(
+        choices=("sample", "batch"), help="give huber and smooth_l1 the gradient norm of l2, so that l2's learning rate still works"
+    ),
+}
+WEIGHTING_FLAGS: dict[str, dict[str, Any]] = {
+    "min_snr_gamma": dict(type=float, help="min-SNR weighting (arXiv:2303.09556); 5 is the paper's"),
+    "min_snr_floor": dict(
+        action="store_true", help="keep the weight of the terminal steps, which min-SNR with v-prediction sets to 0 at SNR 0"
+    ),
+    "soft_min_snr_gamma": dict(type=float, help="min-SNR without the corner"),
+    "debiased_estimation_loss": dict(action="store_true", help="weight by 1/sqrt(SNR) (arXiv:2310.08442)"),
+}
+NOISE_FLAGS: dict[str, dict[str, Any]] = {
+    "ip_noise_gamma": dict(type=float, help="input perturbation strength (arXiv:2301.11706); 0.1 is the paper's"),
+    "ip_noise_gamma_random_strength": dict(action="store_true", help="draw the strength from 0 to --ip_noise_gamma for every sample"),
+    "noise_offset": dict(type=float, help="offset noise strength"),
+}
+FLAGS = {**SCHEDULE_FLAGS, **LOSS_FLAGS, **WEIGHTING_FLAGS, **NOISE_FLAGS}
+
+
+def add_flags(parser: argparse.ArgumentParser, names: tuple[str, ...] = tuple(FLAGS)) -> None:
+    """Add the flags ``names`` to ``parser``, except those that it has already (which keep their own help and defaults)."""
+    group = parser.add_argument_group("sdxl-fixes")
+    for name in names:
+        if f"--{name}" not in parser._option_string_actions:
+            group.add_argument(f"--{name}", **FLAGS[name])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The flags' values, checked. Raises FlagError, in one sentence, for a value or a combination that makes no sense."""
+
+    zero_terminal_snr: bool = False
+    terminal_sigma: float | None = None
+    terminal_sigma_method: str | None = None
+    terminal_sigma_start: int | None = None
+    loss_type: str = "l2"
+    huber_schedule: str = "snr"
+    huber_c: float = 0.1
+    huber_scale: float = 1.0
+    huber_l2_gradient: str | None = None
+    min_snr_gamma: float | None = None
+    min_snr_floor: bool = False
+    soft_min_snr_gamma: float | None = None
+    debiased_estimation_loss: bool = False
+    ip_noise_gamma: float | None = None
+    ip_noise_gamma_random_strength: bool = False
+    noise_offset: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.terminal_sigma is None:
+            for name in ("terminal_sigma_method", "terminal_sigma_start"):
+                if getattr(self, name) is not None:
+                    raise FlagError(f"--{name} needs --terminal_sigma: give the sigma to reach, or leave it out")
+        elif self.zero_terminal_snr and self.terminal_sigma != math.inf:
+            raise FlagError(
+                f"--zero_terminal_snr means an infinite terminal sigma, --terminal_sigma {self.terminal_sigma:g} another: give one of them"
+            )
+        if self.huber_l2_gradient is not None and self.loss_type not in HUBER_KINDS:
+            raise FlagError(f"--huber_l2_gradient belongs to --loss_type huber or smooth_l1, not {self.loss_type}: leave it out")
+        if self.min_snr_floor and not self.min_snr_gamma:
+            raise FlagError("--min_snr_floor needs --min_snr_gamma: give the gamma (5 is usual), or leave it out")
+        self.schedule(), self.loss(), self._weightings(), self.perturbation(), self.offset()  # every part checks its own values
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> Settings:
+        """Settings from parsed arguments; flags that ``args`` lacks keep their defaults, as do those given as None."""
+        given = {f.name: getattr(args, f.name, None) for f in fields(cls)}
+        return cls(**{name: value for name, value in given.items() if value is not None})
+
+    @property
+    def changes_schedule(self) -> bool:
+        """Whether training leaves SDXL's own schedule."""
+        return self.zero_terminal_snr or self.terminal_sigma is not None
+
+    def schedule(self) -> NoiseSchedule:
+        """The schedule that the flags describe."""
+        sdxl, sigma = NoiseSchedule.sdxl(), self.terminal_sigma
+        if sigma is None:
+            return sdxl.zero_terminal_snr() if self.zero_terminal_snr else sdxl
+        method = self.terminal_sigma_method or ("rescale" if sigma == math.inf else "beta_end")
+        name = f"--terminal_sigma {sigma:g}" + (f" --terminal_sigma_method {method}" if self.terminal_sigma_method else "")
+        return _checked(name, lambda: sdxl.with_terminal_sigma(sigma, method, self.terminal_sigma_start))
+
+    def loss(self) -> Loss | ScheduledHuber:
+        """The loss that the flags describe."""
+        if self.loss_type not in HUBER_KINDS:
+            return _checked("--loss_type", lambda: Loss(self.loss_type))
+        return _checked(
+            f"--loss_type {self.loss_type}",
+            lambda: ScheduledHuber(self.loss_type, self.huber_schedule, self.huber_c, self.huber_scale, self.huber_l2_gradient),
+        )
+
+    def weighting(self) -> Weighting | None:
+        """The weighting that the flags describe. Raises FlagError for more than one."""
+        found = self._weightings()
+        if len(found) > 1:
+            raise FlagError(f"{' and '.join(found)} are different weightings of the same loss: give one of them")
+        return next(iter(found.values()), None)
+
+    def _weightings(self) -> dict[str, Weighting]:
+        gamma, soft_gamma, found = self.min_snr_gamma, self.soft_min_snr_gamma, dict[str, Weighting]()
+        if gamma:
+            found["--min_snr_gamma"] = _checked("--min_snr_gamma", lambda: MinSNR(gamma, self.min_snr_floor))
+        if soft_gamma:
+            found["--soft_min_snr_gamma"] = _checked("--soft_min_snr_gamma", lambda: SoftMinSNR(soft_gamma))
+        if self.debiased_estimation_loss:
+            found["--debiased_estimation_loss"] = Debiased()
+        return found
+
+    def perturbation(self) -> InputPerturbation | None:
+        """Input perturbation, if asked for."""
+        gamma = self.ip_noise_gamma
+        return None if not gamma else _checked("--ip_noise_gamma", lambda: InputPerturbation(gamma, self.ip_noise_gamma_random_strength))
+
+    def offset(self) -> OffsetNoise | None:
+        """Offset noise, if asked for."""
+        strength = self.noise_offset
+        return None if not strength else _checked("--noise_offset", lambda: OffsetNoise(strength))
+
+    def objective(self, prediction_type: str = "epsilon") -> Objective:
+        """All of it, for a training loop of your own."""
+        return Objective(self.schedule(), prediction_type, self.loss(), self.weighting(), self.perturbation(), self.offset())
+
+
+def _checked(flag: str, make: Callable[[], T]) -> T:
+    try:
+        return make()
+    except FlagError:
+        raise
+    except ValueError as error:
+        raise FlagError(f"{flag}: {error}") from error
