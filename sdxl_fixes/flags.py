@@ -111,14 +111,14 @@ class Settings:
         """Whether training leaves SDXL's own schedule."""
         return self.zero_terminal_snr or self.terminal_sigma is not None
 
-    def schedule(self) -> NoiseSchedule:
-        """The schedule that the flags describe."""
-        sdxl, sigma = NoiseSchedule.sdxl(), self.terminal_sigma
+    def schedule(self, base: NoiseSchedule | None = None) -> NoiseSchedule:
+        """The schedule that the flags make of ``base`` (None: SDXL's own)."""
+        start, sigma = NoiseSchedule.sdxl() if base is None else base, self.terminal_sigma
         if sigma is None:
-            return sdxl.zero_terminal_snr() if self.zero_terminal_snr else sdxl
+            return start.zero_terminal_snr() if self.zero_terminal_snr else start
         method = self.terminal_sigma_method or ("rescale" if sigma == math.inf else "beta_end")
         name = f"--terminal_sigma {sigma:g}" + (f" --terminal_sigma_method {method}" if self.terminal_sigma_method else "")
-        return _checked(name, lambda: sdxl.with_terminal_sigma(sigma, method, self.terminal_sigma_start))
+        return _checked(name, lambda: start.with_terminal_sigma(sigma, method, self.terminal_sigma_start))
 
     def loss(self) -> Loss | ScheduledHuber:
         """The loss that the flags describe."""

@@ -71,14 +71,16 @@ class Run:
         for flag, fix in FLAG_FIXES.items():
             if getattr(args, flag, None) and fix not in allowed:
                 raise FlagError(f"--{flag} needs the fix {fix!r}, which --fixes {args.fixes} switches off: drop one of them")
-            if getattr(args, flag, None) and fix in patches.refused:
-                raise FlagError(f"--{flag} cannot work in this sd-scripts: {patches.refused[fix]}")
+        for fix in sorted(wanted & allowed & set(patches.refused)):
+            raise FlagError(
+                f"the fix {fix!r}, which your flags ask for, does not fit this sd-scripts ({patches.refused[fix]}): "
+                f"--fixes all,-{fix} trains with upstream's own behaviour"
+            )
         prediction_type = "v_prediction" if getattr(args, "v_parameterization", False) else "epsilon"
         schedule = settings.schedule()
         if prediction_type == "epsilon" and schedule.residual_signal == 0:
             warnings.warn(EPSILON_AT_ZERO_SNR.replace("v_prediction", "--v_parameterization"), stacklevel=2)
-        on = frozenset(wanted & allowed - set(patches.refused))
-        run = cls(settings, schedule, prediction_type, on)
+        run = cls(settings, schedule, prediction_type, on=frozenset(wanted & allowed))
         if os.environ.get("RANK", "0") == "0":
             print(run.report(patches, allowed, wanted), file=sys.stderr, flush=True)
         return run
@@ -89,7 +91,7 @@ class Run:
         for fix, (flags, _) in FIXES.items():
             if fix in self.on:
                 lines.append(f"  {fix:<10} on   {self._describe(fix)}")
-                lines += [f"  {'':<15}{patch.target}: {patch.purpose}" for patch in patches.patches if patch.fix == fix]
+                lines += [f"  {'':<15}{patch.target.partition(':')[2]}: {patch.purpose}" for patch in patches.patches if patch.fix == fix]
             elif fix in patches.refused:
                 lines.append(f"  {fix:<10} REFUSED  {patches.refused[fix]}")
             elif fix not in allowed:
@@ -102,11 +104,12 @@ class Run:
 
     def _describe(self, fix: str) -> str:
         if fix == "schedule":
-            return f"{self.schedule!r} instead of sigma {NoiseSchedule.sdxl().terminal_sigma:.4g}, {self.prediction_type}, in float32"
-        return repr({"loss": self.settings.loss, "noise": self.settings.perturbation, "weighting": self._weightings}[fix]())
-
-    def _weightings(self) -> object:
-        return list(self.settings._weightings().values())
+            stock = NoiseSchedule.sdxl()
+            return (
+                f"{self.prediction_type}, terminal sigma {self.schedule.terminal_sigma:.6g} instead of {stock.terminal_sigma:.4g} "
+                f"({100 * self.schedule.residual_signal:.2g} % of the image left instead of {100 * stock.residual_signal:.2g} %)"
+            )
+        return {"loss": repr(self.settings.loss()), "noise": repr(self.settings.perturbation()), "weighting": "finite at SNR 0"}[fix]
 
 
 class Session:

@@ -1,0 +1,86 @@
+"""The ``sdxl-fixes`` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from sdxl_fixes import __version__
+from sdxl_fixes.flags import SCHEDULE_FLAGS, Settings, add_flags
+from sdxl_fixes.schedule import NoiseSchedule
+from sdxl_fixes.schedule_report import as_json, as_text, plot
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status. Wrong input is one sentence on standard error and status 2."""
+    parser = argparse.ArgumentParser(prog="sdxl-fixes", description="One noise schedule for SDXL training.")
+    parser.add_argument("--version", action="version", version=f"sdxl-fixes {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_schedule(commands)
+    _add_demo(commands)
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args))
+    except (ValueError, OSError) as error:
+        print(f"sdxl-fixes {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _add_schedule(commands: Any) -> None:
+    parser = commands.add_parser("schedule", help="table and plot of a noise schedule beside SDXL's own")
+    add_flags(parser, tuple(SCHEDULE_FLAGS))
+    parser.add_argument("--base", choices=("sdxl", "linear", "cosine", "flow"), default="sdxl", help="schedule to start from")
+    parser.add_argument(
+        "--from", dest="file", type=Path, metavar="JSON", help="read a diffusers scheduler_config.json or a schedule record"
+    )
+    parser.add_argument("--width", type=int, help="with --height: end at the sigma that fits this canvas, in pixels")
+    parser.add_argument("--height", type=int, help="see --width")
+    parser.add_argument("--json", action="store_true", help="print JSON, with the schedule's record, instead of a table")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="also write a picture (needs matplotlib)")
+    parser.set_defaults(run=_schedule)
+
+
+def _schedule(args: argparse.Namespace) -> int:
+    if (args.width is None) != (args.height is None):
+        raise ValueError("--width and --height belong together: give both or neither")
+    if args.width is not None and (args.terminal_sigma is not None or args.zero_terminal_snr):
+        raise ValueError("--width and --height choose the terminal sigma: leave --terminal_sigma and --zero_terminal_snr out")
+    if args.file is not None and args.base != "sdxl":
+        raise ValueError("--from and --base are two schedules to start from: give one of them")
+    makers = {"sdxl": NoiseSchedule.sdxl, "linear": NoiseSchedule.linear, "cosine": NoiseSchedule.cosine, "flow": NoiseSchedule.flow}
+    base = makers[args.base]() if args.file is None else _read(args.file)
+    schedule = Settings.from_args(args).schedule(base)
+    if args.width is not None:
+        schedule = schedule.for_resolution(args.width, args.height, method=args.terminal_sigma_method or "beta_end")
+    if args.plot is not None:
+        plot(schedule, args.plot)
+    print(as_json(schedule) if args.json else as_text(schedule))
+    return 0
+
+
+def _read(file: Path) -> NoiseSchedule:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not JSON ({error}): expected a scheduler_config.json or a schedule record") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}: expected the object of a scheduler_config.json or a schedule record")
+    try:
+        return NoiseSchedule.from_record(content) if "format" in content else NoiseSchedule.from_config(content)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _add_demo(commands: Any) -> None:
+    from sdxl_fixes import demo
+
+    parser = commands.add_parser("demo", help="offline, on the CPU: train a tiny SDXL with and without the fixes and write a report")
+    demo.add_arguments(parser)
+    parser.set_defaults(run=demo.run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""A schedule beside SDXL's own: text, JSON, picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from sdxl_fixes.schedule import NoiseSchedule
+
+FIGURES = {
+    "residual_signal": "share of the image still visible at the last timestep",
+    "terminal_sigma": "sigma of the last timestep",
+    "terminal_snr": "SNR of the last timestep",
+    "first_sigma": "sigma of the first timestep",
+    "middle_sigma": "sigma in the middle",
+    "share_above_sdxl": "share of timesteps above SDXL's last sigma, 14.6",
+}
+
+
+def figures(schedule: NoiseSchedule) -> dict[str, float]:
+    """The numbers of FIGURES for one schedule."""
+    return {
+        "residual_signal": schedule.residual_signal,
+        "terminal_sigma": schedule.terminal_sigma,
+        "terminal_snr": float(schedule.snr[-1]),
+        "first_sigma": float(schedule.sigmas[0]),
+        "middle_sigma": float(schedule.sigmas[(len(schedule) - 1) // 2]),
+        "share_above_sdxl": float((schedule.sigmas > NoiseSchedule.sdxl().terminal_sigma * (1 + 1e-9)).mean()),
+    }
+
+
+def as_text(schedule: NoiseSchedule) -> str:
+    """Two tables: the figures, and sigma and residual signal along the timesteps."""
+    stock = NoiseSchedule.sdxl()
+    mine, theirs = figures(schedule), figures(stock)
+    lines = [repr(schedule), "", f"{'':<54}{'SDXL':>12}{'this':>12}"]
+    for name, meaning in FIGURES.items():
+        unit = "%" if name in ("residual_signal", "share_above_sdxl") else ""
+        lines.append(f"{meaning:<54}" + "".join(f"{_cell(x[name], unit):>12}" for x in (theirs, mine)))
+    lines += ["", f"{'timestep':<10}{'sigma SDXL':>14}{'sigma this':>14}{'signal SDXL':>14}{'signal this':>14}"]
+    for t in _timesteps(len(schedule)):
+        other = t if len(stock) == len(schedule) else round(t * (len(stock) - 1) / (len(schedule) - 1))
+        sigmas = (stock.sigmas[other], schedule.sigmas[t])
+        signals = (stock.sqrt_alphas_cumprod[other], schedule.sqrt_alphas_cumprod[t])
+        lines.append(f"{t:<10}" + "".join(f"{_cell(x):>14}" for x in sigmas) + "".join(f"{_cell(x, '%'):>14}" for x in signals))
+    return "\n".join(lines)
+
+
+def as_json(schedule: NoiseSchedule) -> str:
+    """The figures of both and the schedule's record, strict JSON (infinity is "inf")."""
+
+    def plain(schedule: NoiseSchedule) -> dict[str, float | str]:
+        return {name: value if math.isfinite(value) else "inf" for name, value in figures(schedule).items()}
+
+    content = {"sdxl": plain(NoiseSchedule.sdxl()), "this": plain(schedule), "record": schedule.to_record()}
+    return json.dumps(content, allow_nan=False)
+
+
+def plot(schedule: NoiseSchedule, file: Path) -> None:
+    """Write a PNG: sigma and residual signal over the timesteps, beside SDXL's. Raises ValueError without matplotlib, OSError if the
+    file cannot be written (nothing half-written stays behind)."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError('a picture needs matplotlib: pip install "sdxl-fixes[plot]"') from error
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    draw(figure.subplots(1, 2), schedule)
+    partial = file.with_name(file.name + ".part")
+    try:
+        figure.savefig(partial, format="png", dpi=120)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def draw(axes: Any, schedule: NoiseSchedule) -> None:
+    """Draw both schedules into two matplotlib axes."""
+    for name, shown in (("SDXL", NoiseSchedule.sdxl()), ("this", schedule)):
+        u = [t / (len(shown) - 1) * (len(schedule) - 1) for t in range(len(shown))]
+        for axis, table in zip(axes, (shown.sigmas, shown.sqrt_alphas_cumprod), strict=True):
+            axis.plot(u, table, label=f"{name}, ends at {_cell(float(table[-1]))}")
+    for axis, name, scale in zip(axes, ("sigma", "residual signal, sqrt(alphas_cumprod)"), ("log", "linear"), strict=True):
+        axis.set(title=name, xlabel="timestep", yscale=scale)
+        axis.grid(alpha=0.3)
+        axis.legend()
+
+
+def _timesteps(count: int) -> list[int]:
+    return sorted({*range(0, count, max(1, count // 10)), *(t for t in (count - 50, count - 10, count - 2, count - 1) if t >= 0)})
+
+
+def _cell(value: float, unit: str = "") -> str:
+    if unit == "%":
+        return f"{100 * value:.3g} %"
+    return f"{value:.5g}"

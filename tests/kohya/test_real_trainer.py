@@ -1,0 +1,144 @@
+"""The unmodified sdxl_train.py and sdxl_train_network.py of sd-scripts, with and without the fixes. Set SD_SCRIPTS to run these."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdxl_fixes import MinSNR, NoiseSchedule
+
+HERE = Path(__file__).resolve().parent
+pytestmark = [
+    pytest.mark.kohya,
+    pytest.mark.skipif("SD_SCRIPTS" not in os.environ, reason="set SD_SCRIPTS to a checkout of kohya-ss/sd-scripts v0.10.1 to run"),
+]
+SCRIPTS = {
+    "sdxl_train.py": (),
+    "sdxl_train_network.py": ("--network_module", "networks.lora", "--network_dim", "4", "--network_alpha", "4"),
+}
+UPSTREAM_FLAGS = (
+    *("--loss_type", "huber", "--huber_schedule", "snr", "--min_snr_gamma", "5"),
+    *("--zero_terminal_snr", "--v_parameterization", "--ip_noise_gamma", "0.1"),
+)
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kohya")
+    subprocess.run([sys.executable, str(HERE / "assets.py"), str(folder)], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def train(assets, tmp_path):
+    """train(how, script, *flags) -> (process, trace); ``how`` as launch.py's, or a whole command to put before the script."""
+
+    def run(how, script, *flags, steps=3, check=True):
+        trace = tmp_path / "trace.json"
+        trace.unlink(missing_ok=True)
+        common = {
+            "pretrained_model_name_or_path": assets / "model.safetensors",
+            "tokenizer_cache_dir": assets / "tokenizers",
+            "dataset_config": assets / "dataset.toml",
+            "output_dir": tmp_path / "out",
+            "output_name": "out",
+            "save_model_as": "safetensors",
+            "mixed_precision": "no",
+            "max_train_steps": steps,
+            "learning_rate": "1e-4",
+            "seed": 7,
+            "max_data_loader_n_workers": 0,
+            "optimizer_type": "AdamW",
+        }
+        arguments = [str(x) for name, value in common.items() for x in (f"--{name}", value)]
+        before = [sys.executable] if isinstance(how, str) else how[:-1]
+        command = [*before, str(HERE / "launch.py"), how if isinstance(how, str) else how[-1], str(trace), script]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
+        process = subprocess.run(
+            [*command, *arguments, *SCRIPTS[script], *flags], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=600
+        )
+        if check and process.returncode:
+            raise AssertionError(process.stderr[-3000:])
+        return process, json.loads(trace.read_text()) if trace.exists() else None
+
+    return run
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("how", ["install", "module"])
+def test_patched_with_nothing_on_is_bit_identical(train, script, how):
+    assert train(how, script)[1] == train("unpatched", script)[1]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_fixes_none_is_bit_identical_under_every_upstream_flag(train, script):
+    assert train("module", script, *UPSTREAM_FLAGS, "--fixes", "none")[1] == train("unpatched", script, *UPSTREAM_FLAGS)[1]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_zero_terminal_snr_reaches_the_snr_table(train, script):
+    before, after = (train(how, script, "--zero_terminal_snr", "--v_parameterization", steps=1)[1] for how in ("unpatched", "module"))
+    ztsnr = NoiseSchedule.sdxl().zero_terminal_snr()
+    assert before["all_snr_900"] == pytest.approx(0.01435, abs=1e-5) and before["all_snr_999"] > 0.004  # upstream: the old schedule's
+    assert after["all_snr_900"] == pytest.approx(ztsnr.snr[900], rel=1e-6) and after["all_snr_900"] == pytest.approx(0.00297, abs=1e-5)
+    assert after["all_snr_999"] == after["alphas_cumprod_999"] == 0
+    assert after["timesteps"] == before["timesteps"]  # the random numbers are upstream's
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_losses_differ_from_upstream_by_the_corrected_weight_alone(train, script):
+    """One step, l2 + ZTSNR + v + min-SNR: noise, target and loss are upstream's, the weight is of the true SNR."""
+    flags = ("--zero_terminal_snr", "--v_parameterization", "--min_snr_gamma", "5")
+    weighted, plain = train("module", script, *flags, steps=1)[1], train("unpatched", script, *flags[:2], steps=1)[1]
+    stock = train("module", script, *flags[:2], steps=1)[1]
+    assert stock["losses"] == pytest.approx(plain["losses"], rel=2e-5)
+    weights = MinSNR(5).table(NoiseSchedule.sdxl().zero_terminal_snr(), "v_prediction")[weighted["timesteps"][0]]
+    assert min(weights) * plain["losses"][0] * 0.9 <= weighted["losses"][0] <= max(weights) * plain["losses"][0] * 1.1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_fix_from_flags_trains_and_is_reported(train, script):
+    process, trace = train(
+        *("module", script, "--terminal_sigma", "300", "--terminal_sigma_method", "rescale", "--v_parameterization"),
+        *("--loss_type", "smooth_l1", "--huber_l2_gradient", "batch", "--min_snr_gamma", "5", "--min_snr_floor"),
+        *("--ip_noise_gamma", "0.1", "--ip_noise_gamma_random_strength"),
+    )
+    assert all(0 < loss < 100 for loss in trace["losses"]) and len(trace["losses"]) == 3
+    assert trace["all_snr_999"] == pytest.approx(300.0**-2, rel=1e-5)
+    for fix in ("schedule", "loss", "weighting", "noise"):
+        assert f"  {fix:<10} on" in process.stderr
+
+
+def test_a_toml_config_file_carries_the_flags(train, tmp_path):
+    config = tmp_path / "config.toml"
+    config.write_text("terminal_sigma = 100\nterminal_sigma_method = 'tail'\n")
+    assert train("module", "sdxl_train.py", "--config_file", str(config), steps=1)[1]["all_snr_999"] == pytest.approx(1e-4, rel=1e-5)
+
+
+def test_accelerate_launch_gives_the_same_losses(train):
+    flags = ("--terminal_sigma", "300", "--loss_type", "huber")
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--mixed_precision", "no", "module"]
+    assert train(accelerate, "sdxl_train.py", *flags)[1] == train("module", "sdxl_train.py", *flags)[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--terminal_sigma", "nan"), "--terminal_sigma nan: terminal sigma must be above the schedule's first sigma"),
+        (("--terminal_sigma", "300", "--zero_terminal_snr"), "give one of them"),
+        (("--terminal_sigma", "300", "--fixes", "all,-schedule"), "--terminal_sigma needs the fix 'schedule'"),
+        (("--fixes", "everything"), "unknown fix 'everything'"),
+    ],
+)
+def test_wrong_flags_are_one_sentence_before_any_model_is_loaded(train, flags, sentence):
+    process, _ = train("module", "sdxl_train.py", *flags, "--pretrained_model_name_or_path", "/does/not/exist", check=False)
+    last = process.stderr.strip().splitlines()[-1]
+    assert process.returncode != 0 and last.startswith("sdxl-fixes: ") and sentence in last and "Traceback" not in process.stderr
+
+
+def test_epsilon_with_zero_terminal_snr_warns_and_trains(train):
+    process, trace = train("module", "sdxl_train.py", "--zero_terminal_snr", "--min_snr_gamma", "5", steps=1)
+    assert "Use --v_parameterization" in process.stderr and len(trace["losses"]) == 1

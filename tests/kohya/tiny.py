@@ -1,0 +1,52 @@
+"""Shrinks sd-scripts' hard-coded SDXL in memory, so that its real training scripts run on a small CPU machine.
+
+Only sizes change: module constants of library/sdxl_original_unet.py, the depths and the context width that its classes hold as literals,
+and the text encoders' and VAE's sizes that the single-file loader holds as literals. Schedulers, losses, data sets and saving are
+upstream's own. ``apply()`` must come before the script is executed.
+"""
+
+CHANNELS, CONTEXT = 32, 96
+TEXT_ENCODERS = {"te1": dict(width=32, layers=12), "te2": dict(width=64, layers=2)}  # te1's hidden_states[11] is read: 12 layers
+
+
+def text_config(which):
+    from transformers import CLIPTextConfig
+
+    width, layers = TEXT_ENCODERS[which]["width"], TEXT_ENCODERS[which]["layers"]
+    return CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=width,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        projection_dim=width,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=1,
+    )
+
+
+def apply():
+    import library.model_util as model_util
+    import library.sdxl_model_util as sdxl_model_util
+    import library.sdxl_original_unet as unet
+
+    unet.MODEL_CHANNELS, unet.TIME_EMBED_DIM = CHANNELS, 4 * CHANNELS
+    unet.ADM_IN_CHANNELS = 6 * 256 + TEXT_ENCODERS["te2"]["width"]
+    unet.CONTEXT_DIM = CONTEXT
+    init = unet.Transformer2DModel.__init__
+
+    def small(self, *args, **kwargs):
+        init(self, *args, **{**kwargs, "cross_attention_dim": CONTEXT, "num_transformer_layers": 1})
+
+    unet.Transformer2DModel.__init__ = small  # in place: LoRA finds blocks by class name
+    sdxl_model_util.CLIPTextConfig = lambda **config: text_config("te1" if config["hidden_size"] == 768 else "te2")
+    model_util.VAE_PARAMS_CH = 32
+    sdxl_model_util.DIFFUSERS_SDXL_UNET_CONFIG.update(
+        block_out_channels=[CHANNELS, 2 * CHANNELS, 4 * CHANNELS],
+        attention_head_dim=[1, 1, 2],
+        cross_attention_dim=CONTEXT,
+        projection_class_embeddings_input_dim=unet.ADM_IN_CHANNELS,
+        transformer_layers_per_block=[1, 1, 1],
+    )

@@ -1,0 +1,76 @@
+"""sdxl-fixes schedule: numbers, files, and sentences."""
+
+import json
+import sys
+
+import pytest
+
+from sdxl_fixes import NoiseSchedule
+from sdxl_fixes.cli import main
+
+
+def refuse(constant):
+    raise AssertionError(f"{constant} is not strict JSON")
+
+
+def test_text_has_both_schedules_side_by_side(capsys):
+    assert main(["schedule", "--terminal_sigma", "300"]) == 0
+    rows = {line.split("  ")[0].strip(): line.split() for line in capsys.readouterr().out.splitlines() if line}
+    assert rows["sigma of the last timestep"][-2:] == ["14.615", "300"]
+    assert rows["share of the image still visible at the last timestep"][-4:] == ["6.83", "%", "0.333", "%"]
+    assert rows["999"][1:3] == ["14.615", "300"]
+
+
+def test_json_is_strict_and_holds_the_record(capsys):
+    assert main(["schedule", "--zero_terminal_snr", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert content["this"]["terminal_sigma"] == "inf" and content["this"]["share_above_sdxl"] == 0.12
+    assert NoiseSchedule.from_record(content["record"]) == NoiseSchedule.sdxl().zero_terminal_snr()
+
+
+def test_starts_from_a_file(tmp_path, capsys):
+    config, record = tmp_path / "scheduler_config.json", tmp_path / "record.json"
+    config.write_text(json.dumps({"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000}))
+    record.write_text(NoiseSchedule.cosine().to_json())
+    for file, sigma in ((config, 157.41), (record, 20291)):
+        assert main(["schedule", "--from", str(file), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["this"]["terminal_sigma"] == pytest.approx(sigma, rel=1e-4)
+
+
+def test_resolution_doubles_sigma(capsys):
+    assert main(["schedule", "--width", "1024", "--height", "1024", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["this"]["terminal_sigma"] == pytest.approx(29.2293, rel=1e-5)
+
+
+def test_plot_is_a_png_and_nothing_half_written_stays(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "s.png"
+    assert main(["schedule", "--plot", str(file)]) == 0
+    assert file.read_bytes().startswith(b"\x89PNG") and [p.name for p in tmp_path.iterdir()] == ["s.png"]
+    assert main(["schedule", "--plot", str(tmp_path)]) == 2  # a folder
+    assert [p.name for p in tmp_path.iterdir()] == ["s.png"]
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["schedule", "--plot", str(file)]) == 2 and 'pip install "sdxl-fixes[plot]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--width", "1024"], "--width and --height belong together"),
+        (["--width", "8", "--height", "8", "--zero_terminal_snr"], "leave --terminal_sigma and --zero_terminal_snr out"),
+        (["--from", "nowhere.json"], "nowhere.json"),
+        (["--base", "cosine", "--terminal_sigma", "300"], "use 'rescale', 'tail' or 'last'"),
+        (["--from", "x.json", "--base", "flow"], "give one of them"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_status_2(words, sentence, capsys):
+    assert main(["schedule", *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("sdxl-fixes schedule: ") and sentence in error and "\n" not in error
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", "{}", '{"format": "other"}', '{"beta_schedule": "sigmoid"}'])
+def test_a_file_that_describes_no_schedule_is_named(content, tmp_path, capsys):
+    file = tmp_path / "odd.json"
+    file.write_text(content)
+    assert main(["schedule", "--from", str(file)]) == 2 and "odd.json" in capsys.readouterr().err

@@ -1,0 +1,87 @@
+"""Flags: kohya's names, one meaning each, and one sentence for what makes no sense."""
+
+import argparse
+import math
+
+import pytest
+
+from sdxl_fixes import Debiased, InputPerturbation, Loss, MinSNR, NoiseSchedule, OffsetNoise, ScheduledHuber, SoftMinSNR
+from sdxl_fixes.flags import FLAGS, FlagError, Settings, add_flags
+
+
+def parse(*words):
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    return Settings.from_args(parser.parse_args(words))
+
+
+def test_no_flag_is_stock_sdxl():
+    settings = parse()
+    assert settings == Settings() and not settings.changes_schedule
+    assert settings.schedule() == NoiseSchedule.sdxl() and settings.loss() == Loss("l2")
+    assert settings.weighting() is settings.perturbation() is settings.offset() is None
+
+
+@pytest.mark.parametrize(
+    ("words", "terminal", "middle_moves"),
+    [
+        (["--zero_terminal_snr"], math.inf, True),
+        (["--terminal_sigma", "inf"], math.inf, True),
+        (["--terminal_sigma", "300"], 300, True),
+        (["--terminal_sigma", "300", "--terminal_sigma_method", "last"], 300, False),
+        (["--terminal_sigma", "inf", "--terminal_sigma_method", "tail", "--terminal_sigma_start", "900"], math.inf, False),
+    ],
+)
+def test_schedule_flags(words, terminal, middle_moves):
+    schedule = parse(*words).schedule()
+    assert schedule.terminal_sigma == pytest.approx(terminal)
+    assert (schedule.sigmas[899] != NoiseSchedule.sdxl().sigmas[899]) == middle_moves
+
+
+def test_the_other_flags_reach_the_core():
+    huber = ["--loss_type", "smooth_l1", "--huber_schedule", "exponential", "--huber_c", "0.2", "--huber_scale", "3"]
+    settings = parse(*huber, "--huber_l2_gradient", "batch", "--ip_noise_gamma", "0.1", "--ip_noise_gamma_random_strength")
+    assert settings.loss() == ScheduledHuber("smooth_l1", "exponential", 0.2, 3.0, "batch")
+    assert settings.perturbation() == InputPerturbation(0.1, random=True)
+    assert parse("--noise_offset", "0.05").offset() == OffsetNoise(0.05)
+    assert parse("--min_snr_gamma", "5", "--min_snr_floor").weighting() == MinSNR(5, floor=True)
+    assert parse("--soft_min_snr_gamma", "4").weighting() == SoftMinSNR(4)
+    assert parse("--debiased_estimation_loss").weighting() == Debiased()
+    assert settings.objective("v_prediction").loss_function == settings.loss()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--terminal_sigma", "nan"], "--terminal_sigma nan: .*above the schedule's first sigma"),
+        (["--terminal_sigma", "0.01"], "first sigma, 0.02917, got 0.01"),
+        (["--terminal_sigma", "300", "--zero_terminal_snr"], "give one of them"),
+        (["--terminal_sigma_method", "tail"], "--terminal_sigma_method needs --terminal_sigma"),
+        (["--terminal_sigma", "99", "--terminal_sigma_start", "900"], "start belongs to method 'tail'"),
+        (["--terminal_sigma", "inf", "--terminal_sigma_method", "beta_end"], "no beta_end gives an infinite terminal sigma"),
+        (["--huber_l2_gradient", "batch"], "--huber_l2_gradient belongs to --loss_type huber or smooth_l1"),
+        (["--min_snr_floor"], "--min_snr_floor needs --min_snr_gamma"),
+        (["--min_snr_gamma", "-1"], "min_snr_gamma must be a positive number"),
+        (["--loss_type", "huber", "--huber_c", "0"], "huber_c must be a positive number"),
+        (["--loss_type", "huber", "--huber_scale", "nan"], "huber_scale must be a positive number"),
+        (["--ip_noise_gamma", "-0.1"], "ip_noise_gamma must be"),
+        (["--noise_offset", "inf"], "noise_offset must be"),
+    ],
+)
+def test_what_makes_no_sense_is_one_sentence(words, sentence):
+    with pytest.raises(FlagError, match=sentence) as error:
+        parse(*words)
+    assert "\n" not in str(error.value)
+
+
+def test_two_weightings_are_refused():
+    with pytest.raises(FlagError, match="--min_snr_gamma and --debiased_estimation_loss are different weightings"):
+        parse("--min_snr_gamma", "5", "--debiased_estimation_loss").weighting()
+
+
+def test_a_trainers_own_flag_keeps_its_help_and_default():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--loss_type", default="l1", help="theirs")
+    add_flags(parser)
+    assert parser.parse_args([]).loss_type == "l1" and "theirs" in parser.format_help()
+    assert all(f"--{name}" in parser.format_help() for name in FLAGS)

@@ -1,0 +1,103 @@
+"""Patches are applied only to the shape they know, and undone exactly."""
+
+import inspect
+import re
+import sys
+import types
+
+import pytest
+
+from sdxl_fixes.patching import Patch, PatchSet
+
+
+@pytest.fixture
+def trainer():
+    """A module with a function, a class, and a child that inherits."""
+    module = types.ModuleType("some_trainer")
+
+    def weigh(loss, timesteps):
+        return loss + timesteps
+
+    class Recorder:
+        def add(self, value):
+            return value
+
+    class Child(Recorder):
+        pass
+
+    module.weigh, module.Recorder, module.Child = weigh, Recorder, Child
+    sys.modules["some_trainer"] = module
+    yield module
+    del sys.modules["some_trainer"]
+
+
+def doubled(original, *args, **kwargs):
+    return 2 * original(*args, **kwargs)
+
+
+WEIGH = Patch("weights", "some_trainer:weigh", ("loss", "timesteps"), doubled, "doubles")
+ADD = Patch("recorder", "some_trainer:Recorder.add", ("self", "value"), doubled, "doubles")
+INHERITED = Patch("recorder", "some_trainer:Child.add", ("self",), doubled, "doubles")
+
+
+def test_a_patch_replaces_and_undoing_restores_the_very_objects(trainer):
+    before = {"weigh": trainer.weigh, "add": vars(trainer.Recorder)["add"]}
+    patches = PatchSet((WEIGH, ADD, INHERITED))
+    patches.apply()
+    assert trainer.weigh(1, 2) == 6 and trainer.Recorder().add(5) == 10 and trainer.Child().add(5) == 20
+    patches.undo()
+    assert trainer.weigh is before["weigh"] and vars(trainer.Recorder)["add"] is before["add"] and "add" not in vars(trainer.Child)
+
+
+def test_applying_twice_is_the_same_as_once(trainer):
+    original = trainer.weigh
+    patches = PatchSet((WEIGH,))
+    patches.apply()
+    patches.apply()
+    assert trainer.weigh(1, 2) == 6
+    patches.undo()
+    assert trainer.weigh is original
+
+
+@pytest.mark.parametrize(
+    ("patch", "words"),
+    [
+        (Patch("weights", "some_trainer:weigh", ("loss", "t"), doubled, ""), r"expected parameters \(loss, t\), found \(loss, timesteps\)"),
+        (Patch("weights", "some_trainer:gone", ("loss",), doubled, ""), r"some_trainer:gone: expected a function .* found none"),
+        (Patch("weights", "no_such_trainer:weigh", ("loss",), doubled, ""), r"no_such_trainer:weigh: expected a function"),
+        (Patch("weights", "some_trainer:__doc__", ("loss",), doubled, ""), r"found none"),
+    ],
+)
+def test_an_unknown_shape_refuses_the_whole_fix_and_leaves_the_others(trainer, patch, words):
+    original = trainer.weigh
+    patches = PatchSet((WEIGH, patch, ADD))
+    patches.apply()
+    assert trainer.weigh is original and trainer.Recorder().add(5) == 10
+    assert list(patches.refused) == ["weights"] and re.search(words, patches.refused["weights"])
+    patches.undo()
+
+
+def test_only_chosen_fixes_are_applied(trainer):
+    original = trainer.weigh
+    patches = PatchSet((WEIGH, ADD))
+    patches.apply({"recorder"})
+    assert trainer.weigh is original and trainer.Recorder().add(5) == 10
+    patches.undo()
+
+
+def test_undo_refuses_when_somebody_else_patched_on_top(trainer):
+    patches = PatchSet((WEIGH,))
+    patches.apply()
+    ours, trainer.weigh = trainer.weigh, lambda loss, timesteps: 0
+    with pytest.raises(RuntimeError, match="replaced again by somebody else"):
+        patches.undo()
+    trainer.weigh = ours
+    patches.undo()
+    assert trainer.weigh(1, 2) == 3
+
+
+def test_a_replacement_keeps_the_original_name_and_signature(trainer):
+    patches = PatchSet((WEIGH,))
+    patches.apply()
+    assert trainer.weigh.__name__ == "weigh" and list(inspect.signature(trainer.weigh).parameters) == ["loss", "timesteps"]
+    patches.undo()
