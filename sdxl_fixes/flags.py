@@ -12,6 +12,7 @@ from sdxl_fixes.loss import HUBER_KINDS, HUBER_SCHEDULES, LOSS_TYPES, Loss, Sche
 from sdxl_fixes.noise import InputPerturbation, OffsetNoise
 from sdxl_fixes.objective import Objective
 from sdxl_fixes.schedule import TERMINAL_SIGMA_METHODS, NoiseSchedule
+from sdxl_fixes.timesteps import TimestepSampler
 from sdxl_fixes.weighting import Debiased, MinSNR, SoftMinSNR, Weighting
 
 T = TypeVar("T")
@@ -53,7 +54,15 @@ NOISE_FLAGS: dict[str, dict[str, Any]] = {
     "ip_noise_gamma_random_strength": dict(action="store_true", help="draw the strength from 0 to --ip_noise_gamma for every sample"),
     "noise_offset": dict(type=float, help="offset noise strength"),
 }
-FLAGS = {**SCHEDULE_FLAGS, **LOSS_FLAGS, **WEIGHTING_FLAGS, **NOISE_FLAGS}
+TIMESTEP_FLAGS: dict[str, dict[str, Any]] = {
+    "stratified_timesteps": dict(
+        action="store_true", help="spread the timesteps of an optimizer step evenly over batch, accumulation and processes"
+    ),
+    "terminal_timestep_share": dict(
+        type=float, help="draw this share of the timesteps above SDXL's last sigma, 14.6, weighted so that the expected loss is unchanged"
+    ),
+}
+FLAGS = {**SCHEDULE_FLAGS, **LOSS_FLAGS, **WEIGHTING_FLAGS, **NOISE_FLAGS, **TIMESTEP_FLAGS}
 
 
 def add_flags(parser: argparse.ArgumentParser, names: tuple[str, ...] = tuple(FLAGS)) -> None:
@@ -84,6 +93,8 @@ class Settings:
     ip_noise_gamma: float | None = None
     ip_noise_gamma_random_strength: bool = False
     noise_offset: float | None = None
+    stratified_timesteps: bool = False
+    terminal_timestep_share: float | None = None
 
     def __post_init__(self) -> None:
         if self.terminal_sigma is None:
@@ -98,7 +109,7 @@ class Settings:
             raise FlagError(f"--huber_l2_gradient belongs to --loss_type huber or smooth_l1, not {self.loss_type}: leave it out")
         if self.min_snr_floor and not self.min_snr_gamma:
             raise FlagError("--min_snr_floor needs --min_snr_gamma: give the gamma (5 is usual), or leave it out")
-        self.schedule(), self.loss(), self._weightings(), self.perturbation(), self.offset()  # every part checks its own values
+        self.schedule(), self.loss(), self._weightings(), self.perturbation(), self.offset(), self.timesteps()  # each checks its own
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Settings:
@@ -156,9 +167,18 @@ class Settings:
         strength = self.noise_offset
         return None if not strength else _checked("--noise_offset", lambda: OffsetNoise(strength))
 
-    def objective(self, prediction_type: str = "epsilon") -> Objective:
-        """All of it, for a training loop of your own."""
-        return Objective(self.schedule(), prediction_type, self.loss(), self.weighting(), self.perturbation(), self.offset())
+    def timesteps(self, **options: Any) -> TimestepSampler | None:
+        """The timestep sampler, if one was asked for; ``options`` are TimestepSampler's (range, seed, ranks, accumulation)."""
+        if not (self.stratified_timesteps or self.terminal_timestep_share):
+            return None
+        share, schedule = self.terminal_timestep_share or 0.0, self.schedule()
+        name = "--terminal_timestep_share" if share else "--stratified_timesteps"
+        return _checked(name, lambda: TimestepSampler(schedule, terminal_share=share, stratified=self.stratified_timesteps, **options))
+
+    def objective(self, prediction_type: str = "epsilon", **options: Any) -> Objective:
+        """All of it, for a training loop of your own; ``options`` as for :meth:`timesteps`."""
+        parts = (self.loss(), self.weighting(), self.perturbation(), self.offset(), self.timesteps(**options))
+        return Objective(self.schedule(), prediction_type, *parts)
 
 
 def _checked(flag: str, make: Callable[[], T]) -> T:

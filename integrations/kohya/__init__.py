@@ -7,6 +7,6 @@ or, from code, ``install()`` before the script is executed.
 
 from __future__ import annotations
 
-from sdxl_fixes.kohya.install import install, uninstall
+from .install import install, uninstall
 
 __all__ = ["install", "uninstall"]

@@ -6,10 +6,11 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from sdxl_fixes.flags import add_flags
-from sdxl_fixes.kohya.run import SESSION, Run, report_flags
+from sdxl_fixes.flags import TIMESTEP_FLAGS, add_flags
 
-OURS = ("terminal_sigma", "terminal_sigma_method", "terminal_sigma_start", "huber_l2_gradient", "min_snr_floor")
+from .run import SESSION, Run, report_flags
+
+OURS = ("terminal_sigma", "terminal_sigma_method", "terminal_sigma_start", "huber_l2_gradient", "min_snr_floor", *TIMESTEP_FLAGS)
 
 
 def add_arguments(original: Callable[..., Any], parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:

@@ -6,8 +6,9 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from sdxl_fixes.kohya.run import SESSION
 from sdxl_fixes.patching import PatchSet
+
+from .run import SESSION
 
 TRAINERS = ("sdxl_train", "sdxl_train_network", "train_network")
 
@@ -25,7 +26,7 @@ def install() -> None:
     late = [name for name in TRAINERS if name in sys.modules]
     if late and not SESSION.patches.applied:
         raise RuntimeError(f"sdxl-fixes: {late[0]} was imported before install(), so it holds unpatched functions: call install() first")
-    from sdxl_fixes.kohya.patches import PATCHES  # here: importing the table must not need a trainer
+    from .patches import PATCHES  # here: importing the table must not need a trainer
 
     uninstall()
     patches = PatchSet(PATCHES)

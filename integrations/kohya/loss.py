@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from sdxl_fixes.kohya.run import SESSION
 from sdxl_fixes.loss import HUBER_KINDS, ScheduledHuber
 from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.tables import Table
+
+from .run import SESSION
 
 
 def threshold(
@@ -42,6 +43,25 @@ def conditional_loss(
         return original(model_pred, target, loss_type, reduction, huber_c, **kwargs)
     values = loss(model_pred, target, huber_c)
     return values if reduction == "none" else values.sum() if reduction == "sum" else values.mean()
+
+
+def importance(
+    original: Callable[..., torch.Tensor],
+    model_pred: torch.Tensor,
+    target: torch.Tensor,
+    loss_type: str,
+    reduction: str,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """The loss (ours or upstream's) times the importance weight of each sample whose timestep our sampler drew."""
+    run = SESSION.on("timesteps")
+    drawn = run.step.pop("timesteps", None) if run else None
+    weights = run.timesteps.weights(drawn) if run and run.timesteps and drawn is not None else None
+    if weights is None:
+        return original(model_pred, target, loss_type, reduction, *args, **kwargs)
+    loss = original(model_pred, target, loss_type, "none", *args, **kwargs) * weights.reshape(-1, *[1] * (model_pred.ndim - 1))
+    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
 
 
 @lru_cache(maxsize=4)

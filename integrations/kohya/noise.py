@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from sdxl_fixes.kohya.run import SESSION
 from sdxl_fixes.noise import InputPerturbation
+
+from .run import SESSION
 
 
 def noise_and_timesteps(

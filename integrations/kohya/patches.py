@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from sdxl_fixes.kohya import flags, loss, noise, schedule, weighting
 from sdxl_fixes.patching import Patch
 
-_FUNCTIONS, _UTIL = "library.custom_train_functions", "library.train_util"
+from . import checkpoint, flags, loss, noise, previews, schedule, timesteps, weighting
+
+_FUNCTIONS, _UTIL, _MODELS = "library.custom_train_functions", "library.train_util", "library.sdxl_model_util"
 _WEIGHT = ("loss", "timesteps", "noise_scheduler")
 
 # fmt: off
@@ -32,5 +33,20 @@ PATCHES = (
 
     Patch("noise", f"{_UTIL}:get_noise_noisy_latents_and_timesteps", ("args", "noise_scheduler", "latents"), noise.noise_and_timesteps,
           "random input perturbation draws a strength per sample (upstream: one for the batch)"),
+
+    Patch("timesteps", f"{_UTIL}:get_timesteps", ("min_timestep", "max_timestep", "b_size", "device"), timesteps.draw,
+          "timesteps from the run's sampler"),
+    Patch("timesteps", f"{_UTIL}:conditional_loss", ("model_pred", "target", "loss_type", "reduction", "huber_c"), loss.importance,
+          "the importance weight that keeps the expected loss unchanged"),
+
+    Patch("previews", f"{_UTIL}:get_my_scheduler", ("sample_sampler", "v_parameterization"), previews.scheduler,
+          "previews sample the trained schedule, trailing, x0 not clipped (upstream: SDXL's own, leading, clipped at 1)"),
+
+    Patch("saving", f"{_UTIL}:get_sai_model_spec", ("state_dict", "args"), checkpoint.model_spec,
+          "the schedule's record and prediction type in the metadata"),
+    Patch("saving", f"{_MODELS}:save_file", ("tensors", "filename"), checkpoint.save_file,
+          "marker tensors v_pred and ztsnr, where they say the truth"),
+    Patch("saving", f"{_MODELS}:save_diffusers_checkpoint", ("output_dir",), checkpoint.save_folder,
+          "diffusers folders get the trained scheduler (upstream: the source's)"),
 )
 # fmt: on

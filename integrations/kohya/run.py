@@ -7,15 +7,19 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from sdxl_fixes import __version__
+from sdxl_fixes.checkpoint import markers
 from sdxl_fixes.flags import FlagError, Settings
 from sdxl_fixes.loss import HUBER_KINDS
 from sdxl_fixes.objective import EPSILON_AT_ZERO_SNR
 from sdxl_fixes.patching import PatchSet
 from sdxl_fixes.schedule import NoiseSchedule
+from sdxl_fixes.timesteps import TimestepSampler
 
 # fix -> (which flags bring it into play, whether they do in this run)
 FIXES: dict[str, tuple[str, Callable[[argparse.Namespace, Settings], bool]]] = {
@@ -34,9 +38,25 @@ FIXES: dict[str, tuple[str, Callable[[argparse.Namespace, Settings], bool]]] = {
         "--ip_noise_gamma_random_strength",
         lambda args, settings: settings.perturbation() is not None and settings.ip_noise_gamma_random_strength,
     ),
+    "timesteps": (
+        "--stratified_timesteps, --terminal_timestep_share",
+        lambda args, settings: bool(settings.stratified_timesteps or settings.terminal_timestep_share),
+    ),
+    "previews": ("--zero_terminal_snr, --terminal_sigma", lambda args, settings: settings.changes_schedule),
+    "saving": (
+        "--zero_terminal_snr, --terminal_sigma, --v_parameterization",
+        lambda args, settings: bool(settings.changes_schedule or getattr(args, "v_parameterization", False)),
+    ),
 }
+EVERY_STEP = ("schedule", "loss", "weighting", "noise", "timesteps")  # reached by the end of the first training step
 # plugin flags that mean nothing unless their fix is on
-FLAG_FIXES = {"terminal_sigma": "schedule", "huber_l2_gradient": "loss", "min_snr_floor": "weighting"}
+FLAG_FIXES = {
+    "terminal_sigma": "schedule",
+    "huber_l2_gradient": "loss",
+    "min_snr_floor": "weighting",
+    "stratified_timesteps": "timesteps",
+    "terminal_timestep_share": "timesteps",
+}
 
 
 def parse_fixes(text: str) -> frozenset[str]:
@@ -60,6 +80,8 @@ class Run:
     schedule: NoiseSchedule
     prediction_type: str
     on: frozenset[str]
+    timesteps: TimestepSampler | None = None
+    step: dict[str, torch.Tensor] = field(default_factory=dict)  # passed from one patch to the next within a training step
 
     @classmethod
     def start(cls, args: argparse.Namespace, patches: PatchSet) -> Run:
@@ -80,7 +102,15 @@ class Run:
         schedule = settings.schedule()
         if prediction_type == "epsilon" and schedule.residual_signal == 0:
             warnings.warn(EPSILON_AT_ZERO_SNR.replace("v_prediction", "--v_parameterization"), stacklevel=2)
-        run = cls(settings, schedule, prediction_type, on=frozenset(wanted & allowed))
+        sampler = settings.timesteps(
+            min_timestep=getattr(args, "min_timestep", None) or 0,
+            max_timestep=getattr(args, "max_timestep", None),
+            seed=getattr(args, "seed", None) or 0,
+            rank=int(os.environ.get("RANK", "0")),
+            world_size=int(os.environ.get("WORLD_SIZE", "1")),
+            accumulation=getattr(args, "gradient_accumulation_steps", None) or 1,
+        )
+        run = cls(settings, schedule, prediction_type, frozenset(wanted & allowed), sampler)
         if os.environ.get("RANK", "0") == "0":
             print(run.report(patches, allowed, wanted), file=sys.stderr, flush=True)
         return run
@@ -109,7 +139,14 @@ class Run:
                 f"{self.prediction_type}, terminal sigma {self.schedule.terminal_sigma:.6g} instead of {stock.terminal_sigma:.4g} "
                 f"({100 * self.schedule.residual_signal:.2g} % of the image left instead of {100 * stock.residual_signal:.2g} %)"
             )
-        return {"loss": repr(self.settings.loss()), "noise": repr(self.settings.perturbation()), "weighting": "finite at SNR 0"}[fix]
+        return {
+            "loss": repr(self.settings.loss()),
+            "weighting": "finite at SNR 0" + (", terminal steps kept" if self.settings.min_snr_floor else ""),
+            "noise": repr(self.settings.perturbation()),
+            "timesteps": f"stratified={self.settings.stratified_timesteps}, terminal share {self.settings.terminal_timestep_share or 0:g}",
+            "previews": "sample what is trained",
+            "saving": f"markers {', '.join(markers(self.schedule, self.prediction_type)) or 'none (no UI has one for this table)'}",
+        }[fix]
 
 
 class Session:
@@ -128,7 +165,7 @@ class Session:
 
     def check_reached(self) -> None:
         """Raise RuntimeError if a fix that is on has not been reached although a training step is over."""
-        missed = [] if self.run is None else sorted(fix for fix in self.run.on if not self.patches.calls.get(fix))
+        missed = [] if self.run is None else [fix for fix in EVERY_STEP if fix in self.run.on and not self.patches.calls.get(fix)]
         if missed:
             raise RuntimeError(
                 f"sdxl-fixes: {', '.join(missed)} asked for but never reached in the first training step: this trainer does not call "

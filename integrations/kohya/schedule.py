@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from sdxl_fixes import prediction
-from sdxl_fixes.kohya.run import SESSION
 from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.tables import Table
+
+from .run import SESSION
 
 
 def prepare(original: Callable[..., None], noise_scheduler: Any, device: torch.device, *args: Any, **kwargs: Any) -> None:

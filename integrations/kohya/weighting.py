@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from sdxl_fixes.kohya.run import SESSION, Run
 from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.tables import Table
 from sdxl_fixes.weighting import Debiased, EpsilonLike, MinSNR, PlusVLike, Weighting
+
+from .run import SESSION, Run
 
 
 def min_snr(

@@ -1,0 +1,49 @@
+"""What a saved model says about its schedule: the record in its metadata, marker tensors for UIs, a scheduler config for folders.
+
+A UI reads little: ComfyUI, Forge, reForge and A1111 know the empty top-level tensors ``v_pred`` and ``ztsnr``, which mean SDXL's own
+betas; nobody but diffusers can be told another table. A marker that would make a UI build a wrong table is not written.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from sdxl_fixes.prediction import check_prediction_type
+from sdxl_fixes.schedule import NoiseSchedule
+
+RECORD_KEY = "sdxl_fixes.schedule"
+STAND_IN_SIGMA = 4096.0  # for samplers that cannot start at infinity; the largest power of 2 whose noise fits float16
+
+
+def markers(schedule: NoiseSchedule, prediction_type: str) -> tuple[str, ...]:
+    """Names of the empty tensors that make UIs load the model right; none where no marker says it."""
+    stock = NoiseSchedule.sdxl()
+    zero_snr = schedule == stock.zero_terminal_snr()
+    if check_prediction_type(prediction_type) not in ("epsilon", "v_prediction") or not (zero_snr or schedule == stock):
+        return ()
+    return (("v_pred",) if prediction_type == "v_prediction" else ()) + (("ztsnr",) if zero_snr else ())
+
+
+def metadata(schedule: NoiseSchedule, prediction_type: str) -> dict[str, str | None]:
+    """Entries of ``__metadata__``; None means that the entry must be absent (SwarmUI would build SDXL's own table from it)."""
+    known = {("epsilon",): "epsilon", ("v_pred",): "v", ("v_pred", "ztsnr"): "v-zsnr"}
+    stock_epsilon = ("epsilon",) if prediction_type == "epsilon" and schedule == NoiseSchedule.sdxl() else ()
+    record = {**schedule.to_record(), "prediction_type": check_prediction_type(prediction_type)}
+    return {
+        RECORD_KEY: json.dumps(record, allow_nan=False, separators=(",", ":")),
+        "modelspec.prediction_type": known.get(stock_epsilon or markers(schedule, prediction_type)),
+    }
+
+
+def samplable(schedule: NoiseSchedule) -> NoiseSchedule:
+    """The schedule itself or, if it ends at an infinite sigma, with STAND_IN_SIGMA at its last timestep."""
+    return schedule.with_terminal_sigma(STAND_IN_SIGMA, "last") if schedule.residual_signal == 0 else schedule
+
+
+def scheduler_config(schedule: NoiseSchedule, prediction_type: str) -> dict[str, Any]:
+    """Keys for the scheduler_config.json of a saved folder, as far as a stock diffusers class can follow the schedule."""
+    stock = NoiseSchedule.sdxl()
+    if schedule == stock.zero_terminal_snr():  # named: stock classes and other readers know what the flag means
+        return {**stock.to_config(prediction_type), "rescale_betas_zero_snr": True}
+    return samplable(schedule).to_config(prediction_type)
