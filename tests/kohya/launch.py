@@ -36,6 +36,17 @@ def trace(record):
         record["alphas_cumprod_999"] = float(noise_scheduler.alphas_cumprod[999])
         return noising(args, noise_scheduler, latents, *rest, **kwargs)
 
+    import library.sdxl_lpw_stable_diffusion as pipeline
+
+    generate = pipeline.SdxlStableDiffusionLongPromptWeightingPipeline.__call__
+
+    def traced_generate(self, *args, **kwargs):
+        config, alphas_cumprod = self.scheduler.config, self.scheduler.alphas_cumprod[-1].double()
+        kept = {key: config.get(key) for key in ("timestep_spacing", "prediction_type", "clip_sample")}
+        record["preview"] = {**kept, "terminal_sigma": float(((1 - alphas_cumprod) / alphas_cumprod).sqrt())}
+        return generate(self, *args, **kwargs)
+
+    pipeline.SdxlStableDiffusionLongPromptWeightingPipeline.__call__ = traced_generate
     unet.SdxlUNet2DConditionModel.forward = traced_forward
     train_util.LossRecorder.add = traced_add
     train_util.get_noise_noisy_latents_and_timesteps = traced_noising

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from sdxl_fixes import MinSNR, NoiseSchedule
 
@@ -142,3 +143,61 @@ def test_wrong_flags_are_one_sentence_before_any_model_is_loaded(train, flags, s
 def test_epsilon_with_zero_terminal_snr_warns_and_trains(train):
     process, trace = train("module", "sdxl_train.py", "--zero_terminal_snr", "--min_snr_gamma", "5", steps=1)
     assert "Use --v_parameterization" in process.stderr and len(trace["losses"]) == 1
+
+
+def saved(tmp_path):
+    with safe_open(tmp_path / "out" / "out.safetensors", framework="pt") as file:
+        return set(file.keys()), file.metadata()
+
+
+@pytest.mark.parametrize(
+    ("flags", "markers", "prediction_type", "terminal"),
+    [
+        (("--v_parameterization",), {"v_pred"}, "v", 14.6146),
+        (("--v_parameterization", "--zero_terminal_snr"), {"v_pred", "ztsnr"}, "v-zsnr", float("inf")),
+        (("--v_parameterization", "--terminal_sigma", "300"), set(), None, 300),
+    ],
+)
+def test_full_model_says_how_to_sample_it(train, tmp_path, flags, markers, prediction_type, terminal):
+    train("module", "sdxl_train.py", *flags, steps=1)
+    keys, metadata = saved(tmp_path)
+    assert keys & {"v_pred", "ztsnr"} == markers and len(keys) > 900
+    assert metadata.get("modelspec.prediction_type") == prediction_type
+    record = json.loads(metadata["sdxl_fixes.schedule"])
+    assert NoiseSchedule.from_record(record).terminal_sigma == pytest.approx(terminal, rel=1e-5) and record["prediction_type"] == "v_prediction"
+
+
+def test_network_carries_the_record_and_no_marker(train, tmp_path):
+    train("module", "sdxl_train_network.py", "--v_parameterization", "--zero_terminal_snr", steps=1)
+    keys, metadata = saved(tmp_path)
+    assert not keys & {"v_pred", "ztsnr"} and metadata["modelspec.prediction_type"] == "v-zsnr"
+    assert NoiseSchedule.from_json(metadata["sdxl_fixes.schedule"]) == NoiseSchedule.sdxl().zero_terminal_snr()
+
+
+def test_stock_epsilon_model_is_saved_as_upstream_saves_it(train, tmp_path):
+    train("module", "sdxl_train.py", steps=1)
+    keys, metadata = saved(tmp_path)
+    assert not keys & {"v_pred", "ztsnr"} and "sdxl_fixes.schedule" not in metadata
+
+
+@pytest.mark.parametrize("flags", [("--zero_terminal_snr",), ("--terminal_sigma", "300", "--terminal_sigma_method", "rescale")])
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpmsolver++"])
+def test_previews_follow_the_trained_schedule(train, tmp_path, flags, sampler):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a ginger cat --w 128 --h 128 --s 3 --l 5 --d 1\n")
+    preview = ("--sample_prompts", str(prompts), "--sample_every_n_steps", "1", "--sample_sampler", sampler)
+    _, trace = train("module", "sdxl_train.py", *flags, "--v_parameterization", *preview, steps=1)
+    config = trace["preview"]
+    assert config["timestep_spacing"] == "trailing" and config["prediction_type"] == "v_prediction" and not config["clip_sample"]
+    exact = sampler == "ddim" or "300" in flags
+    assert config["terminal_sigma"] == pytest.approx(float("inf") if exact and "300" not in flags else 300 if exact else 4096, rel=1e-3)
+    assert list((tmp_path / "out" / "sample").glob("*.png"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_stratified_terminal_weighted_timesteps_train(train, script):
+    flags = ("--zero_terminal_snr", "--v_parameterization", "--stratified_timesteps", "--terminal_timestep_share", "0.5")
+    _, trace = train("module", script, *flags, steps=6)
+    drawn = [t for step in trace["timesteps"] for t in step]
+    assert sum(t >= 880 for t in drawn) >= 4  # half of 12 draws and an eighth of the others, one in each of a step's two slices
+    assert all(0 < loss < 10 for loss in trace["losses"])
