@@ -59,7 +59,12 @@ class Loss:
         return None
 
     def __call__(
-        self, prediction: torch.Tensor, target: torch.Tensor, delta: torch.Tensor | None = None, mask: torch.Tensor | None = None
+        self,
+        prediction: torch.Tensor,
+        target: torch.Tensor,
+        delta: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Loss of each element, float32, shape of ``prediction`` [B, ...]; ``mask`` (broadcastable, 0 to 1) multiplies it."""
         residual = prediction.float() - target.float()
@@ -75,8 +80,8 @@ class ScheduledHuber:
                  snr          delta = ((1 - c)/(1 + sigma_t)^2 + c) scale   (near 1 to c; exactly c at SNR 0)
     l2_gradient  A smaller delta also shrinks the gradient, so a learning rate tuned for l2 is too low. This keeps the norm of the
                  gradient at the prediction what l2 would give, leaving its shape to Huber: "sample" for each sample (a bad image then
-                 counts as much as under l2, bad pixels in it do not), "batch" for the batch as a whole (bad images count less, too).
-                 The factor is a constant of the step: no gradient flows through it.
+                 counts as much as under l2, bad pixels in it do not), "batch" for the batch as a whole (bad images count less, too;
+                 pass the ``weights`` that will multiply each sample's loss). No gradient flows through the factor.
     """
 
     kind: str = "huber"
@@ -109,21 +114,27 @@ class ScheduledHuber:
         return delta * self.scale
 
     def __call__(
-        self, prediction: torch.Tensor, target: torch.Tensor, delta: torch.Tensor, mask: torch.Tensor | None = None
+        self,
+        prediction: torch.Tensor,
+        target: torch.Tensor,
+        delta: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Loss of each element, float32, shape of ``prediction`` [B, ...]; ``delta`` has shape [B] or broadcasts; ``mask``
-        (broadcastable, 0 to 1) multiplies the loss."""
+        (broadcastable, 0 to 1) multiplies the loss; ``weights`` [B], which the caller will apply, matter to l2_gradient="batch" only."""
         residual = prediction.float() - target.float()
         delta = delta.float()
         delta = delta.reshape(-1, *[1] * (residual.ndim - 1)) if delta.ndim == 1 else delta
         loss = _masked(huber(residual, delta) if self.kind == "huber" else smooth_l1(residual, delta), mask)
-        return loss if self.l2_gradient is None else loss * self._gain(residual.detach(), delta, mask)
+        return loss if self.l2_gradient is None else loss * self._gain(residual.detach(), delta, mask, weights)
 
-    def _gain(self, residual: torch.Tensor, delta: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def _gain(self, residual: torch.Tensor, delta: torch.Tensor, mask: torch.Tensor | None, weights: torch.Tensor | None) -> torch.Tensor:
         """|gradient of l2| / |gradient of this loss|, per sample or for the batch; 1 where both are 0."""
         slope = residual / torch.sqrt(residual**2 + delta**2) * (delta if self.kind == "huber" else 1.0)
+        shares = torch.ones_like(residual) if weights is None else weights.reshape(-1, *[1] * (residual.ndim - 1))
         over = list(range(1 if self.l2_gradient == "sample" else 0, residual.ndim))
-        wanted, got = (_masked(x, mask).square().sum(over, keepdim=True).sqrt() for x in (residual, slope))
+        wanted, got = ((_masked(x, mask) * shares).square().sum(over, keepdim=True).sqrt() for x in (residual, slope))
         return torch.where(got > 0, wanted / got.clamp_min(torch.finfo(got.dtype).tiny), torch.ones_like(got))
 
 

@@ -28,8 +28,8 @@ class Step:
 
     noisy: torch.Tensor  # [B, C, H, W], the latents' dtype: the network's input
     timesteps: torch.Tensor  # [B]: what the network is told; int64 timesteps, for flow_prediction float T * s
-    target: torch.Tensor  # [B, C, H, W], float32
-    noise: torch.Tensor  # [B, C, H, W], float32, unperturbed
+    target: torch.Tensor  # [B, C, H, W], float32 (float64 for float64 latents)
+    noise: torch.Tensor  # [B, C, H, W], of the target's dtype, unperturbed
     index: torch.Tensor  # [B], int64: row of the schedule's tables
     importance: torch.Tensor | None  # [B], float32: from the timestep sampler
 
@@ -65,6 +65,8 @@ class Objective:
         self.loss_function = Loss("l2") if loss is None else loss
         self.weighting, self.perturbation, self.offset = weighting, perturbation, offset
         self.timesteps = TimestepSampler(schedule) if timesteps is None else timesteps
+        if self.timesteps.schedule != schedule:
+            raise ValueError(f"the timestep sampler was made for {self.timesteps.schedule!r}, the objective for {schedule!r}: one schedule")
         if prediction_type == "epsilon" and schedule.residual_signal == 0:
             warnings.warn(EPSILON_AT_ZERO_SNR, stacklevel=2)
         alpha, sigma = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
@@ -85,15 +87,18 @@ class Objective:
     ) -> Step:
         """Noise ``latents`` (x0, [B, C, H, W], scaled as the network expects). ``index`` fixes the timesteps ([B], int64).
 
-        Random numbers are drawn in kohya's order: noise, offset, timesteps, perturbation. Raises ValueError for latents that are not
-        finite (see the class).
+        ``training=False`` is for evaluation: no perturbation, and a stratified sampler does not advance. Random numbers are drawn in
+        kohya's order (noise, offset, timesteps, perturbation), on the CPU the very same numbers. Stratified timesteps are drawn by
+        numpy: under torch.compile draw outside the compiled function. Raises ValueError for latents that are not finite (see the class).
         """
+        self._check_index(latents, index)
         self._check(latents)
-        noise = torch.randn(latents.shape, dtype=torch.float32, device=latents.device, generator=generator)
+        dtype = torch.promote_types(latents.dtype, torch.float32)
+        noise = torch.randn(latents.shape, dtype=dtype, device=latents.device, generator=generator)
         if self.offset is not None:
             noise = self.offset(noise, generator)
         if index is None:
-            index = self.timesteps.draw(len(latents), latents.device, generator)
+            index = self.timesteps.draw(len(latents), latents.device, generator, training)
         seen = self.perturbation(noise, generator) if training and self.perturbation is not None else noise
         alpha, sigma = self._alpha(index, latents.ndim), self._sigma(index, latents.ndim)
         return Step(
@@ -115,20 +120,33 @@ class Objective:
         if prediction.shape != step.target.shape:
             raise ValueError(f"prediction has shape {tuple(prediction.shape)}, the target {tuple(step.target.shape)}: they must be equal")
         delta = None if self._delta is None else self._delta(step.index, prediction.ndim)
-        loss = self.loss_function(prediction, step.target, delta, mask).flatten(1).mean(1)  # type: ignore[arg-type]
-        if self._weight is not None:
-            loss = loss * self._weight(step.index)
-        if step.importance is not None:
-            loss = loss * step.importance
+        weights = self.weights(step)
+        loss = self.loss_function(prediction, step.target, delta, mask, weights).flatten(1).mean(1)  # type: ignore[arg-type]
+        if weights is not None:
+            loss = loss * weights
         return loss.mean() if reduction == "mean" else loss
+
+    def weights(self, step: Step) -> torch.Tensor | None:
+        """What multiplies each sample's loss, the SNR weight times the importance weight: float32, [B]; None for 1."""
+        parts = [part for part in (None if self._weight is None else self._weight(step.index), step.importance) if part is not None]
+        return None if not parts else parts[0] if len(parts) == 1 else parts[0] * parts[1]
+
+    def _check_index(self, latents: torch.Tensor, index: torch.Tensor | None) -> None:
+        if index is None:
+            return
+        if index.shape != latents.shape[:1]:
+            raise ValueError(f"index must hold one timestep per sample, shape {tuple(latents.shape[:1])}, got {tuple(index.shape)}")
+        if index.device.type == "cpu" and not torch.compiler.is_compiling() and len(index):
+            if not 0 <= int(index.min()) <= int(index.max()) < len(self.schedule):
+                raise ValueError(f"index must lie in 0..{len(self.schedule) - 1}, got {int(index.min())} to {int(index.max())}")
 
     def _check(self, latents: torch.Tensor) -> None:
         if torch.compiler.is_compiling() or (self._checked and latents.device.type != "cpu"):
             return
-        self._checked = True
         if not bool(torch.isfinite(latents).all()):
             bad = int((~torch.isfinite(latents)).sum())
             raise ValueError(
                 f"{bad} of {latents.numel()} latent values are not finite: re-encode these images with the VAE in float32 "
                 "(SDXL's own VAE overflows in float16)"
             )
+        self._checked = True

@@ -10,8 +10,8 @@ Every prediction y is a combination of the clean latents x0 and the noise, and s
     flow_prediction  p = -1,   q = 1            (arXiv:2209.03003: noise - x0)
 
 Two equations, two unknowns; the determinant alpha q - sigma p is alpha, -sigma, alpha^2 + sigma^2 and alpha + sigma. Only epsilon's
-vanishes at SNR 0 (alpha = 0): there the sample is the noise and says nothing about x0. Nothing here asks alpha^2 + sigma^2 = 1, so
-rectified flow's x = (1 - s) x0 + s noise is served by alpha = 1 - s, sigma = s.
+vanishes at SNR 0 (alpha = 0): there the sample is the noise and says nothing about x0; only sample's at sigma 0. Nothing here asks
+alpha^2 + sigma^2 = 1, so rectified flow's x = (1 - s) x0 + s noise is served by alpha = 1 - s, sigma = s.
 
 ``alpha`` and ``sigma`` are numbers, tensors of shape [B], or tensors that broadcast against the sample [B, ...]; arithmetic is float32
 or better.
@@ -55,8 +55,8 @@ def x0_and_noise(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The clean latents and the noise that ``prediction`` implies for ``sample`` (both shape [B, ...]).
 
-    Raises ValueError for epsilon where alpha is 0. That check reads the values (one host sync on an accelerator), so it is not for
-    the inside of a training step.
+    Raises ValueError for epsilon where alpha is 0 and for sample where sigma is 0. That check reads the values (one host sync on an
+    accelerator), so it is not for the inside of a training step.
     """
     sample, prediction = _precise(sample), _precise(prediction)
     alpha, sigma = _level(alpha, sample), _level(sigma, sample)
@@ -65,6 +65,8 @@ def x0_and_noise(
             "x0 cannot be recovered from an epsilon prediction at SNR 0, where the sample is all noise: "
             "use v_prediction, or a finite terminal sigma"
         )
+    if prediction_type == "sample" and bool((torch.as_tensor(sigma) == 0).any()):
+        raise ValueError("the noise cannot be recovered from an x0 prediction at sigma 0, where the sample holds none of it")
     p, q = _combination(prediction_type, alpha, sigma)
     determinant = alpha * q - sigma * p
     return (q * sample - sigma * prediction) / determinant, (alpha * prediction - p * sample) / determinant
@@ -73,7 +75,7 @@ def x0_and_noise(
 def convert(prediction: torch.Tensor, source: str, to: str, sample: torch.Tensor, alpha: Level, sigma: Level) -> torch.Tensor:
     """``prediction`` of type ``source`` for ``sample``, as the prediction of type ``to``. Raises as :func:`x0_and_noise`."""
     if check_prediction_type(source) == check_prediction_type(to):
-        return prediction
+        return _precise(prediction)
     x0, noise = x0_and_noise(prediction, source, sample, alpha, sigma)
     return target(to, x0, noise, alpha, sigma)
 

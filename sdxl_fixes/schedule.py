@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -52,9 +53,22 @@ class NoiseSchedule:
             raise ValueError(
                 f"the noise level must rise at every timestep: betas must lie in (0, 1) (the last may be 1), but betas[{t}] = {betas[t]:g}"
             )
+        table = np.cumprod(1 - betas)
+        if not (np.diff(table, prepend=1.0) < 0).all():
+            t = int(np.argmin(np.diff(table, prepend=1.0) < 0))
+            raise ValueError(
+                f"the noise level must rise at every timestep, but at timestep {t} betas = {betas[t]:g} does not raise it in float64"
+            )
         betas.setflags(write=False)
         object.__setattr__(self, "betas", betas)
-        object.__setattr__(self, "recipe", tuple(dict(step) for step in self.recipe) or ({"make": "betas"},))
+        steps = tuple(MappingProxyType(dict(step)) for step in self.recipe) or (MappingProxyType({"make": "betas"}),)
+        object.__setattr__(self, "recipe", steps)
+        law = self._law()
+        if law is not None and not np.array_equal(betas, _LAWS[law["make"]](law["beta_start"], law["beta_end"], len(betas))):
+            raise ValueError(f"the recipe says {_describe(law)}, but the betas are others")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return NoiseSchedule, (self.betas.copy(), tuple(dict(step) for step in self.recipe))
 
     # ---------------------------------------------------------------- makers
 
@@ -66,15 +80,12 @@ class NoiseSchedule:
     @classmethod
     def scaled_linear(cls, beta_start: float = 0.00085, beta_end: float = 0.012, num_timesteps: int = 1000) -> NoiseSchedule:
         """Betas whose square roots rise linearly (latent diffusion, arXiv:2112.10752)."""
-        _check_beta_range(beta_start, beta_end, num_timesteps)
-        betas = np.linspace(math.sqrt(beta_start), math.sqrt(beta_end), num_timesteps) ** 2
-        return cls(betas, (_maker("scaled_linear", beta_start, beta_end, num_timesteps),))
+        return cls._from_law("scaled_linear", beta_start, beta_end, num_timesteps)
 
     @classmethod
     def linear(cls, beta_start: float = 0.0001, beta_end: float = 0.02, num_timesteps: int = 1000) -> NoiseSchedule:
         """Betas that rise linearly (DDPM, arXiv:2006.11239)."""
-        _check_beta_range(beta_start, beta_end, num_timesteps)
-        return cls(np.linspace(beta_start, beta_end, num_timesteps), (_maker("linear", beta_start, beta_end, num_timesteps),))
+        return cls._from_law("linear", beta_start, beta_end, num_timesteps)
 
     @classmethod
     def cosine(cls, s: float = 0.008, max_beta: float = 0.999, num_timesteps: int = 1000) -> NoiseSchedule:
@@ -93,9 +104,8 @@ class NoiseSchedule:
         if not (math.isfinite(shift) and shift > 0):
             raise ValueError(f"shift must be a positive number, got {shift}")
         u = np.arange(1, num_timesteps + 1) / num_timesteps
-        s = shift * u / (1 + (shift - 1) * u)
         with np.errstate(divide="ignore"):
-            sigmas = s / (1 - s)
+            sigmas = shift * u / (1 - u)  # s/(1 - s)
         return cls.from_sigmas(sigmas)._renamed({"make": "flow", "shift": float(shift), "num_timesteps": int(num_timesteps)})
 
     @classmethod
@@ -110,7 +120,8 @@ class NoiseSchedule:
         _check_steps("alphas_cumprod", table, falling=True)
         if not (table[0] < 1 and table[-1] >= 0):
             raise ValueError(f"alphas_cumprod must lie in [0, 1), got {table[0]:g} ... {table[-1]:g}")
-        return cls(_betas(table), ({"make": "alphas_cumprod"},))
+        schedule = cls(_betas(table), ({"make": "alphas_cumprod"},))
+        return schedule._checked_end(math.sqrt((1 - table[-1]) / table[-1]) if table[-1] > 0 else math.inf)
 
     @classmethod
     def from_sigmas(cls, sigmas: npt.ArrayLike) -> NoiseSchedule:
@@ -119,7 +130,9 @@ class NoiseSchedule:
         _check_steps("sigmas", table, falling=False)
         if not table[0] > 0:
             raise ValueError(f"sigmas must be positive, but sigmas[0] = {table[0]:g}")
-        return cls(_betas(1 / (1 + table**2)), ({"make": "sigmas"},))
+        with np.errstate(over="ignore"):
+            schedule = cls(_betas(1 / (1 + table**2)), ({"make": "sigmas"},))
+        return schedule._checked_end(float(table[-1]))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
@@ -141,9 +154,8 @@ class NoiseSchedule:
         elif config["beta_schedule"] == "squaredcos_cap_v2":
             schedule = cls.cosine(num_timesteps=num_timesteps)
         elif config["beta_schedule"] in ("linear", "scaled_linear"):
-            make = cls.linear if config["beta_schedule"] == "linear" else cls.scaled_linear
-            ends = {name: config[name] for name in ("beta_start", "beta_end") if name in config}
-            schedule = make(**ends, num_timesteps=num_timesteps)
+            ends = (config.get("beta_start", 0.0001), config.get("beta_end", 0.02))  # diffusers' own defaults
+            schedule = cls._from_law(config["beta_schedule"], *ends, num_timesteps)
         else:
             raise ValueError(
                 f"unknown beta_schedule {config['beta_schedule']!r} in the scheduler config: expected one of {DIFFUSERS_BETA_SCHEDULES}"
@@ -157,18 +169,20 @@ class NoiseSchedule:
         Raises ValueError when they disagree (a class that ignores rescale_betas_zero_snr, betas overwritten after construction).
         """
         schedule = cls.from_config(scheduler.config)
-        table = getattr(scheduler, "alphas_cumprod", None)
-        if table is None:
-            return schedule
-        actual = np.asarray(table.detach().cpu(), dtype=np.float64)
-        same = np.isclose(actual, schedule.alphas_cumprod, rtol=1e-3, atol=1e-9)
-        if schedule.residual_signal == 0 and 0 <= actual[-1] < 1e-6:
-            same[-1] = True  # diffusers' stand-in for 0: 2**-24
-        if len(actual) != len(schedule) or not same.all():
+        for name in ("alphas_cumprod", "betas"):
+            if getattr(scheduler, name, None) is None:
+                continue
+            actual, expected = _as_array(getattr(scheduler, name)), getattr(schedule, name)
+            if len(actual) == len(expected):
+                same = np.isclose(actual, expected, rtol=1e-3, atol=1e-9)
+                if schedule.residual_signal == 0 and name == "alphas_cumprod" and 0 <= actual[-1] < 1e-6:
+                    same[-1] = True  # diffusers' stand-in for 0: 2**-24
+                if same.all():
+                    continue
             raise ValueError(
-                f"{type(scheduler).__name__}'s alphas_cumprod (last: {actual[-1]:.6g}) is not what its config says (last: "
-                f"{schedule.alphas_cumprod[-1]:.6g}): use NoiseSchedule.from_alphas_cumprod(scheduler.alphas_cumprod) if the tensor "
-                "is right, NoiseSchedule.from_config(scheduler.config) if the config is"
+                f"{type(scheduler).__name__}'s {name} ({len(actual)}, last {actual[-1]:.6g}) is not what its config says "
+                f"({len(expected)}, last {expected[-1]:.6g}): use NoiseSchedule.from_alphas_cumprod(scheduler.alphas_cumprod) if the "
+                "tensor is right, NoiseSchedule.from_config(scheduler.config) if the config is"
             )
         return schedule
 
@@ -198,12 +212,12 @@ class NoiseSchedule:
             raise ValueError(f"start belongs to method 'tail', not to {method!r}: leave it out")
         if method == "beta_end":
             return self._with_beta_end_for(sigma)
-        signal = 1 / math.sqrt(1 + sigma**2) if math.isfinite(sigma) else 0.0
+        signal = 1 / math.hypot(1, sigma)  # 0 for infinity
         step = {"change": "terminal_sigma", "sigma": _number(sigma), "method": method}
         if method == "rescale":
-            return self._rescaled(signal, step)
+            return self._rescaled(signal, step)._checked_end(sigma)
         last = len(self) - 1
-        start = last - 1 if method == "last" else (3 * len(self) // 4 if start is None else int(start))
+        start = last - 1 if method == "last" else (min(3 * len(self) // 4, last - 1) if start is None else int(start))
         if not 0 <= start < last:
             raise ValueError(f"start must be a timestep in 0..{last - 1}, got {start}")
         fade = np.clip((np.arange(len(self)) - start) / (last - start), 0, 1) ** 2
@@ -216,7 +230,7 @@ class NoiseSchedule:
                 f"terminal sigma {sigma:g} by {method!r} would make sigma fall again before the end "
                 f"(this schedule ends at {self.terminal_sigma:.4g}): use a larger sigma or method 'rescale'"
             )
-        return NoiseSchedule(betas, (*self.recipe, step | ({"start": start} if method == "tail" else {})))
+        return NoiseSchedule(betas, (*self.recipe, step | ({"start": start} if method == "tail" else {})))._checked_end(sigma)
 
     def for_resolution(self, width: int, height: int, base: int = 512, method: str = "beta_end") -> NoiseSchedule:
         """The terminal sigma for a canvas of width x height pixels: it doubles with every doubling of the canvas's length, from this
@@ -247,7 +261,7 @@ class NoiseSchedule:
     @cached_property
     def sigmas(self) -> Array:
         """Noise-to-signal ratio sqrt((1 - alphas_cumprod)/alphas_cumprod); infinite at SNR 0."""
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", over="ignore"):
             sigmas: Array = np.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
         return _frozen(sigmas)
 
@@ -295,7 +309,12 @@ class NoiseSchedule:
             raise ValueError(f'not a schedule record: expected an object with "format": "{RECORD_FORMAT}"')
         if record.get("version") != RECORD_VERSION:
             raise ValueError(f"schedule record version {record.get('version')!r} is not {RECORD_VERSION}: update sdxl-fixes to read it")
-        return cls(_as_table("betas", record.get("betas", ())), tuple(record.get("recipe", ())))
+        betas, recipe = record.get("betas"), record.get("recipe")
+        if not isinstance(betas, list) or not all(isinstance(beta, float | int) for beta in betas):
+            raise ValueError("the schedule record's betas must be a list of numbers")
+        if not isinstance(recipe, list) or not all(isinstance(step, Mapping) and ({"make", "change"} & set(step)) for step in recipe):
+            raise ValueError('the schedule record\'s recipe must be a list of objects with "make" or "change"')
+        return cls(_as_table("betas", betas), tuple(recipe))
 
     def to_json(self) -> str:
         """The record as strict JSON (an infinite sigma is the string "inf")."""
@@ -307,7 +326,8 @@ class NoiseSchedule:
         return cls.from_record(json.loads(text))
 
     def to_config(self, prediction_type: str | None = None) -> dict[str, Any]:
-        """This schedule as keys of a diffusers scheduler config, for ``SchedulerClass.from_config({**scheduler.config, **these})``.
+        """This schedule as keywords of a diffusers scheduler config: ``SchedulerClass.from_config(scheduler.config, **these)``. (Merged
+        into a copy of ``scheduler.config`` they would be lost: diffusers drops what its ``_use_default_values`` lists.)
 
         A linear or scaled_linear law is named (every diffusers class obeys it); any other table becomes trained_betas. Spacing is
         trailing, so that sampling starts at the terminal timestep. ``NoiseSchedule.from_config`` gives the equal schedule back.
@@ -334,7 +354,23 @@ class NoiseSchedule:
 
     def _law(self) -> Mapping[str, Any] | None:
         """The recipe's only step if it is a law with beta_start and beta_end."""
-        return self.recipe[0] if len(self.recipe) == 1 and self.recipe[0]["make"] in ("linear", "scaled_linear") else None
+        return self.recipe[0] if len(self.recipe) == 1 and self.recipe[0].get("make") in _LAWS else None
+
+    @classmethod
+    def _from_law(cls, make: str, beta_start: float, beta_end: float, num_timesteps: int) -> NoiseSchedule:
+        if not (0 < beta_start <= beta_end < 1):
+            raise ValueError(f"betas must satisfy 0 < beta_start <= beta_end < 1, got {beta_start:g} and {beta_end:g}")
+        if num_timesteps < 2:
+            raise ValueError(f"num_timesteps must be at least 2, got {num_timesteps}")
+        step = {"make": make, "beta_start": float(beta_start), "beta_end": float(beta_end), "num_timesteps": int(num_timesteps)}
+        return cls(_LAWS[make](beta_start, beta_end, num_timesteps), (step,))
+
+    def _checked_end(self, sigma: float) -> NoiseSchedule:
+        if sigma != self.terminal_sigma and not math.isclose(sigma, self.terminal_sigma, rel_tol=1e-6):
+            raise ValueError(
+                f"terminal sigma {sigma:g} is too large for a table of float64 betas: use infinity (zero terminal SNR) instead"
+            )
+        return self
 
     def _renamed(self, step: Mapping[str, Any]) -> NoiseSchedule:
         return NoiseSchedule(self.betas, (step,))
@@ -351,22 +387,36 @@ class NoiseSchedule:
             raise ValueError("method 'beta_end' needs an unchanged linear or scaled_linear schedule: use 'rescale', 'tail' or 'last'")
         if math.isinf(sigma):
             raise ValueError("no beta_end gives an infinite terminal sigma: use zero_terminal_snr(), or method 'rescale', 'tail' or 'last'")
-        make = NoiseSchedule.linear if law["make"] == "linear" else NoiseSchedule.scaled_linear
+        start = law["beta_start"]
 
-        def at(end: float) -> NoiseSchedule:
-            return make(law["beta_start"], end, len(self))
+        def reached(end: float) -> float:
+            with np.errstate(divide="ignore", over="ignore"):
+                left = np.cumprod(1 - _LAWS[law["make"]](start, end, len(self)))[-1]
+                return float(np.sqrt((1 - left) / left))
 
-        low, high = law["beta_start"], 1 - 1e-9
-        if not at(low).terminal_sigma <= sigma <= at(high).terminal_sigma:
+        low, high = start, 1 - 1e-9
+        if not reached(low) <= sigma <= reached(high):
             raise ValueError(
-                f"no beta_end from {low:g} to 1 gives terminal sigma {sigma:g} (this law reaches {at(low).terminal_sigma:.4g} to "
-                f"{at(high).terminal_sigma:.4g}): use method 'rescale', 'tail' or 'last'"
+                f"no beta_end from {low:g} to 1 gives terminal sigma {sigma:g} (this law reaches {reached(low):.4g} to "
+                f"{reached(high):.4g}): use method 'rescale', 'tail' or 'last'"
             )
-        return at(_bisect(lambda end: at(end).terminal_sigma - sigma, low, high))
+        return NoiseSchedule._from_law(law["make"], start, _bisect(lambda end: reached(end) - sigma, low, high), len(self))
+
+
+# beta_start, beta_end, T -> betas
+_LAWS: dict[str, Callable[[float, float, int], Array]] = {
+    "linear": lambda start, end, count: np.linspace(start, end, count),
+    "scaled_linear": lambda start, end, count: np.linspace(math.sqrt(start), math.sqrt(end), count) ** 2,
+}
+
+
+def _as_array(values: Any) -> Array:
+    """Numbers, arrays, or tensors of any dtype and device."""
+    return np.array(values.detach().cpu().tolist() if hasattr(values, "detach") else values, dtype=np.float64)
 
 
 def _as_table(name: str, values: npt.ArrayLike, last_may_be_inf: bool = False) -> Array:
-    table = np.array(values, dtype=np.float64)
+    table = _as_array(values)
     if table.ndim != 1 or len(table) < 2:
         raise ValueError(f"{name} must be one row of at least 2 numbers, got shape {table.shape}")
     checked = table[:-1] if last_may_be_inf and table[-1] == math.inf else table
@@ -383,13 +433,6 @@ def _check_steps(name: str, table: Array, falling: bool) -> None:
         raise ValueError(f"{name} must {way} at every timestep, but {name}[{t}] = {table[t]:g} and {name}[{t + 1}] = {table[t + 1]:g}")
 
 
-def _check_beta_range(beta_start: float, beta_end: float, num_timesteps: int) -> None:
-    if not (0 < beta_start <= beta_end < 1):
-        raise ValueError(f"betas must satisfy 0 < beta_start <= beta_end < 1, got {beta_start:g} and {beta_end:g}")
-    if num_timesteps < 2:
-        raise ValueError(f"num_timesteps must be at least 2, got {num_timesteps}")
-
-
 def _betas(alphas_cumprod: Array) -> Array:
     betas: Array = 1 - alphas_cumprod / np.concatenate(([1.0], alphas_cumprod[:-1]))
     return betas
@@ -398,10 +441,6 @@ def _betas(alphas_cumprod: Array) -> Array:
 def _frozen(table: npt.NDArray[Any]) -> Array:
     table.setflags(write=False)
     return table
-
-
-def _maker(make: str, beta_start: float, beta_end: float, num_timesteps: int) -> dict[str, Any]:
-    return {"make": make, "beta_start": float(beta_start), "beta_end": float(beta_end), "num_timesteps": int(num_timesteps)}
 
 
 def _number(value: float) -> float | str:

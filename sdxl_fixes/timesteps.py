@@ -44,6 +44,8 @@ class TimestepSampler:
         max_timestep = steps if max_timestep is None else max_timestep
         if not 0 <= min_timestep < max_timestep <= steps:
             raise ValueError(f"timesteps need 0 <= min < max <= {steps}, got min_timestep={min_timestep}, max_timestep={max_timestep}")
+        if terminal_start is not None and not terminal_share:
+            raise ValueError("terminal_start needs a terminal_share: the share of the draws that goes there")
         if not 0 <= terminal_share < 1:
             raise ValueError(f"terminal_share must lie in [0, 1), got {terminal_share}")
         if not (world_size >= 1 and 0 <= rank < world_size and accumulation >= 1):
@@ -53,11 +55,12 @@ class TimestepSampler:
         if terminal_start is None:
             added = schedule.sigmas > NoiseSchedule.sdxl().terminal_sigma * (1 + 1e-9)
             terminal_start = int(np.argmax(added)) if added.any() else steps
-        if terminal_share and not min_timestep <= terminal_start < max_timestep:
+        if terminal_share and not 0 <= terminal_start < max_timestep:
             raise ValueError(
                 f"terminal_share needs timesteps above sigma 14.6 in [{min_timestep}, {max_timestep}), and {schedule!r} has none there: "
                 "use zero terminal SNR or a larger terminal sigma, or give terminal_start"
             )
+        self.schedule = schedule
         self.min_timestep, self.max_timestep, self.stratified = int(min_timestep), int(max_timestep), stratified
         self._seed, self._rank, self._world_size, self._accumulation, self._drawn = int(seed), rank, world_size, accumulation, 0
         t = np.arange(self.min_timestep, self.max_timestep)
@@ -70,11 +73,13 @@ class TimestepSampler:
             else Table(np.concatenate([np.ones(self.min_timestep), 1 / (len(t) * self.probabilities), np.ones(steps - self.max_timestep)]))
         )
 
-    def draw(self, batch_size: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> torch.Tensor:
-        """``batch_size`` timesteps, int64, shape [B], on ``device``."""
+    def draw(
+        self, batch_size: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None, training: bool = True
+    ) -> torch.Tensor:
+        """``batch_size`` timesteps, int64, shape [B], on ``device``; ``training=False`` draws independently and counts nothing."""
         device = torch.device(device)
-        if self.stratified:
-            u = torch.from_numpy(self._strata(batch_size).astype(np.float32)).to(device)
+        if self.stratified and training:
+            u = torch.from_numpy(self._strata(batch_size).astype(np.float32)).to(device, non_blocking=True)
         elif self._weights is None:
             return torch.randint(self.min_timestep, self.max_timestep, (batch_size,), device=device, generator=generator)
         else:
@@ -87,11 +92,18 @@ class TimestepSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """Where stratified draws stand."""
-        return {"drawn": self._drawn, "seed": self._seed}
+        return {"drawn": self._drawn, "accumulation": self._accumulation, "seed": self._seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of :meth:`state_dict`."""
-        self._drawn, self._seed = int(state["drawn"]), int(state["seed"])
+        """Inverse of :meth:`state_dict`. Another accumulation (or world size) continues with the next optimizer step; raises ValueError
+        if the state was taken inside one."""
+        steps, inside = divmod(int(state["drawn"]), int(state["accumulation"]))
+        if inside and state["accumulation"] != self._accumulation:
+            raise ValueError(
+                f"the sampler was saved inside an optimizer step of {state['accumulation']} draws, and this one has {self._accumulation}: "
+                "save at the end of a step to change the accumulation"
+            )
+        self._drawn, self._seed = steps * self._accumulation + inside, int(state["seed"])
 
     def _strata(self, batch_size: int) -> np.ndarray[Any, np.dtype[np.float64]]:
         step, micro = divmod(self._drawn, self._accumulation)

@@ -36,8 +36,8 @@ class MinSNR(Weighting):
     """min(SNR, gamma) on the x0 loss (arXiv:2303.09556 section 3.4).
 
     eps: min(SNR, gamma)/SNR, whose limit at SNR 0 is 1. v: min(SNR, gamma)/(SNR + 1), which is 0 at SNR 0: the textbook form gives no
-    weight to the terminal step that zero terminal SNR adds. ``floor=True`` uses min(SNR + 1, gamma) on the x0 loss instead, which is
-    min(1, gamma/(SNR + 1)) for v, hence 1 there; for eps, already 1, nothing changes.
+    weight to the terminal step that zero terminal SNR adds. ``floor=True`` uses min(SNR + 1, gamma) on the x0 loss of v, sample and
+    flow instead, which is min(1, gamma/(SNR + 1)) for v, hence 1 there (for gamma of at least 1); for eps, already 1, nothing changes.
     """
 
     gamma: float = 5.0
@@ -105,6 +105,9 @@ class EpsilonLike(Weighting):
 
     snr_limit: float = 1000.0
 
+    def __post_init__(self) -> None:
+        _check_positive("snr_limit", self.snr_limit)
+
     def __call__(self, snr: Array, prediction_type: str) -> Array:
         snr = np.minimum(snr, self.snr_limit)
         return snr / (snr + 1)
@@ -125,6 +128,7 @@ class PlusVLike(Weighting):
     def __post_init__(self) -> None:
         _check_positive("v_pred_like_loss", self.amount)
         _check_positive("cap", self.cap)
+        _check_positive("snr_limit", self.snr_limit)
 
     def __call__(self, snr: Array, prediction_type: str) -> Array:
         snr = np.minimum(snr, self.snr_limit)
@@ -133,6 +137,7 @@ class PlusVLike(Weighting):
 
 def _error_ratio(snr: Array, prediction_type: str) -> Array:
     """Squared error of the prediction over squared error of x0, for the predictions where it is finite and positive at SNR 0."""
+    check_prediction_type(prediction_type)
     return {"sample": np.ones_like(snr), "v_prediction": snr + 1, "flow_prediction": (np.sqrt(snr) + 1) ** 2}[prediction_type]
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from typing import Any
+
+import numpy as np
 
 from sdxl_fixes.prediction import check_prediction_type
 from sdxl_fixes.schedule import NoiseSchedule
@@ -23,11 +27,23 @@ def with_schedule(scheduler: Any, schedule: NoiseSchedule, prediction_type: str 
         raise ValueError(f"{name} takes no betas, so it cannot follow a noise schedule: use a DDPM-type scheduler such as DDIMScheduler")
     changes = {**schedule.to_config(prediction_type), **options}
     predicted = changes.get("prediction_type", scheduler.config.get("prediction_type", "epsilon"))
+    if predicted == "flow_prediction":
+        raise ValueError(f"{name} does not follow a noise schedule when it predicts flow: use one of diffusers' flow-matching schedulers")
     if schedule.residual_signal == 0 and (name not in ("DDPMScheduler", "DDIMScheduler") or predicted == "epsilon"):
         raise ValueError(
             f"{name} with {predicted} cannot sample an infinite terminal sigma: use DDIMScheduler or DDPMScheduler with v_prediction, "
             "or schedule.with_terminal_sigma(20000, 'rescale')"
         )
-    if "rescale_betas_zero_snr" not in scheduler.config:
-        del changes["rescale_betas_zero_snr"]
-    return type(scheduler).from_config(dict(scheduler.config), **changes)
+    config = dict(scheduler.config)
+    if "rescale_betas_zero_snr" not in inspect.signature(type(scheduler).__init__).parameters:
+        for keys in (config, changes):  # a class that ignores the flag keeps it, and one made from its config would obey it
+            keys.pop("rescale_betas_zero_snr", None)
+    made = type(scheduler).from_config(config, **changes)
+    with np.errstate(divide="ignore"):
+        reached = float(np.sqrt(1 / np.float64(made.alphas_cumprod[-1]) - 1))
+    if reached != schedule.terminal_sigma and not math.isclose(reached, schedule.terminal_sigma, rel_tol=0.01):
+        raise ValueError(
+            f"{name} keeps betas in float32 and would end at sigma {reached:.6g} instead of {schedule.terminal_sigma:.6g}: "
+            "use method 'rescale' or 'tail', or a smaller terminal sigma"
+        )
+    return made

@@ -164,7 +164,8 @@ def test_full_model_says_how_to_sample_it(train, tmp_path, flags, markers, predi
     assert keys & {"v_pred", "ztsnr"} == markers and len(keys) > 900
     assert metadata.get("modelspec.prediction_type") == prediction_type
     record = json.loads(metadata["sdxl_fixes.schedule"])
-    assert NoiseSchedule.from_record(record).terminal_sigma == pytest.approx(terminal, rel=1e-5) and record["prediction_type"] == "v_prediction"
+    assert NoiseSchedule.from_record(record).terminal_sigma == pytest.approx(terminal, rel=1e-5)
+    assert record["prediction_type"] == "v_prediction"
 
 
 def test_network_carries_the_record_and_no_marker(train, tmp_path):
