@@ -109,7 +109,7 @@ class Settings:
             raise FlagError(f"--huber_l2_gradient belongs to --loss_type huber or smooth_l1, not {self.loss_type}: leave it out")
         if self.min_snr_floor and not self.min_snr_gamma:
             raise FlagError("--min_snr_floor needs --min_snr_gamma: give the gamma (5 is usual), or leave it out")
-        self.schedule(), self.loss(), self._weightings(), self.perturbation(), self.offset(), self.timesteps()  # each checks its own
+        self.schedule(), self.loss(), self.weightings(), self.perturbation(), self.offset(), self.timesteps()  # each checks its own
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Settings:
@@ -142,12 +142,13 @@ class Settings:
 
     def weighting(self) -> Weighting | None:
         """The weighting that the flags describe. Raises FlagError for more than one."""
-        found = self._weightings()
+        found = self.weightings()
         if len(found) > 1:
             raise FlagError(f"{' and '.join(found)} are different weightings of the same loss: give one of them")
         return next(iter(found.values()), None)
 
-    def _weightings(self) -> dict[str, Weighting]:
+    def weightings(self) -> dict[str, Weighting]:
+        """Every weighting that a flag asks for, by flag."""
         gamma, soft_gamma, found = self.min_snr_gamma, self.soft_min_snr_gamma, dict[str, Weighting]()
         if gamma:
             found["--min_snr_gamma"] = _checked("--min_snr_gamma", lambda: MinSNR(gamma, self.min_snr_floor))

@@ -198,3 +198,19 @@ def test_min_snr_floor_reaches_the_weight(run):
     terminal = torch.tensor([999])
     assert kohya_weighting.min_snr(never, torch.ones(1), terminal, None, 5.0, True).item() == 1
     assert ScheduledHuber().delta(Settings(zero_terminal_snr=True).schedule())[999] == pytest.approx(0.1)
+
+
+def test_l2_gradient_of_a_batch_is_that_of_the_weighted_loss(run):
+    """As both trainers do it: threshold, elementwise loss, mean per sample, weight, mean."""
+    t, r = torch.tensor([10, 300, 600, 900]), torch.randn(4, 4, 8, 8) * torch.tensor([0.1, 1.0, 3.0, 10.0]).reshape(-1, 1, 1, 1)
+    norms = []
+    for kind in ("l2", "huber"):
+        flags = {"huber_l2_gradient": "batch"} if kind == "huber" else {}
+        run(loss_type=kind, min_snr_gamma=5.0, v_parameterization=True, **flags)
+        prediction = r.clone().requires_grad_()
+        delta = kohya_loss.threshold(lambda *a: None, None, t, None)
+        upstream = lambda p, q, kind, reduction, c: (p - q) ** 2  # noqa: E731
+        loss = kohya_loss.conditional_loss(upstream, prediction, torch.zeros_like(r), kind, "none", delta).mean([1, 2, 3])
+        kohya_weighting.min_snr(never, loss, t, None, 5.0, True).mean().backward()
+        norms.append(prediction.grad.norm().item())
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)

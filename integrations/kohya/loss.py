@@ -14,6 +14,7 @@ from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.tables import Table
 
 from .run import SESSION
+from .weighting import sample_weights
 
 
 def threshold(
@@ -24,6 +25,8 @@ def threshold(
     loss = run.settings.loss() if run else None
     if run is None or not isinstance(loss, ScheduledHuber):
         return original(args, timesteps, noise_scheduler, **kwargs)
+    if loss.l2_gradient == "batch":
+        run.step["weights"] = sample_weights(run, timesteps)
     return delta_table(loss, run.schedule)(timesteps)
 
 
@@ -41,7 +44,7 @@ def conditional_loss(
     loss = run.settings.loss() if run else None
     if huber_c is None or not isinstance(loss, ScheduledHuber):
         return original(model_pred, target, loss_type, reduction, huber_c, **kwargs)
-    values = loss(model_pred, target, huber_c)
+    values = loss(model_pred, target, huber_c, weights=run.step.pop("weights", None) if run else None)
     return values if reduction == "none" else values.sum() if reduction == "sum" else values.mean()
 
 

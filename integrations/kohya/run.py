@@ -20,6 +20,18 @@ from sdxl_fixes.objective import EPSILON_AT_ZERO_SNR
 from sdxl_fixes.patching import PatchSet
 from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.timesteps import TimestepSampler
+from sdxl_fixes.weighting import EpsilonLike, PlusVLike, Weighting
+
+
+def weightings(args: argparse.Namespace, settings: Settings) -> tuple[Weighting, ...]:
+    """Every weighting of the loss that kohya's flags ask for; it multiplies them."""
+    found = list(settings.weightings().values())
+    if getattr(args, "scale_v_pred_loss_like_noise_pred", False):
+        found.append(EpsilonLike())
+    if amount := getattr(args, "v_pred_like_loss", None):
+        found.append(PlusVLike(amount))
+    return tuple(found)
+
 
 # fix -> (which flags bring it into play, whether they do in this run)
 FIXES: dict[str, tuple[str, Callable[[argparse.Namespace, Settings], bool]]] = {
@@ -27,12 +39,7 @@ FIXES: dict[str, tuple[str, Callable[[argparse.Namespace, Settings], bool]]] = {
     "loss": ("--loss_type huber, smooth_l1", lambda args, settings: settings.loss_type in HUBER_KINDS),
     "weighting": (
         "--min_snr_gamma, --debiased_estimation_loss, --v_pred_like_loss, --scale_v_pred_loss_like_noise_pred",
-        lambda args, settings: bool(
-            settings.min_snr_gamma
-            or settings.debiased_estimation_loss
-            or getattr(args, "v_pred_like_loss", None)
-            or getattr(args, "scale_v_pred_loss_like_noise_pred", False)
-        ),
+        lambda args, settings: bool(weightings(args, settings)),
     ),
     "noise": (
         "--ip_noise_gamma_random_strength",
@@ -81,7 +88,8 @@ class Run:
     prediction_type: str
     on: frozenset[str]
     timesteps: TimestepSampler | None = None
-    step: dict[str, torch.Tensor] = field(default_factory=dict)  # passed from one patch to the next within a training step
+    weightings: tuple[Weighting, ...] = ()
+    step: dict[str, torch.Tensor | None] = field(default_factory=dict)  # passed from one patch to the next within a training step
 
     @classmethod
     def start(cls, args: argparse.Namespace, patches: PatchSet) -> Run:
@@ -110,7 +118,7 @@ class Run:
             world_size=int(os.environ.get("WORLD_SIZE", "1")),
             accumulation=getattr(args, "gradient_accumulation_steps", None) or 1,
         )
-        run = cls(settings, schedule, prediction_type, frozenset(wanted & allowed), sampler)
+        run = cls(settings, schedule, prediction_type, frozenset(wanted & allowed), sampler, weightings(args, settings))
         if os.environ.get("RANK", "0") == "0":
             print(run.report(patches, allowed, wanted), file=sys.stderr, flush=True)
         return run
