@@ -20,6 +20,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"sdxl-fixes {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_schedule(commands)
+    _add_doctor(commands)
+    _add_kohya(commands)
     _add_demo(commands)
     args = parser.parse_args(argv)
     try:
@@ -72,6 +74,33 @@ def _read(file: Path) -> NoiseSchedule:
         return NoiseSchedule.from_record(content) if "format" in content else NoiseSchedule.from_config(content)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = commands.add_parser("doctor", help="which fixes fit a trainer's version, and why not")
+    parser.add_argument("path", type=Path, help="a trainer's script, or the folder that holds it")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from sdxl_fixes.kohya.doctor import examine
+
+    report, fits = examine(args.path)
+    print(report)
+    return 0 if fits else 1
+
+
+def _add_kohya(commands: Any) -> None:
+    parser = commands.add_parser("kohya", help="patch every plain start of sdxl_train.py in this environment (for GUIs), or stop doing so")
+    parser.add_argument("action", choices=("enable", "disable", "status"))
+    parser.set_defaults(run=_kohya)
+
+
+def _kohya(args: argparse.Namespace) -> int:
+    from sdxl_fixes.kohya import autostart
+
+    print({"enable": autostart.enable, "disable": autostart.disable, "status": autostart.status}[args.action]())
+    return 0
 
 
 def _add_demo(commands: Any) -> None:

@@ -6,11 +6,13 @@ disagreement that this package exists to remove.
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import inspect
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -21,6 +23,7 @@ class Patch:
     fix          name of the fix it belongs to
     target       "package.module:attribute" or "package.module:Class.attribute"
     parameters   names of the target's first parameters, as known; a target that has others is refused
+    exact        whether the target may have no further parameters (its replacement would ignore them)
     replacement  called as replacement(original, *args, **kwargs) in the target's place
     purpose      what it changes, for reports
     """
@@ -30,6 +33,14 @@ class Patch:
     parameters: tuple[str, ...]
     replacement: Callable[..., Any]
     purpose: str
+    exact: bool = False
+
+    def mismatch(self, found: Sequence[str]) -> str | None:
+        """Why a target with parameters ``found`` does not fit, or None."""
+        known = tuple(found) if self.exact else tuple(found[: len(self.parameters)])
+        if known == self.parameters:
+            return None
+        return f"{self.target}: expected parameters ({', '.join(self.parameters)}), found ({', '.join(found)})"
 
 
 @dataclass
@@ -112,9 +123,7 @@ def _mismatch(patch: Patch) -> str | None:
         found = tuple(inspect.signature(getattr(owner, name)).parameters)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         return f"{patch.target}: expected a function with parameters ({', '.join(patch.parameters)}), found none ({error})"
-    if found[: len(patch.parameters)] != patch.parameters:
-        return f"{patch.target}: expected parameters ({', '.join(patch.parameters)}), found ({', '.join(found)})"
-    return None
+    return patch.mismatch(found)
 
 
 def _replace(patch: Patch) -> _Applied:
@@ -133,3 +142,29 @@ def _replace(patch: Patch) -> _Applied:
 
 def _name(owner: Any) -> str:
     return str(getattr(owner, "__qualname__", getattr(owner, "__name__", owner)))
+
+
+def check_source(patch: Patch, root: Path) -> str | None:
+    """As :meth:`PatchSet.check`, for a checkout at ``root``: reads its source without importing it."""
+    module, _, path = patch.target.partition(":")
+    file = root.joinpath(*module.split(".")).with_suffix(".py")
+    if not file.is_file():
+        return f"{patch.target}: there is no {file.relative_to(root)}"
+    found: ast.AST | None = ast.parse(file.read_text(encoding="utf-8"))
+    for name in path.split("."):
+        found = _defined(found, name)
+    if isinstance(found, ast.ImportFrom):
+        return None  # a library's own function: its parameters are known when it is imported
+    if not isinstance(found, ast.FunctionDef):
+        return f"{patch.target}: expected a function with parameters ({', '.join(patch.parameters)}), found none"
+    parameters = [a.arg for a in (*found.args.posonlyargs, *found.args.args, *found.args.kwonlyargs)]
+    return patch.mismatch(parameters)
+
+
+def _defined(tree: ast.AST | None, name: str) -> ast.AST | None:
+    for node in getattr(tree, "body", ()):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
+            return node
+        if isinstance(node, ast.ImportFrom) and name in [alias.asname or alias.name for alias in node.names]:
+            return node
+    return None

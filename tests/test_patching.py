@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from sdxl_fixes.patching import Patch, PatchSet
+from sdxl_fixes.patching import Patch, PatchSet, check_source
 
 
 @pytest.fixture
@@ -101,3 +101,23 @@ def test_a_replacement_keeps_the_original_name_and_signature(trainer):
     patches.apply()
     assert trainer.weigh.__name__ == "weigh" and list(inspect.signature(trainer.weigh).parameters) == ["loss", "timesteps"]
     patches.undo()
+
+
+def test_source_is_checked_without_importing_it(tmp_path):
+    package = tmp_path / "library"
+    package.mkdir()
+    (package / "util.py").write_text(
+        "raise SystemExit('imported')\n"
+        "from safetensors.torch import save_file\n"
+        "def weigh(loss, timesteps, gamma=1): pass\n"
+        "class Recorder:\n    def add(self, *, value): pass\n"
+    )
+
+    def check(target, *parameters, exact=False, module="library.util"):
+        return check_source(Patch("fix", f"{module}:{target}", parameters, doubled, "", exact), tmp_path)
+
+    assert check("weigh", "loss", "timesteps") is check("Recorder.add", "self", "value") is check("save_file", "tensors") is None
+    assert "found (loss, timesteps, gamma)" in check("weigh", "loss", "timesteps", exact=True)
+    assert "expected parameters (loss, t)" in check("weigh", "loss", "t")
+    assert "found none" in check("gone", "loss") and "found none" in check("Recorder.gone", "self")
+    assert "there is no" in check("weigh", "loss", module="library.gone")

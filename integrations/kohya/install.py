@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sdxl_fixes.patching import PatchSet
 
+from .patches import NEEDED, PATCHES
 from .run import SESSION
 
 TRAINERS = ("sdxl_train", "sdxl_train_network", "train_network")
@@ -26,14 +27,13 @@ def install() -> None:
     late = [name for name in TRAINERS if name in sys.modules]
     if late and not SESSION.patches.applied:
         raise RuntimeError(f"sdxl-fixes: {late[0]} was imported before install(), so it holds unpatched functions: call install() first")
-    from .patches import PATCHES  # here: importing the table must not need a trainer
-
     uninstall()
-    patches = PatchSet(PATCHES)
-    patches.apply()
-    if "run" in patches.refused:
+    patches, needed = PatchSet(PATCHES), PatchSet((NEEDED,)).check()[NEEDED]
+    if needed is None:
+        patches.apply()
+    if needed or "run" in patches.refused:
         patches.undo()
-        raise RuntimeError(f"sdxl-fixes: this sd-scripts ({where.parent}) is not v0.10.0 or newer: {patches.refused['run']}")
+        raise RuntimeError(f"sdxl-fixes: sd-scripts v0.10.0 or newer is needed, and this one is not ({needed or patches.refused['run']})")
     SESSION.patches = patches
 
 

@@ -9,6 +9,9 @@ from . import checkpoint, flags, loss, noise, previews, schedule, timesteps, wei
 _FUNCTIONS, _UTIL, _MODELS = "library.custom_train_functions", "library.train_util", "library.sdxl_model_util"
 _WEIGHT = ("loss", "timesteps", "noise_scheduler")
 
+# What came with v0.10.0; below it the trainers pass other values between the same functions, so nothing is patched at all.
+NEEDED = Patch("run", f"{_UTIL}:get_huber_threshold_if_needed", ("args", "timesteps", "noise_scheduler"), loss.threshold, "")
+
 # fmt: off
 PATCHES = (
     Patch("run", f"{_FUNCTIONS}:add_custom_train_arguments", ("parser",), flags.add_arguments, "adds the flags"),
@@ -23,7 +26,7 @@ PATCHES = (
     Patch("loss", f"{_UTIL}:get_huber_threshold_if_needed", ("args", "timesteps", "noise_scheduler"), loss.threshold,
           "delta from that schedule, on the timesteps' device; --huber_scale counts in every --huber_schedule"),
     Patch("loss", f"{_UTIL}:conditional_loss", ("model_pred", "target", "loss_type", "reduction", "huber_c"), loss.conditional_loss,
-          "the form that does not cancel to 0 for small errors"),
+          "the form that does not cancel to 0 for small errors", exact=True),
 
     Patch("weighting", f"{_FUNCTIONS}:apply_snr_weight", (*_WEIGHT, "gamma"), weighting.min_snr,
           "min-SNR from that schedule, finite at SNR 0, one lookup per batch"),

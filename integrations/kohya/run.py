@@ -15,7 +15,7 @@ import torch
 from sdxl_fixes import __version__
 from sdxl_fixes.checkpoint import markers
 from sdxl_fixes.flags import FlagError, Settings
-from sdxl_fixes.loss import HUBER_KINDS
+from sdxl_fixes.loss import HUBER_KINDS, HUBER_SCHEDULES, LOSS_TYPES
 from sdxl_fixes.objective import EPSILON_AT_ZERO_SNR
 from sdxl_fixes.patching import PatchSet
 from sdxl_fixes.schedule import NoiseSchedule
@@ -96,7 +96,7 @@ class Run:
         """Read kohya's parsed arguments. Raises FlagError (before any model is loaded) for wrong or contradictory flags and for a
         fix that was asked for but does not fit this version of sd-scripts."""
         allowed = parse_fixes(getattr(args, "fixes", None) or "all")
-        settings = Settings.from_args(args)
+        settings = Settings.from_args(_known(args))
         wanted = {name for name, (_, in_play) in FIXES.items() if in_play(args, settings)}
         for flag, fix in FLAG_FIXES.items():
             if getattr(args, flag, None) and fix not in allowed:
@@ -155,6 +155,14 @@ class Run:
             "previews": "sample what is trained",
             "saving": f"markers {', '.join(markers(self.schedule, self.prediction_type)) or 'none (no UI has one for this table)'}",
         }[fix]
+
+
+def _known(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments without a fork's own losses, which stay the fork's."""
+    known = argparse.Namespace(**vars(args))
+    if getattr(args, "loss_type", "l2") not in LOSS_TYPES or getattr(args, "huber_schedule", "snr") not in HUBER_SCHEDULES:
+        known.loss_type, known.huber_schedule = "l2", "snr"
+    return known
 
 
 class Session:

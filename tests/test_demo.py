@@ -1,0 +1,155 @@
+"""The demo: it writes everything, its report stands alone, it repeats itself, and it says in a sentence what is wrong."""
+
+import argparse
+import importlib.util
+import json
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("skimage")
+pytest.importorskip("tqdm")
+
+from sdxl_fixes import demo
+
+TINY = demo.Settings(steps=2, batch=2, crops=4, samples=1, sampling_steps=2, widths=(128, 32))
+FILES = {"demo.png", "report.html", "results.json"}
+
+
+def run(*arguments):
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    return demo.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    output = tmp_path_factory.mktemp("demo")
+    return demo.make_report(TINY, output), output
+
+
+def test_writes_the_three_files_and_no_other(tiny):
+    numbers, output = tiny
+    assert {file.name for file in output.iterdir()} == FILES
+    assert json.loads((output / "results.json").read_text()) == numbers
+    assert [row["key"] for row in numbers["runs"]] == ["stock_epsilon", "fixed_epsilon", "stock_v", "fixed_v", "ztsnr_v"]
+    assert all(len(row["losses"]) == TINY.steps for row in numbers["runs"])
+    assert (output / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_needs_nothing_outside_itself(tiny):
+    _, output = tiny
+    report = (output / "report.html").read_text(encoding="utf-8")
+    sources = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'> ]+)""", report)
+    assert len(sources) == 4
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not re.search(r"https?://|url\(|@import|<script|<link", report)
+
+
+def test_report_and_table_name_every_run(tiny):
+    numbers, output = tiny
+    report = (output / "report.html").read_text(encoding="utf-8")
+    for row in numbers["runs"]:
+        assert row["label"] in demo.table(numbers)
+        assert row["label"] in report
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tiny, tmp_path):
+    numbers, _ = tiny
+    assert demo.make_report(TINY, tmp_path)["runs"] == numbers["runs"]
+    other = demo.compare(demo.Settings(**{**TINY.__dict__, "seed": 1}), lambda work, name: iter(work), demo.variants()[:1])
+    assert other[0].losses != numbers["runs"][0]["losses"]
+
+
+def test_verdicts_follow_the_numbers():
+    from sdxl_fixes.demo_report import verdicts
+
+    def numbers(stock, fixed):
+        captions = {True: (-1.6, 0.0, 1.6), False: (0.1, 0.0, 0.2)}
+        row = {"stock_epsilon": stock, "fixed_epsilon": fixed, "stock_v": stock, "fixed_v": fixed, "ztsnr_v": fixed}
+        cells = {key: [{"got": got} for got in captions[miss < 0.5]] for key, miss in row.items()}
+        return {"runs": [{"key": key, "label": key, "miss": miss, "captions": cells[key]} for key, miss in row.items()]}
+
+    assert "lowers" in verdicts(numbers(1.0, 0.1))[0]
+    assert "raises" in verdicts(numbers(0.1, 1.0))[0]
+    assert "hardly changes" in verdicts(numbers(0.11, 0.1))[0]
+    assert verdicts(numbers(1.0, 0.1))[-1].endswith("in: fixed_epsilon; fixed_v; ztsnr_v.")
+    assert verdicts(numbers(1.0, 1.0))[-1].endswith("in: no run.")
+
+
+def test_photos_have_the_brightness_of_their_caption():
+    photos = demo.load_photos(demo.Settings(crops=14))
+    for number, asked in enumerate(demo.CAPTIONS.values()):
+        latents = photos.latents(torch.arange(14), torch.full((14,), number))
+        torch.testing.assert_close(latents.mean((1, 2, 3)), torch.full((14,), asked), atol=2e-3, rtol=0)
+
+
+def test_folding_is_a_rotation():
+    canvas = torch.randn(2, 1, demo.CANVAS, demo.CANVAS)
+    folded = demo.fold(canvas)
+    torch.testing.assert_close(demo.unfold(folded), canvas, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(folded.square().sum(), canvas.square().sum())
+    torch.testing.assert_close(folded[:, 0].mean() / demo.FOLD, canvas.mean())  # brightness is one channel
+
+
+def test_the_network_starts_as_half_the_identity():
+    unet, captions = demo.build_unet(TINY), demo.embed_captions(0)
+    noise = torch.randn(2, demo.FOLD**2, 16, 16)
+    with torch.no_grad():
+        out = unet(noise, torch.tensor(500), **captions.conditioning(torch.tensor([0, 2]))).sample
+    torch.testing.assert_close((out * noise).mean(), torch.tensor(0.5), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [0, -3])
+def test_no_steps_is_one_sentence(steps, tmp_path, capsys):
+    assert run("--steps", steps, "--output", tmp_path / "out") == 2
+    assert capsys.readouterr().err == f"sdxl-fixes demo: --steps must be at least 1, got {steps}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_negative_seed_is_one_sentence(tmp_path, capsys):
+    assert run("--seed", -1, "--output", tmp_path) == 2
+    assert "--seed must be 0 or a positive" in capsys.readouterr().err
+
+
+def test_unwritable_output_is_one_sentence_before_any_training(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run("--output", tmp_path / "file") == 2
+    error = capsys.readouterr().err
+    assert "cannot write into" in error and "--output" in error and error.count("\n") == 1
+
+
+def test_missing_extras_are_named_with_the_command_that_installs_them(tmp_path, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in ("skimage", "tqdm") else find(name, *rest))
+    assert run("--output", tmp_path) == 2
+    assert capsys.readouterr().err == (
+        'sdxl-fixes demo: the demo needs scikit-image and tqdm, not installed here: pip install "sdxl-fixes[demo]"\n'
+    )
+
+
+def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    file = tmp_path / "results.json"
+    file.write_text("old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(demo.os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        demo._write(file, b"new")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("results.json", "old")]
+
+
+@pytest.mark.slow
+def test_zero_terminal_snr_obeys_the_caption_and_the_stock_schedule_does_not():
+    stock, fixed = demo.compare(
+        demo.Settings(), lambda work, name: iter(work), [row for row in demo.variants() if row.key in ("stock_v", "ztsnr_v")]
+    )
+    asked = torch.tensor(list(demo.CAPTIONS.values()))
+    miss = {name: (torch.tensor(result.brightness).mean(1) - asked).abs() for name, result in (("stock", stock), ("fixed", fixed))}
+    assert (miss["fixed"] < 0.4).all(), miss
+    assert not (miss["stock"] < 0.4).all(), miss
+    assert (torch.tensor(fixed.brightness).mean(1).diff() > 0).all()

@@ -1,0 +1,116 @@
+"""Starting a patched trainer: the doctor, the opt-in for GUIs, and refusals, against a stand-in for a checkout (no trainer needed)."""
+
+import os
+import subprocess
+import sys
+import venv
+
+import pytest
+
+from sdxl_fixes.cli import main
+from sdxl_fixes.kohya import autostart
+from sdxl_fixes.kohya.doctor import examine
+from sdxl_fixes.kohya.patches import PATCHES
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder with the functions that the patch table names, and nothing in them."""
+    sources = {}
+    for patch in PATCHES:
+        module, _, path = patch.target.partition(":")
+        sources.setdefault(module.rpartition(".")[2], {})[path] = patch.parameters
+    (tmp_path / "library").mkdir()
+    for module, functions in sources.items():
+        text = ""
+        for path, parameters in functions.items():
+            owner, _, name = path.rpartition(".")
+            text += f"class {owner}:\n    " if owner else ""
+            text += f"def {name}({', '.join(parameters)}): pass\n"
+        (tmp_path / "library" / f"{module}.py").write_text(text)
+    (tmp_path / "sdxl_train.py").write_text("import sys; print('trained', sys.argv[1:])\n")
+    return tmp_path
+
+
+def test_doctor_prints_the_table_and_says_that_all_fits(checkout, capsys):
+    report, fits = examine(checkout / "sdxl_train.py")
+    assert fits and "v0.10.0 or newer" in report and all(patch.target in report for patch in PATCHES)
+    assert main(["doctor", str(checkout)]) == 0 and "REFUSED" not in capsys.readouterr().out
+
+
+def test_doctor_names_what_does_not_fit(checkout):
+    util = checkout / "library" / "train_util.py"
+    util.write_text(util.read_text().replace("reduction, huber_c)", "reduction, huber_c, eps, scale)") + "\n# fixed_timesteps")
+    report, fits = examine(checkout)
+    assert not fits and "67372a" in report and report.count("REFUSED") == 1
+    assert "found (model_pred, target, loss_type, reduction, huber_c, eps, scale)" in report
+
+
+def test_doctor_refuses_what_is_older(checkout, capsys):
+    util = checkout / "library" / "train_util.py"
+    util.write_text(util.read_text().replace("get_huber_threshold_if_needed", "get_timesteps_and_huber_c"))
+    assert main(["doctor", str(checkout)]) == 1
+    out = capsys.readouterr().out
+    assert "v0.8.7 to v0.9.1" in out and "nothing can be patched: v0.10.0 or newer is needed" in out
+
+
+def test_doctor_says_when_there_is_no_trainer(tmp_path, capsys):
+    assert main(["doctor", str(tmp_path)]) == 2 and "is no sd-scripts" in capsys.readouterr().err
+
+
+def launcher(*words, cwd):
+    return subprocess.run([sys.executable, "-m", "sdxl_fixes.kohya", *words], capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+def test_launcher_names_what_is_missing(checkout):
+    assert "usage: python -m sdxl_fixes.kohya" in launcher(cwd=checkout).stderr
+    assert "fine_tune.py is not one of the trainers" in launcher("fine_tune.py", cwd=checkout).stderr
+    assert "there is no nowhere/sdxl_train.py" in launcher("nowhere/sdxl_train.py", cwd=checkout).stderr.replace("\\", "/")
+
+
+def test_launcher_refuses_an_old_trainer_without_a_traceback(checkout):
+    util = checkout / "library" / "train_util.py"
+    util.write_text(util.read_text().replace("get_huber_threshold_if_needed", "get_timesteps_and_huber_c"))
+    process = launcher("sdxl_train.py", cwd=checkout)
+    assert process.returncode == 1 and process.stderr.startswith("sdxl-fixes: sd-scripts v0.10.0 or newer is needed")
+
+
+def test_launcher_runs_the_script_with_its_own_arguments(checkout):
+    process = launcher("sdxl_train.py", "--learning_rate", "1", cwd=checkout)
+    assert process.stdout == "trained ['--learning_rate', '1']\n" and process.returncode == 0
+
+
+@pytest.fixture
+def environment(tmp_path, monkeypatch):
+    """A fresh environment's python, whose site-packages the opt-in writes to, with a stand-in launcher in it."""
+    venv.create(tmp_path / "venv")
+    python = tmp_path / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = subprocess.run([str(python), "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
+    monkeypatch.setattr(autostart.sysconfig, "get_path", lambda name: site)
+    package = os.path.join(site, "sdxl_fixes", "kohya")
+    os.makedirs(package)
+    for folder in (os.path.dirname(package), package):
+        open(os.path.join(folder, "__init__.py"), "w").close()
+    with open(os.path.join(package, "__main__.py"), "w") as file:
+        file.write("import sys; print('launched', sys.argv[1:])\n")
+
+    def run(*words):
+        return subprocess.run([str(python), *words], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+
+    return run
+
+
+def test_opt_in_patches_plain_starts_of_trainers_only_and_is_reversible(environment, tmp_path):
+    for name in ("sdxl_train.py", "other.py"):
+        (tmp_path / name).write_text(f"import sys; print('plain {name}', sys.argv[1:])\n")
+    assert autostart.status() == "not enabled" and "not enabled" in autostart.disable()
+    assert autostart.enable().startswith("enabled") and autostart.status().startswith("enabled")
+    started = environment("-u", "sdxl_train.py", "--fixes", "all")
+    assert started.stdout == "launched ['sdxl_train.py', '--fixes', 'all']\n"
+    assert "sdxl-fixes: sdxl_train.py is started patched (sdxl-fixes kohya disable stops this)" in started.stderr
+    for words in (("other.py",), ("other.py", "sdxl_train.py"), ("-c", "print('plain')", "sdxl_train.py"), ("-m", "this", "sdxl_train.py")):
+        process = environment(*words)
+        assert "launched" not in process.stdout and process.stderr == "" and process.returncode == 0
+    assert autostart.disable().startswith("disabled")
+    assert environment("sdxl_train.py", "x").stdout == "plain sdxl_train.py ['x']\n"
