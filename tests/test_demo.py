@@ -67,16 +67,15 @@ def test_verdicts_follow_the_numbers():
     from sdxl_fixes.demo_report import verdicts
 
     def numbers(stock, fixed):
-        captions = {True: (-1.6, 0.0, 1.6), False: (0.1, 0.0, 0.2)}
         row = {"stock_epsilon": stock, "fixed_epsilon": fixed, "stock_v": stock, "fixed_v": fixed, "ztsnr_v": fixed}
-        cells = {key: [{"got": got} for got in captions[miss < 0.5]] for key, miss in row.items()}
+        cells = {key: [{"asked": asked, "each": [asked + miss, asked - miss]} for asked in (-1.6, 0.0, 1.6)] for key, miss in row.items()}
         return {"runs": [{"key": key, "label": key, "miss": miss, "captions": cells[key]} for key, miss in row.items()]}
 
     assert "lowers" in verdicts(numbers(1.0, 0.1))[0]
     assert "raises" in verdicts(numbers(0.1, 1.0))[0]
     assert "hardly changes" in verdicts(numbers(0.11, 0.1))[0]
-    assert verdicts(numbers(1.0, 0.1))[-1].endswith("in: fixed_epsilon; fixed_v; ztsnr_v.")
-    assert verdicts(numbers(1.0, 1.0))[-1].endswith("in: no run.")
+    assert "stock_v: 0 of 6 pictures" in " ".join(verdicts(numbers(1.0, 0.1)))
+    assert "stock_v: 6 of 6 pictures" in " ".join(verdicts(numbers(0.1, 1.0)))
 
 
 def test_photos_have_the_brightness_of_their_caption():
@@ -144,12 +143,13 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_zero_terminal_snr_obeys_the_caption_and_the_stock_schedule_does_not():
-    stock, fixed = demo.compare(
-        demo.Settings(), lambda work, name: iter(work), [row for row in demo.variants() if row.key in ("stock_v", "ztsnr_v")]
-    )
+def test_zero_terminal_snr_obeys_the_caption_more_closely_than_the_stock_schedule():
+    # Not "and the stock schedule does not": with these settings it comes within 0.4, too (docs/demo-record.md).
+    variants = [row for row in demo.variants() if row.key in ("stock_v", "ztsnr_v")]
+    stock, fixed = demo.compare(demo.Settings(), lambda work, name: iter(work), variants)
     asked = torch.tensor(list(demo.CAPTIONS.values()))
-    miss = {name: (torch.tensor(result.brightness).mean(1) - asked).abs() for name, result in (("stock", stock), ("fixed", fixed))}
-    assert (miss["fixed"] < 0.4).all(), miss
-    assert not (miss["stock"] < 0.4).all(), miss
-    assert (torch.tensor(fixed.brightness).mean(1).diff() > 0).all()
+    got = torch.tensor(fixed.brightness).mean(1)
+    miss, stock_miss = (got - asked).abs(), (torch.tensor(stock.brightness).mean(1) - asked).abs()
+    assert (got.diff() > 0).all(), got
+    assert (miss < 0.4).all(), got
+    assert miss.mean() < stock_miss.mean(), (miss, stock_miss)

@@ -79,6 +79,17 @@ def model(file):
     vae, net = AutoencoderKL(**model_util.create_vae_diffusers_config()), unet.SdxlUNet2DConditionModel()
     sdxl_model_util.save_stable_diffusion_checkpoint(str(file), te1, te2, net, 0, 0, None, vae, torch.tensor(4.6), None, torch.float32)
 
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTokenizer
+
+    again = UNet2DConditionModel(**sdxl_model_util.DIFFUSERS_SDXL_UNET_CONFIG)
+    again.load_state_dict(sdxl_model_util.convert_sdxl_unet_state_dict_to_diffusers(net.state_dict()))
+    tokenizer, tokenizer_2 = (CLIPTokenizer.from_pretrained(path) for path in sorted(file.parent.glob("tokenizers/*"), reverse=True))
+    stock = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
+    )
+    StableDiffusionXLPipeline(vae, te1, te2, tokenizer, tokenizer_2, again, stock).save_pretrained(file.parent / "diffusers")
+
 
 if __name__ == "__main__":
     target = Path(sys.argv[1])

@@ -59,6 +59,8 @@ if __name__ == "__main__":
     import torch
 
     torch.set_num_threads(1)
+    if "START_METHOD" in os.environ:  # what Windows and macOS do
+        torch.multiprocessing.set_start_method(os.environ["START_METHOD"])
     tiny.apply()
     record = {"losses": [], "timesteps": []}
     trace(record)
