@@ -24,6 +24,15 @@ def run(*arguments):
     return demo.run(parser.parse_args([str(argument) for argument in arguments]))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Layers this small spend their time waiting for each other on several threads, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     output = tmp_path_factory.mktemp("demo")
