@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sdxl_fixes import Debiased, InputPerturbation, MinSNR, NoiseSchedule, Objective, ScheduledHuber
 from sdxl_fixes.flags import FlagError, Settings
@@ -214,3 +215,17 @@ def test_l2_gradient_of_a_batch_is_that_of_the_weighted_loss(run):
         kohya_weighting.min_snr(never, loss, t, None, 5.0, True).mean().backward()
         norms.append(prediction.grad.norm().item())
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+def test_v_prediction_huber_snr_stays_on_the_accelerator(run):
+    """The step of both trainers under fake tensors, "lazy" standing for a GPU: upstream mixes devices here (sd-scripts issue 2102)."""
+    run(zero_terminal_snr=True, v_parameterization=True, loss_type="huber", min_snr_gamma=5.0)
+    made = scheduler()
+    kohya_schedule.prepare(lambda *a: None, made, "cpu")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, t = torch.empty(2, 4, 8, 8, device="lazy"), torch.zeros(2, dtype=torch.long, device="lazy")
+        noisy, target = made.add_noise(x, x, t), made.get_velocity(x, x, t)
+        delta = kohya_loss.threshold(never, None, t, made)
+        loss = kohya_loss.conditional_loss(never, noisy, target, "huber", "none", delta).mean([1, 2, 3])
+        loss = kohya_weighting.min_snr(never, loss, t, made, 5.0, True)
+    assert loss.device.type == delta.device.type == "lazy" and made.alphas_cumprod.device.type == "cpu"

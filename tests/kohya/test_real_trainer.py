@@ -202,3 +202,15 @@ def test_stratified_terminal_weighted_timesteps_train(train, script):
     drawn = [t for step in trace["timesteps"] for t in step]
     assert sum(t >= 880 for t in drawn) >= 4  # half of 12 draws and an eighth of the others, one in each of a step's two slices
     assert all(0 < loss < 10 for loss in trace["losses"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_save_moment_carries_the_record(train, tmp_path, script):
+    moments = ("--save_every_n_steps", "2", "--save_every_n_epochs", "1", "--save_state")
+    train("module", script, "--v_parameterization", "--zero_terminal_snr", *moments, steps=7)  # an epoch is 6 steps
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert {"out.safetensors", "out-000001.safetensors", "out-step00000002.safetensors"} <= {file.name for file in files}
+    for name in files:
+        with safe_open(name, framework="pt") as file:
+            assert NoiseSchedule.from_json(file.metadata()["sdxl_fixes.schedule"]).terminal_sigma == float("inf")
+            assert ("ztsnr" in file.keys()) == (script == "sdxl_train.py")
