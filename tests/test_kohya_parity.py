@@ -5,6 +5,7 @@ import json
 from contextlib import nullcontext
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -14,6 +15,7 @@ from sdxl_fixes import Debiased, InputPerturbation, MinSNR, NoiseSchedule, Objec
 from sdxl_fixes.flags import FlagError, Settings
 from sdxl_fixes.kohya import loss as kohya_loss
 from sdxl_fixes.kohya import noise as kohya_noise
+from sdxl_fixes.kohya import previews as kohya_previews
 from sdxl_fixes.kohya import schedule as kohya_schedule
 from sdxl_fixes.kohya import weighting as kohya_weighting
 from sdxl_fixes.kohya.run import FIXES, SESSION, Run, parse_fixes
@@ -229,3 +231,33 @@ def test_v_prediction_huber_snr_stays_on_the_accelerator(run):
         loss = kohya_loss.conditional_loss(never, noisy, target, "huber", "none", delta).mean([1, 2, 3])
         loss = kohya_weighting.min_snr(never, loss, t, made, 5.0, True)
     assert loss.device.type == delta.device.type == "lazy" and made.alphas_cumprod.device.type == "cpu"
+
+
+PREVIEWS = {
+    **{name: {} for name in ("DDIM", "DDPM", "PNDM", "LMSDiscrete", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete")},
+    **{name: {} for name in ("KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSinglestep", "DPMSolverMultistep")},
+}
+
+
+@pytest.mark.parametrize("name", PREVIEWS)
+@pytest.mark.parametrize("flags", [{"zero_terminal_snr": True}, {"terminal_sigma": 300.0}], ids=["ztsnr", "300"])
+def test_every_preview_sampler_follows_the_trained_schedule_and_stays_finite(name, flags, run):
+    run(v_parameterization=True, **flags)
+    kwargs = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+    def upstream(**_):
+        made = getattr(diffusers, name + "Scheduler")(**kwargs, prediction_type="v_prediction")
+        if hasattr(made.config, "clip_sample"):
+            made.config.clip_sample = True
+        return made
+
+    made = kohya_previews.scheduler(upstream, sample_sampler="x", v_parameterization=True)
+    assert made.config.prediction_type == "v_prediction" and not made.config.get("clip_sample", False)
+    exact = name in ("DDIM", "DDPM") and "zero_terminal_snr" in flags
+    last = float(made.alphas_cumprod[-1])
+    assert last == 0 if exact else (1 / last - 1) ** 0.5 == pytest.approx(flags.get("terminal_sigma", 4096), rel=2e-3)
+    made.set_timesteps(8)
+    x = torch.randn(1, 4, 8, 8) * made.init_noise_sigma
+    for t in made.timesteps:
+        x = made.step(torch.zeros_like(x), t, x).prev_sample  # any finite prediction must give a finite sample
+    assert torch.isfinite(x).all()
