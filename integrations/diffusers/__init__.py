@@ -6,8 +6,6 @@ import inspect
 import math
 from typing import Any
 
-import numpy as np
-
 from sdxl_fixes.prediction import check_prediction_type
 from sdxl_fixes.schedule import NoiseSchedule
 
@@ -39,8 +37,7 @@ def with_schedule(scheduler: Any, schedule: NoiseSchedule, prediction_type: str 
         for keys in (config, changes):  # a class that ignores the flag keeps it, and one made from its config would obey it
             keys.pop("rescale_betas_zero_snr", None)
     made = type(scheduler).from_config(config, **changes)
-    with np.errstate(divide="ignore"):
-        reached = float(np.sqrt(1 / np.float64(made.alphas_cumprod[-1]) - 1))
+    reached = NoiseSchedule.from_alphas_cumprod(made.alphas_cumprod).terminal_sigma
     if reached != schedule.terminal_sigma and not math.isclose(reached, schedule.terminal_sigma, rel_tol=0.01):
         raise ValueError(
             f"{name} keeps betas in float32 and would end at sigma {reached:.6g} instead of {schedule.terminal_sigma:.6g}: "
