@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from sdxl_fixes import prediction as predictions
@@ -69,10 +68,10 @@ class Objective:
             raise ValueError(f"the timestep sampler was made for {self.timesteps.schedule!r}, the objective for {schedule!r}: one schedule")
         if prediction_type == "epsilon" and schedule.residual_signal == 0:
             warnings.warn(EPSILON_AT_ZERO_SNR, stacklevel=2)
-        alpha, sigma = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
-        norm = alpha + sigma if prediction_type == "flow_prediction" else np.ones(len(schedule))
-        self._alpha, self._sigma = Table(alpha / norm), Table(sigma / norm)
-        self._conditioning = Table(len(schedule) * sigma / norm) if prediction_type == "flow_prediction" else None
+        flow = prediction_type == "flow_prediction"
+        alpha, sigma, told = schedule.levels(flow)
+        self._alpha, self._sigma = Table(alpha), Table(sigma)
+        self._conditioning = Table(told) if flow else None
         delta = self.loss_function.delta(schedule)
         self._delta = None if delta is None else Table(delta)
         self._weight = None if weighting is None else Table(weighting.table(schedule, prediction_type))

@@ -22,6 +22,8 @@ Array = npt.NDArray[np.float64]
 RECORD_FORMAT = "sdxl_fixes.schedule"
 RECORD_VERSION = 1
 TERMINAL_SIGMA_METHODS = ("beta_end", "rescale", "tail", "last")
+# where a diffusers config keeps what its own keys cannot say; private keys pass through every diffusers class unread and without a warning
+EXACT_KEY = "_sdxl_fixes"
 # diffusers' name of each beta schedule that we know -> the maker of the same betas
 DIFFUSERS_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
@@ -139,7 +141,8 @@ class NoiseSchedule:
         """The schedule that a diffusers scheduler config describes (the dict of a scheduler_config.json or ``scheduler.config``).
 
         Reads trained_betas, else beta_schedule with beta_start and beta_end; then rescale_betas_zero_snr, which always means a
-        true SNR of 0 here (several diffusers classes put sigma 4096 in its place, or ignore it).
+        true SNR of 0 here (several diffusers classes put sigma 4096 in its place, or ignore it). So does zero_terminal_snr under
+        EXACT_KEY, beside trained_betas that end at a finite stand-in.
         Raises ValueError for a config without betas, an unknown beta_schedule, or trained_betas of another length.
         """
         trained, num_timesteps = config.get("trained_betas"), config.get("num_train_timesteps", 1000)
@@ -148,7 +151,8 @@ class NoiseSchedule:
                 raise ValueError(
                     f"the scheduler config has {len(trained)} trained_betas but num_train_timesteps is {num_timesteps}: they must be equal"
                 )
-            schedule = cls.from_betas(trained)
+            zero_snr = (config.get(EXACT_KEY) or {}).get("zero_terminal_snr")
+            schedule = cls.from_betas([*trained[:-1], 1.0] if zero_snr else trained)
         elif "beta_schedule" not in config:
             raise ValueError("the scheduler config has neither trained_betas nor beta_schedule, so it describes no noise schedule")
         elif config["beta_schedule"] == "squaredcos_cap_v2":
@@ -175,8 +179,8 @@ class NoiseSchedule:
             actual, expected = _as_array(getattr(scheduler, name)), getattr(schedule, name)
             if len(actual) == len(expected):
                 same = np.isclose(actual, expected, rtol=1e-3, atol=1e-9)
-                if schedule.residual_signal == 0 and name == "alphas_cumprod" and 0 <= actual[-1] < 1e-6:
-                    same[-1] = True  # diffusers' stand-in for 0: 2**-24
+                if schedule.residual_signal == 0:  # a finite stand-in is meant: diffusers' 2**-24, ours
+                    same[-1] |= name == "betas" or 0 <= actual[-1] < 1e-6
                 if same.all():
                     continue
             raise ValueError(
@@ -277,6 +281,17 @@ class NoiseSchedule:
             log_snr: Array = np.log(self.snr)
         return _frozen(log_snr)
 
+    def levels(self, flow: bool = False) -> tuple[Array, Array, Array]:
+        """What multiplies the image, what multiplies the noise, and the timestep that the network is told: x = alpha x_0 + sigma noise.
+
+        With ``flow`` (rectified flow's form) the same noise levels as alpha = 1 - s, sigma = s, told T s (arXiv:2209.03003).
+        """
+        alpha, sigma = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
+        if not flow:
+            return alpha, sigma, _frozen(np.arange(len(self), dtype=np.float64))
+        s = sigma / (alpha + sigma)
+        return _frozen(alpha / (alpha + sigma)), _frozen(s), _frozen(len(self) * s)
+
     @property
     def terminal_sigma(self) -> float:
         """Sigma of the last timestep."""
@@ -339,6 +354,12 @@ class NoiseSchedule:
         else:
             config |= {"trained_betas": None, "beta_schedule": law["make"], "beta_start": law["beta_start"], "beta_end": law["beta_end"]}
         return config | ({} if prediction_type is None else {"prediction_type": prediction_type})
+
+    def scheduler(self, name: str, prediction_type: str = "epsilon", timestep_spacing: str = "log_sigma", **options: Any) -> Any:
+        """A diffusers scheduler that samples exactly this schedule: see :func:`sdxl_fixes.schedulers.scheduler`."""
+        from sdxl_fixes import schedulers
+
+        return schedulers.scheduler(self, name, prediction_type, timestep_spacing, **options)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, NoiseSchedule) and np.array_equal(self.betas, other.betas)
