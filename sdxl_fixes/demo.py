@@ -288,23 +288,15 @@ def train(variant: Variant, photos: Photos, captions: Captions, settings: Settin
 
 
 @torch.no_grad()
-def sample(unet: Any, variant: Variant, captions: Captions, settings: Settings, progress: Progress) -> torch.Tensor:
-    """[captions, samples, CANVAS, CANVAS] pictures from the same starting noise for every variant and every caption."""
-    from diffusers import DDIMScheduler
-
-    from sdxl_fixes.diffusers import with_schedule
-
-    # set_alpha_to_one: trailing spacing ends beyond timestep 0, where the picture is clean; False would leave noise of sigma_0 = 0.03 in
-    # it (False belongs to the old leading spacing with an offset of 1). No clipping: latents have no bounds, and no guidance.
-    plain = DDIMScheduler(clip_sample=False, set_alpha_to_one=True)
-    scheduler = with_schedule(plain, variant.schedule, variant.prediction_type)
+def sample(unet: Any, scheduler: Any, captions: Captions, settings: Settings, progress: Progress) -> torch.Tensor:
+    """[captions, samples, CANVAS, CANVAS] pictures from the same starting noise for every variant and every caption, without guidance."""
     scheduler.set_timesteps(settings.sampling_steps)
     generator = torch.Generator().manual_seed(settings.seed + 1)
     noise = torch.randn(settings.samples, FOLD**2, CANVAS // FOLD, CANVAS // FOLD, generator=generator)
     latents = noise.repeat(len(CAPTIONS), 1, 1, 1) * scheduler.init_noise_sigma
     conditioning = captions.conditioning(torch.arange(len(CAPTIONS)).repeat_interleave(settings.samples))
-    for t in progress(scheduler.timesteps, f"sample {variant.label}"):
-        latents = scheduler.step(unet(latents, t, **conditioning).sample, t, latents).prev_sample
+    for t in progress(scheduler.timesteps, "sample"):
+        latents = scheduler.step(unet(scheduler.scale_model_input(latents, t), t, **conditioning).sample, t, latents).prev_sample
     return unfold(latents).reshape(len(CAPTIONS), settings.samples, CANVAS, CANVAS)
 
 
@@ -320,7 +312,9 @@ def compare(settings: Settings, progress: Progress, which: list[Variant] | None 
     for variant in variants() if which is None else which:
         start = time.perf_counter()
         unet, losses = train(variant, photos, captions, settings, progress)
-        pictures = sample(unet, variant, captions, settings, progress)
+        # diffusers' trailing spacing for all, so that the training alone differs; no clipping: latents have no bounds
+        scheduler = variant.schedule.scheduler("ddim", variant.prediction_type, "trailing")
+        pictures = sample(unet, scheduler, captions, settings, progress)
         parameters = sum(parameter.numel() for parameter in unet.parameters())
         results.append(Result(variant, losses, pictures, parameters, time.perf_counter() - start))
     return results
