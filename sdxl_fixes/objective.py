@@ -83,8 +83,10 @@ class Objective:
         training: bool = True,
         generator: torch.Generator | None = None,
         index: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
     ) -> Step:
-        """Noise ``latents`` (x0, [B, C, H, W], scaled as the network expects). ``index`` fixes the timesteps ([B], int64).
+        """Noise ``latents`` (x0, [B, C, H, W], scaled as the network expects). ``index`` fixes the timesteps ([B], int64), ``noise``
+        the noise ([B, C, H, W], to which no offset is added).
 
         ``training=False`` is for evaluation: no perturbation, and a stratified sampler does not advance. Random numbers are drawn in
         kohya's order (noise, offset, timesteps, perturbation), on the CPU the very same numbers. Stratified timesteps are drawn by
@@ -93,9 +95,12 @@ class Objective:
         self._check_index(latents, index)
         self._check(latents)
         dtype = torch.promote_types(latents.dtype, torch.float32)
-        noise = torch.randn(latents.shape, dtype=dtype, device=latents.device, generator=generator)
-        if self.offset is not None:
-            noise = self.offset(noise, generator)
+        if noise is None:
+            noise = torch.randn(latents.shape, dtype=dtype, device=latents.device, generator=generator)
+            noise = noise if self.offset is None else self.offset(noise, generator)
+        elif noise.shape != latents.shape:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, the latents {tuple(latents.shape)}: they must be equal")
+        noise = noise.to(latents.device, dtype)
         if index is None:
             index = self.timesteps.draw(len(latents), latents.device, generator, training)
         seen = self.perturbation(noise, generator) if training and self.perturbation is not None else noise

@@ -1,0 +1,91 @@
+"""A loss that two checkpoints can be compared by: the same images, the same noise, the same timesteps, every time.
+
+A training loss jumps with every draw of a timestep. Here each image meets the whole range of timesteps, each time with noise of its own
+that depends on nothing but the seed, the image's number and the timestep: not on the batch size, the number of processes, or on what
+was drawn before; and the training's random numbers are left as they were. Called on images that are not trained on it is a validation
+loss; on a few that are, a stable training loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from sdxl_fixes.loss import l2
+from sdxl_fixes.objective import Objective
+
+
+class Validation:
+    """Loss of a network on fixed images, noise and timesteps.
+
+    objective  what is trained: its schedule, prediction type, loss and weights (its perturbation and timestep sampler are not used)
+    points     timesteps per image, evenly over the range, the last one among them
+    seed       of the noise
+    """
+
+    def __init__(self, objective: Objective, points: int = 10, seed: int = 0) -> None:
+        steps = len(objective.schedule)
+        if not 1 <= points <= steps:
+            raise ValueError(f"points must lie in 1..{steps}, the trained timesteps, got {points}")
+        self.objective, self.seed = objective, int(seed)
+        self.timesteps: list[int] = (np.round(steps * np.arange(1, points + 1) / points).astype(int) - 1).tolist()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        predict: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        latents: torch.Tensor,
+        models: Iterable[torch.nn.Module] = (),
+        batch_size: int = 8,
+        accelerator: Any = None,
+    ) -> dict[str, float]:
+        """``predict(noisy, timesteps, image)`` is the network with its conditioning: for samples of ``image`` (int64, [B], rows of
+        ``latents`` [N, C, H, W]) it returns predictions [B, C, H, W]. ``models`` are in evaluation mode meanwhile.
+
+        Returns "loss" (as trained, without the sampler's importance weights), "loss_unweighted" (mean squared error) and the latter at
+        each timestep, "loss_unweighted/t999". With an accelerate ``accelerator`` every process takes its share and all return the same
+        numbers, for ``accelerator.log(numbers, step)``.
+        """
+        rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+        work = [(image, t) for t in self.timesteps for image in range(len(latents))][rank::processes]
+        sums = torch.zeros(2, len(self.timesteps), device=latents.device)
+        training = [(model, model.training) for model in models]
+        devices = [latents.device] if latents.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            try:
+                for model, _ in training:
+                    model.eval()
+                for start in range(0, len(work), batch_size):
+                    images, timesteps = (torch.tensor(column) for column in zip(*work[start : start + batch_size], strict=True))
+                    losses = self._losses(predict, latents, images.to(latents.device), timesteps.to(latents.device), work[start:])
+                    where = torch.tensor([self.timesteps.index(int(t)) for t in timesteps], device=latents.device)
+                    sums.index_add_(1, where, losses)
+            finally:
+                for model, was in training:
+                    model.train(was)
+        if accelerator is not None:
+            sums = accelerator.reduce(sums, "sum")
+        weighted, plain = (sums / max(1, len(latents))).tolist()
+        numbers = {"loss": float(np.mean(weighted)), "loss_unweighted": float(np.mean(plain))}
+        return numbers | {f"loss_unweighted/t{t}": value for t, value in zip(self.timesteps, plain, strict=True)}
+
+    def _losses(
+        self, predict: Any, latents: torch.Tensor, images: torch.Tensor, timesteps: torch.Tensor, work: list[tuple[int, int]]
+    ) -> torch.Tensor:
+        """[2, B]: as trained, and squared error."""
+        x0 = latents[images]
+        noise = torch.stack([self.noise(image, t, latents.shape[1:]) for image, t in work[: len(images)]])
+        step = self.objective.draw(x0, training=False, index=timesteps, noise=noise)
+        prediction = predict(step.noisy, step.timesteps, images)
+        plain = l2(prediction.float() - step.target.float()).flatten(1).mean(1)
+        trained = self.objective.loss(prediction, replace(step, importance=None), reduction="none")
+        return torch.stack((trained, plain))
+
+    def noise(self, image: int, timestep: int, shape: tuple[int, ...] | torch.Size) -> torch.Tensor:
+        """The noise of one image at one timestep, float32 on the CPU."""
+        seed = int(np.random.SeedSequence([self.seed, image, timestep]).generate_state(1, np.uint64)[0] >> 1)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
