@@ -1,0 +1,66 @@
+"""The same prompts and seeds from every checkpoint, as one HTML file: a column per checkpoint, a row per prompt."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+_DATA = re.compile(r'<script type="application/json" id="samples">(.*?)</script>', re.DOTALL)
+_STYLE = "table{border-collapse:collapse}td,th{padding:4px;vertical-align:top;font:14px sans-serif;text-align:left}img{max-width:320px}"
+
+
+class SampleTable:
+    """A growing table in one file, which holds its pictures. An existing file of this kind is continued, so a resumed run goes on in it.
+
+    Raises ValueError for an existing file of another kind.
+    """
+
+    def __init__(self, path: str | Path, title: str = "Samples") -> None:
+        self.path, self.title = Path(path), title
+        self.cells: dict[str, dict[str, str]] = {}  # checkpoint -> prompt -> PNG, base64
+        if self.path.exists():
+            found = _DATA.search(self.path.read_text(encoding="utf-8", errors="replace"))
+            if found is None:
+                raise ValueError(f"{self.path} exists and is not a table of samples: choose another file")
+            self.cells = json.loads(found.group(1))
+
+    def add(self, checkpoint: str, prompt: str, image: Any) -> None:
+        """Put ``image`` (a PIL image) into the table, in place of an older one, and write the file."""
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        self.cells.setdefault(str(checkpoint), {})[str(prompt)] = base64.b64encode(buffer.getvalue()).decode()
+        self._write()
+
+    def _write(self) -> None:
+        prompts = list(dict.fromkeys(prompt for column in self.cells.values() for prompt in column))
+        head = "".join(f"<th>{html.escape(checkpoint)}</th>" for checkpoint in self.cells)
+        rows = "".join(
+            f"<tr><th>{html.escape(prompt)}</th>{''.join(self._cell(checkpoint, prompt) for checkpoint in self.cells)}</tr>\n"
+            for prompt in prompts
+        )
+        data = json.dumps(self.cells).replace("</", "<\\/")  # JSON reads \\/ as /
+        fill = "document.querySelectorAll('img').forEach(i=>i.src='data:image/png;base64,'+samples[i.dataset.c][i.dataset.p])"
+        page = (
+            f'<!doctype html><meta charset="utf-8"><title>{html.escape(self.title)}</title><style>{_STYLE}</style>\n'
+            f"<table><tr><th></th>{head}</tr>\n{rows}</table>\n"
+            f'<script type="application/json" id="samples">{data}</script>\n'
+            f"<script>const samples=JSON.parse(document.getElementById('samples').textContent);{fill}</script>\n"
+        )
+        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(page, encoding="utf-8")
+            os.replace(temporary, self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _cell(self, checkpoint: str, prompt: str) -> str:
+        if prompt not in self.cells[checkpoint]:
+            return "<td></td>"
+        return f'<td><img data-c="{html.escape(checkpoint)}" data-p="{html.escape(prompt)}" alt=""></td>'

@@ -1,0 +1,72 @@
+"""The sample table holds its pictures, goes on after a restart, and touches no file of another kind."""
+
+import base64
+import io
+import json
+import re
+
+import pytest
+
+from sdxl_fixes.sample_table import SampleTable
+
+Image = pytest.importorskip("PIL.Image", reason="install Pillow (it comes with the demo extra) to run")
+
+
+def picture(grey):
+    return Image.new("RGB", (4, 3), (grey, grey, grey))
+
+
+def shown(path):
+    """What a browser would show: rows of (prompt, grey of each cell), read from the page alone."""
+    page = path.read_text(encoding="utf-8")
+    data = json.loads(re.search(r'id="samples">(.*?)</script>', page, re.DOTALL).group(1))
+    rows = []
+    for row in re.findall(r"<tr><th>([^<]+)</th>(.*?)</tr>", page):
+        cells = [re.search(r'data-c="(.*?)" data-p="(.*?)"', cell) for cell in row[1].split("</td>")[:-1]]
+        greys = []
+        for cell in cells:
+            png = data[cell.group(1)][cell.group(2)] if cell else None
+            greys.append(Image.open(io.BytesIO(base64.b64decode(png))).getpixel((0, 0))[0] if png else None)
+        rows.append((row[0], greys))
+    return rows
+
+
+def test_a_column_per_checkpoint_and_a_row_per_prompt_also_after_a_restart(tmp_path):
+    path = tmp_path / "runs" / "samples.html"
+    table = SampleTable(path)
+    table.add("step 100", "a cat", picture(10))
+    table.add("step 100", "a dog", picture(20))
+    again = SampleTable(path)
+    again.add("step 200", "a cat", picture(30))
+    again.add("step 100", "a dog", picture(25))
+    assert shown(path) == [("a cat", [10, 30]), ("a dog", [25, None])]
+    assert [file.name for file in path.parent.iterdir()] == ["samples.html"]
+
+
+def test_markup_in_a_prompt_is_text(tmp_path):
+    path = tmp_path / "samples.html"
+    SampleTable(path).add('</script><script>alert("x")</script>', "a <b>&</b> </td>", picture(1))
+    page = path.read_text(encoding="utf-8")
+    assert "alert" not in re.sub(r'<script type="application/json".*?</script>', "", page.replace("&quot;", ""), flags=re.DOTALL).replace(
+        "&lt;/script&gt;&lt;script&gt;alert(x)&lt;/script&gt;", ""
+    )
+    assert page.count("</script>") == 2
+    assert list(SampleTable(path).cells) == ['</script><script>alert("x")</script>']
+
+
+def test_a_file_of_another_kind_is_refused_and_left_alone(tmp_path):
+    path = tmp_path / "index.html"
+    path.write_text("<p>mine</p>")
+    with pytest.raises(ValueError, match=r"index\.html exists and is not a table of samples: choose another file"):
+        SampleTable(path)
+    assert path.read_text() == "<p>mine</p>"
+
+
+def test_a_failed_write_leaves_the_old_table(tmp_path, monkeypatch):
+    path = tmp_path / "samples.html"
+    SampleTable(path).add("1", "a cat", picture(1))
+    before = path.read_bytes()
+    monkeypatch.setattr("os.replace", lambda *args: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space left"):
+        SampleTable(path).add("2", "a cat", picture(2))
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["samples.html"]
