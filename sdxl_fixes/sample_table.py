@@ -44,7 +44,7 @@ class SampleTable:
             f"<tr><th>{html.escape(prompt)}</th>{''.join(self._cell(checkpoint, prompt) for checkpoint in self.cells)}</tr>\n"
             for prompt in prompts
         )
-        data = json.dumps(self.cells).replace("</", "<\\/")  # JSON reads \\/ as /
+        data = json.dumps(self.cells).replace("</", "<\\/")  # JSON reads an escaped slash as a slash
         fill = "document.querySelectorAll('img').forEach(i=>i.src='data:image/png;base64,'+samples[i.dataset.c][i.dataset.p])"
         page = (
             f'<!doctype html><meta charset="utf-8"><title>{html.escape(self.title)}</title><style>{_STYLE}</style>\n'

@@ -92,6 +92,28 @@ def test_samplers_that_draw_noise_have_the_ideal_mean_and_spread(sampler, name):
     assert ((spread - 1).abs().max() < 0.05) if sampler == "dpmpp_2m_sde" else ((0.8 < spread) & (spread < 1.05)).all()
 
 
+@pytest.mark.parametrize("name", ["300 rescale", "inf"])
+@pytest.mark.parametrize("sampler", ["ddpm", "euler_a", "ddim"])
+def test_fresh_noise_has_ddpm_s_posterior_variance(sampler, name):
+    """One step from each of three timesteps, against q(x_t' | x_t, x_0) as DDPM writes it (arXiv:2006.11239 eq. 7)."""
+    schedule = SCHEDULES[name]
+    scheduler = schedule.scheduler(sampler, "sample")
+    scheduler.set_timesteps(6)
+    x0, x = torch.full((1, 4, 256, 256), 0.3), torch.full((1, 4, 256, 256), 1.2)
+    for at in (0, 2, 4):
+        t, after = (int(scheduler.timesteps[i]) for i in (at, at + 1))
+        left, left_after = schedule.alphas_cumprod[t], schedule.alphas_cumprod[after]
+        beta = 1 - left / left_after
+        mean = (left_after**0.5 * beta * 0.3 + (1 - beta) ** 0.5 * (1 - left_after) * 1.2) / (1 - left)
+        variance = (1 - left_after) / (1 - left) * beta
+        if hasattr(scheduler, "_step_index"):
+            scheduler._step_index = at
+        options = {"eta": 1.0} if sampler == "ddim" else {}
+        got = scheduler.step(x0, scheduler.timesteps[at], x, generator=torch.Generator().manual_seed(at), **options).prev_sample.double()
+        assert float(got.mean()) == pytest.approx(mean, abs=0.01)
+        assert float(got.std()) == pytest.approx(variance**0.5, rel=0.01)
+
+
 def test_ddim_and_euler_are_the_same_method():
     for name in ("14.6", "20000 rescale", "inf"):
         for prediction_type in ("v_prediction", "sample"):
