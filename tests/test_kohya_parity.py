@@ -20,6 +20,7 @@ from sdxl_fixes.kohya import schedule as kohya_schedule
 from sdxl_fixes.kohya import weighting as kohya_weighting
 from sdxl_fixes.kohya.run import FIXES, SESSION, Run, parse_fixes
 from sdxl_fixes.patching import PatchSet
+from sdxl_fixes.schedulers import CLASSES
 from sdxl_fixes.weighting import EpsilonLike, PlusVLike
 
 RECORD = json.loads((Path(__file__).parent / "data" / "kohya_v0.10.1.json").read_text())
@@ -253,10 +254,13 @@ def test_every_preview_sampler_follows_the_trained_schedule_and_stays_finite(nam
 
     made = kohya_previews.scheduler(upstream, sample_sampler="x", v_parameterization=True)
     assert made.config.prediction_type == "v_prediction" and not made.config.get("clip_sample", False)
-    exact = name in ("DDIM", "DDPM") and "zero_terminal_snr" in flags
-    last = float(made.alphas_cumprod[-1])
-    assert last == 0 if exact else (1 / last - 1) ** 0.5 == pytest.approx(flags.get("terminal_sigma", 4096), rel=2e-3)
     made.set_timesteps(8)
+    assert type(made).__name__ == name + "Scheduler"
+    if name + "Scheduler" in CLASSES:
+        assert made.exact and made.noise_schedule == SESSION.run.schedule and int(made.timesteps[0]) == 999
+    else:
+        last = float(made.alphas_cumprod[-1])
+        assert (1 / last - 1) ** 0.5 == pytest.approx(flags.get("terminal_sigma", 4096), rel=2e-3)
     x = torch.randn(1, 4, 8, 8) * made.init_noise_sigma
     for t in made.timesteps:
         x = made.step(torch.zeros_like(x), t, x).prev_sample  # any finite prediction must give a finite sample

@@ -41,10 +41,10 @@ def trace(record):
     generate = pipeline.SdxlStableDiffusionLongPromptWeightingPipeline.__call__
 
     def traced_generate(self, *args, **kwargs):
-        config, alphas_cumprod = self.scheduler.config, self.scheduler.alphas_cumprod[-1].double()
-        kept = {key: config.get(key) for key in ("timestep_spacing", "prediction_type", "clip_sample")}
-        record["preview"] = {**kept, "terminal_sigma": float(((1 - alphas_cumprod) / alphas_cumprod).sqrt())}
-        return generate(self, *args, **kwargs)
+        images = generate(self, *args, **kwargs)
+        kept = {key: self.scheduler.config.get(key) for key in ("timestep_spacing", "prediction_type", "clip_sample")}
+        record["preview"] = {**kept, "terminal_sigma": float(self.scheduler.sigmas[0]), "timesteps": self.scheduler.timesteps.tolist()}
+        return images
 
     pipeline.SdxlStableDiffusionLongPromptWeightingPipeline.__call__ = traced_generate
     unet.SdxlUNet2DConditionModel.forward = traced_forward

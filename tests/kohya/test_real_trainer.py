@@ -190,8 +190,8 @@ def test_previews_follow_the_trained_schedule(train, tmp_path, flags, sampler):
     _, trace = train("module", "sdxl_train.py", *flags, "--v_parameterization", *preview, steps=1)
     config = trace["preview"]
     assert config["timestep_spacing"] == "trailing" and config["prediction_type"] == "v_prediction" and not config["clip_sample"]
-    exact = sampler == "ddim" or "300" in flags
-    assert config["terminal_sigma"] == pytest.approx(float("inf") if exact and "300" not in flags else 300 if exact else 4096, rel=1e-3)
+    assert config["terminal_sigma"] == pytest.approx(300 if "300" in flags else float("inf"), rel=1e-3)
+    assert config["timesteps"][0] == 999 and len(config["timesteps"]) == 3
     assert list((tmp_path / "out" / "sample").glob("*.png"))
 
 
