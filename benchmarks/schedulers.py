@@ -106,7 +106,7 @@ def pictures(output: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    settings, zero = demo.Settings(), STOCK.zero_terminal_snr()
+    settings, zero = demo.Settings(samples=4), STOCK.zero_terminal_snr()
     progress: demo.Progress = lambda work, name: iter(work)  # noqa: E731
     photos, captions = demo.load_photos(settings), demo.embed_captions(settings.seed)
     variant = next(variant for variant in demo.variants() if variant.key == "ztsnr_v")

@@ -270,12 +270,21 @@ class DDIMScheduler(_Exact, diffusers.DDIMScheduler):  # type: ignore[misc]
     whatever set_alpha_to_one says."""
 
     def _takes(self, timestep: Any) -> bool:
-        told = self.timesteps.tolist()
-        if self.exact or int(timestep) not in told:
-            return self.exact
+        if self.exact:
+            return True
+        told = self._listed()
+        if int(timestep) not in told:
+            return False
         at = told.index(int(timestep))
         theirs = int(timestep) - self.config["num_train_timesteps"] // self.num_inference_steps
         return at + 1 < len(told) and max(theirs, -1) != told[at + 1]
+
+    def _listed(self) -> list[int]:
+        """The timesteps, read from the device once."""
+        read = self.__dict__.get("_list")
+        if read is None or read[0] is not self.timesteps:
+            read = self._list = (self.timesteps, self.timesteps.tolist())
+        return read[1]
 
     def _step(
         self,
@@ -289,7 +298,7 @@ class DDIMScheduler(_Exact, diffusers.DDIMScheduler):  # type: ignore[misc]
         return_dict: bool = True,
     ) -> Any:
         if not self.exact:
-            self._told = self.timesteps.tolist()
+            self._told = self._listed()
             alpha_table, sigma_table, _ = self.noise_schedule.levels()
             self._levels = [(float(alpha_table[t]), float(sigma_table[t])) for t in self._told] + [CLEAN]
         at = self._find(timestep)
