@@ -62,6 +62,7 @@ class Run:
     """One training run: the checked settings, the schedule they describe, and the fixes that are on."""
 
     trainer: Trainer
+    args: argparse.Namespace
     settings: Settings
     schedule: NoiseSchedule
     prediction_type: str
@@ -104,7 +105,7 @@ class Run:
             accumulation=getattr(args, "gradient_accumulation_steps", None) or 1,
             **timestep_range,
         )
-        run = cls(trainer, settings, schedule, prediction_type, frozenset(wanted & allowed), sampler, weightings)
+        run = cls(trainer, args, settings, schedule, prediction_type, frozenset(wanted & allowed), sampler, weightings)
         if os.environ.get("RANK", "0") == "0":
             print(run.report(patches, allowed, wanted), file=sys.stderr, flush=True)
         return run
