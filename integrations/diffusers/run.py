@@ -131,8 +131,10 @@ def start(args: argparse.Namespace, patches: PatchSet) -> Run:
     settings = Settings.from_args(known)
     asked = [name for name, fix in FIXES.items() if fix.wanted(known, settings)]
     base, known.base_prediction_type, edm = _base(args) if asked else (None, "epsilon", False)
+    if edm and "schedule" in asked:
+        raise FlagError(f"{args.pretrained_model_name_or_path} is an EDM model with sigmas of its own: leave out {_SCHEDULE}")
     if edm or getattr(args, "do_edm_style_training", False):
-        refuse_edm(set(asked))
+        refuse_edm(asked)
     weighting = settings.weighting()
     if args.max_token_length is not None and args.max_token_length <= 75:
         raise FlagError(f"--max_token_length {args.max_token_length}: expected more than the 75 tokens that upstream has (150, 225, ...)")

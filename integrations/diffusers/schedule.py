@@ -99,9 +99,11 @@ def _sigma_space(scheduler: Any, run: Run) -> Any:
     refuse_edm(run.on)
     if "schedule" not in run.on:
         return scheduler
-    try:
-        made = with_schedule(scheduler, run.schedule, run.prediction_type)
-    except ValueError as error:
-        raise FlagError(f"EDM-style training: {error}") from error
+    if run.schedule.residual_signal == 0:
+        raise FlagError(
+            "EDM-style training needs a finite sigma: give --terminal_sigma 20000 --terminal_sigma_method rescale instead of "
+            "--zero_terminal_snr, or train without --do_edm_style_training"
+        )
+    made = with_schedule(scheduler, run.schedule, run.prediction_type)
     SESSION.on("schedule")
     return made

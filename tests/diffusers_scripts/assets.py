@@ -36,7 +36,7 @@ VARIANTS = {
     "base-v-ztsnr": {**ZTSNR, "prediction_type": "v_prediction"},
     "base-v-ztsnr-2": {**ZTSNR, "prediction_type": "v_prediction", "num_train_timesteps": 2},  # every other draw is at SNR 0
     "base-ztsnr-2": {**ZTSNR, "num_train_timesteps": 2},
-    "base-edm": {"_class_name": "EDMEulerScheduler"},
+    "base-edm": None,  # playground-v2.5's kind
 }
 
 
@@ -85,9 +85,10 @@ def pipeline(folder):
     for name, changes in VARIANTS.items():
         other = folder.parent / name
         shutil.copytree(folder, other)
-        (other / "scheduler" / "scheduler_config.json").write_text(json.dumps({**SCHEDULER, **changes}, indent=2))
+        config = {"_class_name": "EDMEulerScheduler", "sigma_data": 0.5} if changes is None else {**SCHEDULER, **changes}
+        (other / "scheduler" / "scheduler_config.json").write_text(json.dumps(config, indent=2))
         index = json.loads((other / "model_index.json").read_text())
-        index["scheduler"][1] = changes.get("_class_name", index["scheduler"][1])
+        index["scheduler"][1] = config["_class_name"]
         (other / "model_index.json").write_text(json.dumps(index))
 
 
