@@ -8,6 +8,16 @@ _TRAINS_BY_TIMESTEP = (("DDPMScheduler.from_pretrained",), "it does not train wi
 _ADDS_NOISE = (("noise_scheduler.add_noise",), "it does not call noise_scheduler.add_noise")
 _MSE = (("F.mse_loss",), "it does not call F.mse_loss: its loss is written out")
 
+_PIPELINES = tuple(f"StableDiffusionXL{kind}Pipeline" for kind in ("", "ControlNet", "InstructPix2Pix", "Adapter"))
+
+# words of scripts whose loss is not the error of one prediction, where no fix of training has a place
+FOREIGN = {
+    "teacher_unet": "it distils a teacher on the teacher's schedule",
+    "beta_dpo": "its loss compares with a reference model",
+    "beta_orpo": "its loss compares two predictions",
+    '"--loss_type"': "it has a --loss_type of its own",
+}
+
 # fix -> what the script must call or define (one of the names), and what to say if it does not
 ANCHORS: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
     "schedule": (
@@ -20,9 +30,7 @@ ANCHORS: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
     "prompts": ((("tokenizer",), "it does not call tokenizer(...)"), (("def encode_prompt",), "it has no encode_prompt")),
     "crops": ((("def compute_vae_encodings",), "it caches no latents, so its crop coordinates are those of the images"),),
     "caches": ((("Hasher.hash", "latents_cache.append"), "it keeps no cache"),),
-    "previews": (
-        (("StableDiffusionXLPipeline.from_pretrained", "StableDiffusionXLControlNetPipeline.from_pretrained"), "it makes no images"),
-    ),
+    "previews": ((tuple(f"{name}.from_pretrained" for name in _PIPELINES), "it makes no images"),),
     "saving": ((("save_pretrained", "save_lora_weights"), "it saves no model"),),
 }
 
@@ -31,6 +39,9 @@ def missing(source: str) -> dict[str, str]:
     """fix -> why it does not fit the script whose text is ``source``; fixes that fit are not in it. Empty for an empty source."""
     names = _names(source)
     why = {fix: [reason for any_of, reason in needs if not names & set(any_of)] for fix, needs in ANCHORS.items()}
+    foreign = [reason for word, reason in FOREIGN.items() if word in source]
+    if foreign:
+        why |= {fix: foreign for fix in ANCHORS if fix not in ("crops", "caches")}
     return {fix: reasons[0] for fix, reasons in why.items() if reasons} if source else {}
 
 

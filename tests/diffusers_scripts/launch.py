@@ -19,6 +19,12 @@ def trace(record):
     from diffusers import StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
     backward, forward = accelerate.Accelerator.backward, UNet2DConditionModel.forward
+    mse_loss = torch.nn.functional.mse_loss
+
+    @functools.wraps(mse_loss)
+    def traced_mse_loss(input, target, *args, **kwargs):
+        record["errors"].append((input - target).detach().square().flatten(1).mean(1).tolist())
+        return mse_loss(input, target, *args, **kwargs)
 
     @functools.wraps(backward)
     def traced_backward(self, loss, **kwargs):
@@ -38,6 +44,7 @@ def trace(record):
 
     for pipeline in (StableDiffusionXLPipeline, StableDiffusionXLControlNetPipeline):
         trace_images(pipeline, record)
+    torch.nn.functional.mse_loss = traced_mse_loss
     accelerate.Accelerator.backward = traced_backward
     UNet2DConditionModel.forward = traced_forward
 
@@ -61,7 +68,7 @@ if __name__ == "__main__":
     import torch
 
     torch.set_num_threads(1)
-    record = {key: [] for key in ("losses", "timesteps", "time_ids", "tokens", "inputs", "latents", "previews")}
+    record = {key: [] for key in ("losses", "timesteps", "time_ids", "tokens", "inputs", "latents", "previews", "errors")}
     trace(record)
     sys.argv = [script, *arguments]
     try:
