@@ -48,7 +48,8 @@ def begin(args: argparse.Namespace, script: dict[str, Any]) -> None:
     SESSION.script, SESSION.training = script, False
     source = Path(script["__file__"]).read_text(encoding="utf-8") if "__file__" in script else ""  # a notebook has no file to check
     patches = SESSION.patches
-    table = PatchSet(for_script(source, script), refused={**patches.refused, **missing(source)})
+    no_place = {fix: why for fix, why in missing(source).items() if FIXES[fix].every_step}  # the others act if and when they can
+    table = PatchSet(for_script(source, script), refused={**patches.refused, **no_place})
     table.refused |= {patch.fix: why for patch, why in table.check().items() if why is not None}
     try:
         run = start(args, table)

@@ -72,7 +72,7 @@ FIXES = {
     "saving": Fix(_SCHEDULE, departs, lambda run: "the schedule's record in unet, ControlNet and LoRA files and in checkpoints"),
 }
 DIFFUSERS = Trainer(
-    name="huggingface/diffusers examples",
+    name="huggingface/diffusers example",
     v_flag="--prediction_type v_prediction",
     fixes=FIXES,
     flag_fixes={

@@ -32,6 +32,7 @@ SCHEDULER = {  # as SDXL base ships it
 }
 ZTSNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 VARIANTS = {
+    "base-v": {"prediction_type": "v_prediction"},
     "base-ztsnr": ZTSNR,
     "base-v-ztsnr": {**ZTSNR, "prediction_type": "v_prediction"},
     "base-v-ztsnr-2": {**ZTSNR, "prediction_type": "v_prediction", "num_train_timesteps": 2},  # every other draw is at SNR 0
