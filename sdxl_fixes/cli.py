@@ -78,14 +78,15 @@ def _read(file: Path) -> NoiseSchedule:
 
 def _add_doctor(commands: Any) -> None:
     parser = commands.add_parser("doctor", help="which fixes fit a trainer's version, and why not")
-    parser.add_argument("path", type=Path, help="a trainer's script, or the folder that holds it")
+    parser.add_argument("path", type=Path, help="a trainer's script, or the folder of sd-scripts")
     parser.set_defaults(run=_doctor)
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from sdxl_fixes.kohya.doctor import examine
+    from sdxl_fixes.diffusers import doctor as diffusers
+    from sdxl_fixes.kohya import doctor as kohya
 
-    report, fits = examine(args.path)
+    report, fits = (diffusers if diffusers.is_script(args.path) else kohya).examine(args.path)
     print(report)
     return 0 if fits else 1
 

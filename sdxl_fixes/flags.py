@@ -168,13 +168,14 @@ class Settings:
         strength = self.noise_offset
         return None if not strength else _checked("--noise_offset", lambda: OffsetNoise(strength))
 
-    def timesteps(self, **options: Any) -> TimestepSampler | None:
-        """The timestep sampler, if one was asked for; ``options`` are TimestepSampler's (range, seed, ranks, accumulation)."""
+    def timesteps(self, schedule: NoiseSchedule | None = None, **options: Any) -> TimestepSampler | None:
+        """The timestep sampler, if one was asked for, of ``schedule`` (None: the one that the flags make of SDXL's own); ``options``
+        are TimestepSampler's (range, seed, ranks, accumulation)."""
         if not (self.stratified_timesteps or self.terminal_timestep_share):
             return None
-        share, schedule = self.terminal_timestep_share or 0.0, self.schedule()
+        share, table = self.terminal_timestep_share or 0.0, self.schedule() if schedule is None else schedule
         name = "--terminal_timestep_share" if share else "--stratified_timesteps"
-        return _checked(name, lambda: TimestepSampler(schedule, terminal_share=share, stratified=self.stratified_timesteps, **options))
+        return _checked(name, lambda: TimestepSampler(table, terminal_share=share, stratified=self.stratified_timesteps, **options))
 
     def objective(self, prediction_type: str = "epsilon", **options: Any) -> Objective:
         """All of it, for a training loop of your own; ``options`` as for :meth:`timesteps`."""

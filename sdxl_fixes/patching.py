@@ -22,9 +22,10 @@ class Patch:
 
     fix          name of the fix it belongs to
     target       "package.module:attribute" or "package.module:Class.attribute"
-    parameters   names of the target's first parameters, as known; a target that has others is refused
+    parameters   names of the target's first parameters, as known (a classmethod's without cls; none for a builtin, which tells no
+                 names); a target that has others is refused
     exact        whether the target may have no further parameters (its replacement would ignore them)
-    replacement  called as replacement(original, *args, **kwargs) in the target's place
+    replacement  called as replacement(original, *args, **kwargs) in the target's place; args begin with self or cls
     purpose      what it changes, for reports
     """
 
@@ -120,23 +121,32 @@ def _resolve(target: str) -> tuple[Any, str]:
 def _mismatch(patch: Patch) -> str | None:
     try:
         owner, name = _resolve(patch.target)
-        found = tuple(inspect.signature(getattr(owner, name)).parameters)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        found = _parameters(getattr(owner, name))
+    except (ImportError, AttributeError, TypeError) as error:
         return f"{patch.target}: expected a function with parameters ({', '.join(patch.parameters)}), found none ({error})"
     return patch.mismatch(found)
 
 
+def _parameters(function: Any) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except ValueError:  # a builtin that does not tell
+        return ()
+
+
 def _replace(patch: Patch) -> _Applied:
     owner, name = _resolve(patch.target)
-    original = getattr(owner, name)
+    found = inspect.getattr_static(owner, name)
+    original = found.__func__ if isinstance(found, classmethod) else getattr(owner, name)
 
     @functools.wraps(original)
     def replacement(*args: Any, **kwargs: Any) -> Any:
         return patch.replacement(original, *args, **kwargs)
 
+    made = classmethod(replacement) if isinstance(found, classmethod) else replacement
     inherited = name not in vars(owner)
-    entry = _Applied(owner, name, None if inherited else vars(owner)[name], inherited, replacement)
-    setattr(owner, name, replacement)
+    entry = _Applied(owner, name, None if inherited else vars(owner)[name], inherited, made)
+    setattr(owner, name, made)
     return entry
 
 

@@ -193,8 +193,9 @@ class NoiseSchedule:
     # ---------------------------------------------------------------- changes
 
     def zero_terminal_snr(self) -> NoiseSchedule:
-        """Shift and scale sqrt(alphas_cumprod) so that the last is exactly 0 and the first unchanged (arXiv:2305.08891 Alg. 1)."""
-        return self._rescaled(0.0, {"change": "zero_terminal_snr"})
+        """Shift and scale sqrt(alphas_cumprod) so that the last is exactly 0 and the first unchanged (arXiv:2305.08891 Alg. 1). A
+        schedule that ends there already is returned as it is."""
+        return self if self.residual_signal == 0 else self._rescaled(0.0, {"change": "zero_terminal_snr"})
 
     def with_terminal_sigma(self, sigma: float, method: str = "beta_end", start: int | None = None) -> NoiseSchedule:
         """The same schedule, ending at another sigma. ``method`` says what else may move:

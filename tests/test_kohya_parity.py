@@ -18,8 +18,9 @@ from sdxl_fixes.kohya import noise as kohya_noise
 from sdxl_fixes.kohya import previews as kohya_previews
 from sdxl_fixes.kohya import schedule as kohya_schedule
 from sdxl_fixes.kohya import weighting as kohya_weighting
-from sdxl_fixes.kohya.run import FIXES, SESSION, Run, parse_fixes
+from sdxl_fixes.kohya.run import FIXES, SESSION, start
 from sdxl_fixes.patching import PatchSet
+from sdxl_fixes.run import parse_fixes
 from sdxl_fixes.schedulers import CLASSES
 from sdxl_fixes.weighting import EpsilonLike, PlusVLike
 
@@ -32,11 +33,11 @@ SDXL = NoiseSchedule.sdxl()
 def run():
     """run(**flags) starts a patched run without a trainer, every fix allowed."""
 
-    def start(fixes="all", **flags):
-        SESSION.run = Run.start(argparse.Namespace(fixes=fixes, **flags), PatchSet(()))
+    def begin(fixes="all", **flags):
+        SESSION.run = start(argparse.Namespace(fixes=fixes, **flags), PatchSet(()))
         return SESSION.run
 
-    yield start
+    yield begin
     SESSION.run = None
     SESSION.patches = PatchSet(())
 
@@ -180,8 +181,8 @@ def test_a_fix_that_is_on_and_never_reached_stops_after_the_first_step(run):
 
 def test_a_refused_fix_that_a_flag_asks_for_is_an_error():
     with pytest.raises(FlagError, match=r"'loss'.*does not fit.*--fixes all,-loss"):
-        Run.start(argparse.Namespace(loss_type="huber"), PatchSet((), refused={"loss": "expected (a), found (b)"}))
-    assert Run.start(argparse.Namespace(), PatchSet((), refused={"loss": "expected (a), found (b)"})).on == frozenset()
+        start(argparse.Namespace(loss_type="huber"), PatchSet((), refused={"loss": "expected (a), found (b)"}))
+    assert start(argparse.Namespace(), PatchSet((), refused={"loss": "expected (a), found (b)"})).on == frozenset()
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,7 @@ def test_a_refused_fix_that_a_flag_asks_for_is_an_error():
     ],
 )
 def test_fixes_are_chosen_by_name(text, expected):
-    assert parse_fixes(text) == expected
+    assert parse_fixes(text, FIXES) == expected
 
 
 def test_min_snr_floor_reaches_the_weight(run):

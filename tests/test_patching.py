@@ -103,6 +103,29 @@ def test_a_replacement_keeps_the_original_name_and_signature(trainer):
     patches.undo()
 
 
+def test_a_classmethod_keeps_its_class_and_a_builtin_needs_no_names(trainer):
+    class Loader:
+        @classmethod
+        def load(cls, path):
+            return cls.__name__, path
+
+    class Child(Loader):
+        pass
+
+    trainer.Loader, trainer.Child, trainer.largest = Loader, Child, max  # max tells no parameters
+    before = vars(Loader)["load"]
+
+    def named(original, cls, path):
+        return (*original(cls, path), cls.__name__)
+
+    loads = Patch("load", "some_trainer:Loader.load", ("path",), named, "")
+    patches = PatchSet((loads, Patch("builtin", "some_trainer:largest", (), doubled, "")))
+    patches.apply()
+    assert trainer.Child.load("x") == ("Child", "x", "Child") and trainer.largest(1, 2) == 4 and not patches.refused
+    patches.undo()
+    assert vars(Loader)["load"] is before and trainer.largest is max and trainer.Child.load("x") == ("Child", "x")
+
+
 def test_source_is_checked_without_importing_it(tmp_path):
     package = tmp_path / "library"
     package.mkdir()

@@ -22,7 +22,7 @@ def examine(path: Path) -> tuple[str, bool]:
     for fix in ("run", *FIXES):
         mine = [patch for patch in PATCHES if patch.fix == fix]
         refused = any(problems[patch] for patch in mine)
-        lines.append(f"{fix:<10} {'REFUSED' if refused else 'fits'}   {FIXES[fix][0] if fix in FIXES else 'the flags themselves'}")
+        lines.append(f"{fix:<10} {'REFUSED' if refused else 'fits'}   {FIXES[fix].flags if fix in FIXES else 'the flags themselves'}")
         lines += [f"{'':<11}{'x' if problems[patch] else ' '} {problems[patch] or patch.target + ': ' + patch.purpose}" for patch in mine]
     return "\n".join(lines), not any(problems.values())
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from sdxl_fixes.flags import TIMESTEP_FLAGS, add_flags
+from sdxl_fixes.run import add_fixes_flag
 
-from .run import SESSION, Run, report_flags
+from .run import FIXES, SESSION, start
 
 OURS = ("terminal_sigma", "terminal_sigma_method", "terminal_sigma_start", "huber_l2_gradient", "min_snr_floor", *TIMESTEP_FLAGS)
 
@@ -17,13 +18,13 @@ def add_arguments(original: Callable[..., Any], parser: argparse.ArgumentParser,
     """Upstream's arguments, then ours; a TOML --config_file is read with the same parser, so it knows them too."""
     result = original(parser, *args, **kwargs)
     add_flags(parser, OURS)
-    report_flags(parser)
+    add_fixes_flag(parser, FIXES)
     return result
 
 
 def verify(original: Callable[..., Any], args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
     """The first call of both trainers' train(): nothing is loaded yet."""
-    SESSION.run = Run.start(args, SESSION.patches)
+    SESSION.run = start(args, SESSION.patches)
     return original(args, *rest, **kwargs)
 
 

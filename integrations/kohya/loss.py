@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
 
 from sdxl_fixes.loss import HUBER_KINDS, ScheduledHuber
-from sdxl_fixes.schedule import NoiseSchedule
-from sdxl_fixes.tables import Table
+from sdxl_fixes.run import delta_table
 
 from .run import SESSION
-from .weighting import sample_weights
 
 
 def threshold(
@@ -26,8 +23,9 @@ def threshold(
     if run is None or not isinstance(loss, ScheduledHuber):
         return original(args, timesteps, noise_scheduler, **kwargs)
     if loss.l2_gradient == "batch":
-        run.step["weights"] = sample_weights(run, timesteps)
-    return delta_table(loss, run.schedule)(timesteps)
+        run.step["weights"] = run.sample_weights(timesteps)
+    table = delta_table(loss, run.schedule)
+    return None if table is None else table(timesteps)
 
 
 def conditional_loss(
@@ -65,9 +63,3 @@ def importance(
         return original(model_pred, target, loss_type, reduction, *args, **kwargs)
     loss = original(model_pred, target, loss_type, "none", *args, **kwargs) * weights.reshape(-1, *[1] * (model_pred.ndim - 1))
     return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
-
-
-@lru_cache(maxsize=4)
-def delta_table(loss: ScheduledHuber, schedule: NoiseSchedule) -> Table:
-    """Delta of every timestep."""
-    return Table(loss.delta(schedule))

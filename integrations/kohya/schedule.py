@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from sdxl_fixes import prediction
+from sdxl_fixes.noising import Noising
 from sdxl_fixes.schedule import NoiseSchedule
-from sdxl_fixes.tables import Table
 
 from .run import SESSION
 
@@ -36,24 +35,12 @@ def follow(noise_scheduler: Any, schedule: NoiseSchedule, device: torch.device) 
         raise ValueError(
             f"the trainer has {noise_scheduler.config.num_train_timesteps} timesteps, the schedule {len(schedule)}: they must be equal"
         )
-    alpha, sigma = levels(schedule)
     noise_scheduler.betas = torch.from_numpy(schedule.betas.copy()).float()
     noise_scheduler.alphas = torch.from_numpy(1 - schedule.betas).float()
     noise_scheduler.alphas_cumprod = torch.from_numpy(schedule.alphas_cumprod.copy()).float()
     noise_scheduler.all_snr = torch.from_numpy(schedule.snr.copy()).float().to(device)
-
-    def add_noise(original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        ndim = original_samples.ndim
-        noisy = prediction.add_noise(original_samples, noise, alpha(timesteps, ndim), sigma(timesteps, ndim))
-        return noisy.to(original_samples.dtype)
-
-    def get_velocity(sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        return prediction.target("v_prediction", sample, noise, alpha(timesteps, sample.ndim), sigma(timesteps, sample.ndim))
-
-    noise_scheduler.add_noise, noise_scheduler.get_velocity = add_noise, get_velocity
+    noising = _noising(schedule)
+    noise_scheduler.add_noise, noise_scheduler.get_velocity = noising.add_noise, noising.get_velocity
 
 
-@lru_cache(maxsize=4)
-def levels(schedule: NoiseSchedule) -> tuple[Table, Table]:
-    """What multiplies the latents and the noise."""
-    return Table(schedule.sqrt_alphas_cumprod), Table(schedule.sqrt_one_minus_alphas_cumprod)
+_noising = lru_cache(maxsize=4)(Noising)

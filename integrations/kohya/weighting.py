@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from sdxl_fixes.schedule import NoiseSchedule
-from sdxl_fixes.tables import Table
+from sdxl_fixes.run import Run, weight_table
 from sdxl_fixes.weighting import Debiased, EpsilonLike, MinSNR, PlusVLike, Weighting
 
-from .run import SESSION, Run
+from .run import SESSION
 
 
 def min_snr(
@@ -63,20 +61,5 @@ def plus_v_like(
     return original(loss, timesteps, noise_scheduler, v_pred_like_loss, *args, **kwargs)
 
 
-def sample_weights(run: Run, timesteps: torch.Tensor) -> torch.Tensor | None:
-    """What the step will multiply each sample's loss by: the weights of all flags and of the timestep sampler, [B]; None for 1."""
-    chosen = run.weightings if "weighting" in run.on else ()
-    parts = [weight_table(weighting, run.schedule, run.prediction_type)(timesteps) for weighting in chosen]
-    importance = run.timesteps.weights(timesteps) if run.timesteps and "timesteps" in run.on else None
-    parts += [] if importance is None else [importance]
-    return functools.reduce(torch.mul, parts) if parts else None
-
-
 def _weighted(loss: torch.Tensor, timesteps: torch.Tensor, run: Run, weighting: Weighting) -> torch.Tensor:
     return loss * weight_table(weighting, run.schedule, run.prediction_type)(timesteps)
-
-
-@functools.lru_cache(maxsize=8)
-def weight_table(weighting: Weighting, schedule: NoiseSchedule, prediction_type: str) -> Table:
-    """Weight of every timestep."""
-    return Table(weighting.table(schedule, prediction_type))

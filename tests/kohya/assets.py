@@ -8,43 +8,18 @@ import os
 import sys
 from pathlib import Path
 
-PHOTOS = {
-    "astronaut.png": "portrait of a smiling astronaut in an orange suit in front of a flag",
-    "coffee.png": "a cup of coffee on a wooden table",
-    "chelsea.png": "a ginger cat",
-    "rocket.jpg": "a rocket on its launch pad, lit at night",
-    "motorcycle_left.png": "a motorcycle in a workshop, tools on the wall behind it, " + "very " * 40 + "detailed",
-    "hubble_deep_field.jpg": "galaxies on a black sky",
-}
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tiny_assets
 
 
 def tokenizers(folder):
-    """CLIP's own byte alphabet without merges (one token a character): enough for a trainer, and nobody's download."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    characters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
-    vocabulary = {c: i for i, c in enumerate(characters + [c + "</w>" for c in characters])}
-    vocabulary |= {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     for name in ("openai_clip-vit-large-patch14", "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k"):
-        out = folder / name
-        out.mkdir(parents=True)
-        (out / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-        (out / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special}
-        (out / "tokenizer_config.json").write_text(json.dumps(config))
-        (out / "special_tokens_map.json").write_text(json.dumps(special))
+        tiny_assets.tokenizer(folder / name)
 
 
 def photographs(folder):
-    import skimage
-    from PIL import Image
-
     images = folder / "images"
-    images.mkdir(parents=True)
-    for n, (name, caption) in enumerate(PHOTOS.items()):
-        photo = Image.open(Path(skimage.__file__).parent / "data" / name).convert("RGB")
-        size = [(128, 128), (160, 96), (96, 160)][n % 3]
-        photo.resize(size, Image.Resampling.BICUBIC).save(images / f"{n}.png")
+    for n, caption in enumerate(tiny_assets.photographs(images)):
         (images / f"{n}.txt").write_text(caption)
     (folder / "dataset.toml").write_text(
         f"""[general]

@@ -54,7 +54,7 @@ def trace(record):
 
 if __name__ == "__main__":
     how, out, script, *arguments = sys.argv[1:]
-    sys.path[:0] = [os.environ["SD_SCRIPTS"], HERE]
+    sys.path[:0] = [os.environ["SD_SCRIPTS"], HERE, str(Path(HERE).parent)]
     import tiny
     import torch
 

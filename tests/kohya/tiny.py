@@ -10,21 +10,9 @@ TEXT_ENCODERS = {"te1": dict(width=32, layers=12), "te2": dict(width=64, layers=
 
 
 def text_config(which):
-    from transformers import CLIPTextConfig
+    import tiny_assets
 
-    width, layers = TEXT_ENCODERS[which]["width"], TEXT_ENCODERS[which]["layers"]
-    return CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=width,
-        intermediate_size=64,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        max_position_embeddings=77,
-        projection_dim=width,
-        bos_token_id=0,
-        eos_token_id=2,
-        pad_token_id=1,
-    )
+    return tiny_assets.text_config(**TEXT_ENCODERS[which])
 
 
 def apply():

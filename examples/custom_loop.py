@@ -1,0 +1,133 @@
+"""A training loop of your own on accelerate, with sdxl-fixes imported directly. Runs offline on a tiny SDXL U-Net.
+
+    python examples/custom_loop.py --output_dir out --zero_terminal_snr --loss_type huber --min_snr_gamma 5 --stratified_timesteps
+    accelerate launch --num_processes 2 examples/custom_loop.py --output_dir out ...        (more processes)
+    python examples/custom_loop.py --output_dir out --steps 12 --resume ...                 (go on where it stopped, exactly)
+
+Everything random is a function of (seed, step, process), so a resumed run repeats the uninterrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import DDIMScheduler, UNet2DConditionModel
+
+from sdxl_fixes.checkpoint import scheduler_config
+from sdxl_fixes.flags import Settings, add_flags
+
+PREDICTION_TYPE = "v_prediction"
+TEXT, POOLED = 80, 48  # widths of the text embeddings, the pooled one and the six time ids make the conditioning
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps")
+    parser.add_argument("--checkpoint_every", type=int, default=4)
+    parser.add_argument("--batch_size", type=int, default=4, help="of one process")
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output_dir")
+    add_flags(parser)  # schedule, loss, weights, noise and timesteps
+    return parser.parse_args()
+
+
+def make_unet() -> UNet2DConditionModel:
+    """A U-Net of SDXL's class and conditioning, small."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        transformer_layers_per_block=(1, 1),
+        projection_class_embeddings_input_dim=6 * 8 + POOLED,
+        cross_attention_dim=TEXT,
+        norm_num_groups=8,
+    )
+
+
+def make_data(count: int = 24) -> dict[str, torch.Tensor]:
+    """Stands for your cached latents and embeddings: flat latents of a brightness that the embeddings tell."""
+    generator = torch.Generator().manual_seed(0)
+    brightness = torch.linspace(-1.5, 1.5, count)
+    return {
+        "latents": brightness.reshape(-1, 1, 1, 1) + 0.1 * torch.randn(count, 4, 8, 8, generator=generator),
+        "text": brightness.reshape(-1, 1, 1).expand(-1, 77, TEXT).clone(),
+        "pooled": brightness.reshape(-1, 1).expand(-1, POOLED).clone(),
+        "time_ids": torch.tensor([64.0, 64.0, 0.0, 0.0, 64.0, 64.0]).repeat(count, 1),
+    }
+
+
+def my_samples(step: int, count: int, args: argparse.Namespace, accelerator: Accelerator) -> np.ndarray:
+    """This process's samples of an optimizer step: every epoch a permutation by (seed, epoch), shared out in order."""
+    together = args.batch_size * accelerator.num_processes
+    epoch, place = divmod(step, count // together)
+    order = np.random.default_rng([args.seed, epoch]).permutation(count)
+    first = place * together + accelerator.process_index * args.batch_size
+    return order[first : first + args.batch_size]
+
+
+def main() -> None:
+    args = parse_args()
+    accelerator = Accelerator()
+    objective = Settings.from_args(args).objective(
+        PREDICTION_TYPE, seed=args.seed, rank=accelerator.process_index, world_size=accelerator.num_processes
+    )
+    torch.manual_seed(args.seed)
+    unet = make_unet()
+    unet, optimizer = accelerator.prepare(unet, torch.optim.AdamW(unet.parameters(), lr=args.learning_rate))
+    data = {name: tensor.to(accelerator.device) for name, tensor in make_data().items()}
+
+    checkpoint, first_step = args.output_dir / "checkpoint", 0
+    if args.resume:
+        accelerator.load_state(str(checkpoint))
+        state = json.loads((checkpoint / "progress.json").read_text())
+        objective.timesteps.load_state_dict(state["timesteps"])  # where the stratified draws stand
+        first_step = state["step"]
+
+    losses = []
+    for step in range(first_step, args.steps):
+        samples = torch.from_numpy(my_samples(step, len(data["latents"]), args, accelerator)).to(accelerator.device)
+        batch = {name: tensor[samples] for name, tensor in data.items()}
+        generator = torch.Generator(accelerator.device)
+        generator.manual_seed((args.seed * 1_000_003 + step) * accelerator.num_processes + accelerator.process_index)
+
+        drawn = objective.draw(batch["latents"], generator=generator)  # noisy latents, timesteps, target: one schedule
+        conditions = {"text_embeds": batch["pooled"], "time_ids": batch["time_ids"]}
+        prediction = unet(drawn.noisy, drawn.timesteps, batch["text"], added_cond_kwargs=conditions, return_dict=False)[0]
+        loss = objective.loss(prediction, drawn)
+
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(accelerator.gather(loss.detach().reshape(1)).mean().item())
+
+        if (step + 1) % args.checkpoint_every == 0:
+            accelerator.save_state(str(checkpoint))
+            if accelerator.is_main_process:
+                progress = {"step": step + 1, "timesteps": objective.timesteps.state_dict()}
+                (checkpoint / "progress.json").write_text(json.dumps(progress))
+            accelerator.wait_for_everyone()
+
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(unet).save_pretrained(args.output_dir / "unet")
+        # what samples the trained schedule in stock diffusers; a pipeline's save_pretrained writes the same file
+        config = scheduler_config(objective.schedule, PREDICTION_TYPE)
+        DDIMScheduler.from_config({"clip_sample": False, **config}).save_pretrained(args.output_dir / "scheduler")
+        (args.output_dir / "losses.json").write_text(json.dumps({"first_step": first_step, "losses": losses}))
+        print(f"steps {first_step} to {args.steps}: losses {' '.join(f'{loss:.4f}' for loss in losses)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The plugin's flags in a script's parser, and the moment its arguments are known."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sdxl_fixes.flags import LOSS_FLAGS, SCHEDULE_FLAGS, TIMESTEP_FLAGS, WEIGHTING_FLAGS, FlagError, add_flags
+from sdxl_fixes.patching import PatchSet
+from sdxl_fixes.run import add_fixes_flag
+
+from .anchors import missing
+from .run import FIXES, SESSION, caller, start
+
+MARK = "--pretrained_model_name_or_path"  # the parser that has it is the script's
+SHARED = (*SCHEDULE_FLAGS, *LOSS_FLAGS, *WEIGHTING_FLAGS, "ip_noise_gamma", "ip_noise_gamma_random_strength", *TIMESTEP_FLAGS)
+OURS: dict[str, dict[str, Any]] = {
+    "snr_gamma": dict(type=float, help="min-SNR weighting (arXiv:2303.09556); 5 is the paper's"),
+    "prediction_type": dict(choices=("epsilon", "v_prediction"), help="what the model is trained to predict (default: as the base model)"),
+    "float32_noising": dict(action="store_true", help="noise the latents in float32 in mixed precision, too"),
+    "max_token_length": dict(type=int, help="captions of up to so many tokens, encoded in chunks of 75 as the UIs do (225: three chunks)"),
+    "true_crop_coordinates": dict(action="store_true", help="give the network the crop that its cached latents were made of"),
+    "checked_caches": dict(action="store_true", help="key the script's caches by everything that changes their content"),
+}
+
+
+def parse_args(original: Callable[..., Any], parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+    """Upstream's arguments and ours; other parsers of the process are left alone."""
+    if MARK not in parser._option_string_actions:
+        return original(parser, *args, **kwargs)
+    add_flags(parser, tuple(name for name in SHARED if name != "min_snr_gamma"))
+    group = parser.add_argument_group("sdxl-fixes for diffusers")
+    for name, options in OURS.items():
+        if f"--{name}" not in parser._option_string_actions:
+            group.add_argument(f"--{name}", **options)
+    add_fixes_flag(parser, FIXES)
+    parsed = original(parser, *args, **kwargs)
+    begin(parsed, caller())
+    return parsed
+
+
+def begin(args: argparse.Namespace, script: dict[str, Any]) -> None:
+    """Nothing is loaded yet: decide which fixes are on, replace what they need, and take their flags away from the script."""
+    from .patches import for_script
+
+    SESSION.script, SESSION.training = script, False
+    source = Path(script["__file__"]).read_text(encoding="utf-8") if "__file__" in script else ""  # a notebook has no file to check
+    patches = SESSION.patches
+    no_place = {fix: why for fix, why in missing(source).items() if FIXES[fix].every_step}  # the others act if and when they can
+    table = PatchSet(for_script(source, script), refused={**patches.refused, **no_place})
+    table.refused |= {patch.fix: why for patch, why in table.check().items() if why is not None}
+    try:
+        run = start(args, table)
+    except FlagError as error:
+        raise FlagError(str(error).replace("--min_snr_gamma", "--snr_gamma")) from error
+    patches.undo()
+    table.apply({"run", *run.on})
+    SESSION.patches, SESSION.run = table, run
+    if "weighting" in run.on:
+        args.snr_gamma = None  # the script must not weight again
+    if "caches" in run.on and getattr(args, "cache_latents", False):
+        args.cache_latents = False
+        SESSION.on("caches")
+
+
+def step_done(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The backward pass of every training step: by now every fix that is on must have been reached."""
+    SESSION.check_reached()
+    return original(self, *args, **kwargs)

@@ -1,0 +1,29 @@
+"""Apply the patches to the libraries that the example scripts call, and take them back."""
+
+from __future__ import annotations
+
+from sdxl_fixes.patching import PatchSet
+
+from .patches import PATCHES
+from .run import SESSION
+
+
+def install() -> None:
+    """Get ready for an example script of diffusers, or your own copy of one, that will run in this process: call it before the script
+    parses its arguments. Only then is anything else replaced, and only what the flags ask for.
+
+    Installing twice is the same as once. Raises RuntimeError when diffusers or accelerate are of a shape that we do not know.
+    """
+    uninstall()
+    patches = PatchSet(PATCHES)
+    patches.apply({"run"})
+    if "run" in patches.refused:
+        patches.undo()
+        raise RuntimeError(f"sdxl-fixes: this diffusers or accelerate is not one that we know ({patches.refused['run']})")
+    SESSION.patches = patches
+
+
+def uninstall() -> None:
+    """Put the libraries' own functions back."""
+    SESSION.patches.undo()
+    SESSION.reset()

@@ -1,0 +1,127 @@
+"""Captions longer than 75 tokens, in the layout of the UIs: chunks of 75, each with its own BOS and EOS, encoded by themselves, their
+77 n hidden states side by side, the pooled output of the first.
+
+Token ids travel through the script as [B, 77 n]. The tokenizer pads every caption to the same n (a script may stack them); chunks that
+are empty for the whole batch are dropped before encoding or, where a script caches embeddings, when a batch is put together.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .run import SESSION
+
+COLUMN = "sdxl_fixes_chunks"
+CHUNK = 75
+
+
+def split(ids: Sequence[int], chunks: int, bos: int, eos: int, pad: int) -> list[list[int]]:
+    """``chunks`` rows of 77 ids: BOS, up to 75 of ``ids``, EOS, padding. The last rows may be empty; ids beyond are left out."""
+    rows = [list(ids[CHUNK * i : CHUNK * (i + 1)]) for i in range(chunks)]
+    return [[bos, *row, eos, *[pad] * (CHUNK - len(row))] for row in rows]
+
+
+def tokenize(original: Callable[..., Any], tokenizer: Any, text: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """The script's ``tokenizer(captions, padding="max_length", ...)`` with ids of shape [B, 77 n]; every other call is upstream's."""
+    run = SESSION.run
+    if run is None or kwargs.get("padding") != "max_length" or not SESSION.called_by_script():
+        return original(tokenizer, text, *args, **kwargs)
+    SESSION.on("prompts")
+    captions, limit = [text] if isinstance(text, str) else list(text), run.args.max_token_length
+    tokens = original(tokenizer, captions, add_special_tokens=False, truncation=False, verbose=False)
+    ids = [row[:limit] for row in tokens["input_ids"]]
+    _report_cut([len(row) for row in tokens["input_ids"]], limit)
+    run.step["chunks"] = [max(1, -(-len(row) // CHUNK)) for row in ids]
+    special = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    if special[1] != special[0] + 1:
+        raise RuntimeError(f"sdxl-fixes: BOS and EOS of CLIP's tokenizer are neighbours, and here they are {special[0]} and {special[1]}")
+    rows = [split(row, -(-limit // CHUNK), *special) for row in ids]
+    tokens["input_ids"] = torch.tensor(rows, dtype=torch.long).flatten(1)
+    tokens["attention_mask"] = torch.ones_like(tokens["input_ids"])
+    return tokens
+
+
+def encode(original: Callable[..., Any], model: Any, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """A text encoder given [B, 77 n] ids: hidden states [B, 77 n, D], pooled outputs [B, D] of the first chunk."""
+    run, length = SESSION.run, model.config.max_position_embeddings
+    if run is None or input_ids is None or input_ids.shape[1] <= length:
+        return original(model, input_ids, *args, **kwargs)
+    SESSION.on("prompts")
+    chunks = input_ids.reshape(len(input_ids), -1, length)
+    if run.step.get("trim", True) and not getattr(run.args, "with_prior_preservation", False):  # prior prompts are encoded apart
+        chunks = chunks[:, : _used(chunks)]
+    return _unfold(original(model, chunks.reshape(-1, length), *args, **kwargs), len(input_ids))
+
+
+def remember(original: Callable[..., Any], self: Any, function: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """The script's cached map of captions to embeddings: all of the same length, with the number of chunks of each beside them."""
+    run = SESSION.run
+    if run is None or "new_fingerprint" not in kwargs or not SESSION.called_by_script():
+        return original(self, function, *args, **kwargs)
+
+    def with_chunks(batch: Any) -> Any:
+        encoded = function(batch)
+        return {**encoded, COLUMN: run.step["chunks"]} if "prompt_embeds" in encoded else encoded
+
+    run.step["trim"] = False
+    try:
+        mapped = original(self, with_chunks, *args, **kwargs)
+    finally:
+        run.step["trim"] = True
+    if COLUMN in mapped.column_names:
+        SESSION.on("prompts")  # also where the embeddings were found in the cache
+    return mapped
+
+
+def loader(original: Callable[..., None], self: Any, dataset: Any, *args: Any, **kwargs: Any) -> None:
+    """The script's loader of cached embeddings."""
+    if COLUMN in getattr(dataset, "column_names", ()) and SESSION.called_by_script():
+        kwargs["collate_fn"] = CutToLongest(kwargs["collate_fn"])
+    original(self, dataset, *args, **kwargs)
+
+
+class CutToLongest:
+    """A collate function that drops the chunks which are empty for the whole batch; a class, so that workers can be sent it."""
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        length = (CHUNK + 2) * max(example[COLUMN] for example in examples)
+        return self.collate([{**example, "prompt_embeds": example["prompt_embeds"][:length]} for example in examples])
+
+
+def _used(chunks: torch.Tensor) -> int:
+    """How many chunks of [B, n, 77] ids hold a token for some caption, at least 1: in an empty one EOS, BOS + 1, follows BOS."""
+    empty = chunks[:, :, 1] == chunks[:, :, 0] + 1
+    return max(1, int((~empty.all(0)).sum()))
+
+
+def _unfold(output: Any, batch: int) -> Any:
+    if isinstance(output, torch.Tensor):
+        return output.reshape(batch, -1, *output.shape[2:]) if output.ndim == 3 else output.reshape(batch, -1, *output.shape[1:])[:, 0]
+    if isinstance(output, dict):  # a ModelOutput
+        return type(output)(**{name: _unfold(value, batch) for name, value in output.items()})
+    return tuple(_unfold(value, batch) for value in output)
+
+
+def _report_cut(lengths: list[int], limit: int) -> None:
+    """Say how many captions were longer than the limit, whenever a longer one turns up."""
+    run = SESSION.run
+    if run is None or max(lengths, default=0) <= limit:
+        return
+    count, longest = run.step.get("cut", (0, 0))
+    count += sum(length > limit for length in lengths)
+    if max(lengths) > longest:
+        longest = max(lengths)
+        print(
+            f"sdxl-fixes: {count} captions so far are longer than --max_token_length {limit} and were cut there; the longest has "
+            f"{longest} tokens",
+            file=sys.stderr,
+            flush=True,
+        )
+    run.step["cut"] = (count, longest)

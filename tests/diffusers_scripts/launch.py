@@ -1,0 +1,87 @@
+"""launch.py HOW TRACE.json SCRIPT ARGS...: run a real example script of diffusers, as ``HOW`` says.
+
+HOW is unpatched, install (sdxl_fixes.diffusers.install(), then the script) or module (what ``python -m sdxl_fixes.diffusers`` does).
+TRACE.json receives, of this process (rank 0 if there are several): the losses that the script backpropagates, what the U-Net is given,
+and the schedulers of the pipelines that make images.
+"""
+
+import functools
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+
+def trace(record):
+    import accelerate
+    import torch
+    from diffusers import StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    backward, forward = accelerate.Accelerator.backward, UNet2DConditionModel.forward
+    mse_loss = torch.nn.functional.mse_loss
+
+    @functools.wraps(mse_loss)
+    def traced_mse_loss(input, target, *args, **kwargs):
+        record["errors"].append((input - target).detach().square().flatten(1).mean(1).tolist())
+        return mse_loss(input, target, *args, **kwargs)
+
+    @functools.wraps(backward)
+    def traced_backward(self, loss, **kwargs):
+        record["losses"].append(float(loss.detach()))
+        return backward(self, loss, **kwargs)
+
+    @functools.wraps(forward)
+    def traced_forward(self, sample, timestep, encoder_hidden_states, *args, **kwargs):
+        if torch.is_grad_enabled():
+            conditions = kwargs["added_cond_kwargs"]
+            record["timesteps"].append(timestep.tolist())
+            record["time_ids"].append(conditions["time_ids"].tolist())
+            record["tokens"].append(encoder_hidden_states.shape[1])
+            record["inputs"].append([float(x.detach().float().std()) for x in (sample, encoder_hidden_states, conditions["text_embeds"])])
+            record["latents"].append(sample.detach().float().flatten(1)[:, :4].tolist())
+        return forward(self, sample, timestep, encoder_hidden_states, *args, **kwargs)
+
+    for pipeline in (StableDiffusionXLPipeline, StableDiffusionXLControlNetPipeline):
+        trace_images(pipeline, record)
+    torch.nn.functional.mse_loss = traced_mse_loss
+    accelerate.Accelerator.backward = traced_backward
+    UNet2DConditionModel.forward = traced_forward
+
+
+def trace_images(pipeline, record):
+    generate = pipeline.__call__
+
+    @functools.wraps(generate)
+    def traced(self, *args, **kwargs):
+        config, left = self.scheduler.config, self.scheduler.alphas_cumprod[-1].double()
+        kept = {key: config.get(key) for key in ("timestep_spacing", "prediction_type")}
+        sigma = float(((1 - left) / left).sqrt())
+        record["previews"].append({**kept, "class": type(self.scheduler).__name__, "terminal_sigma": sigma})
+        return generate(self, *args, **kwargs)
+
+    pipeline.__call__ = traced
+
+
+if __name__ == "__main__":
+    how, out, script, *arguments = sys.argv[1:]
+    import torch
+
+    torch.set_num_threads(1)
+    record = {key: [] for key in ("losses", "timesteps", "time_ids", "tokens", "inputs", "latents", "previews", "errors")}
+    trace(record)
+    sys.argv = [script, *arguments]
+    try:
+        if how == "module":
+            sys.argv.insert(0, "sdxl_fixes.diffusers")
+            runpy.run_module("sdxl_fixes.diffusers", run_name="__main__", alter_sys=True)
+        else:
+            if how == "install":
+                import sdxl_fixes.diffusers
+
+                sdxl_fixes.diffusers.install()
+            sys.path.insert(0, str(Path(script).parent))
+            runpy.run_path(script, run_name="__main__")
+    finally:
+        if os.environ.get("RANK", "0") == "0":
+            Path(out).write_text(json.dumps(record))

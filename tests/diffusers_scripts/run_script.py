@@ -1,0 +1,62 @@
+"""run_script(how, script, assets, folder, *flags): one real example script on the tiny SDXL, in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SCRIPTS = {
+    "t2i": "text_to_image/train_text_to_image_sdxl.py",
+    "t2i_lora": "text_to_image/train_text_to_image_lora_sdxl.py",
+    "dreambooth": "dreambooth/train_dreambooth_lora_sdxl.py",
+    "advanced": "advanced_diffusion_training/train_dreambooth_lora_sdxl_advanced.py",
+    "controlnet": "controlnet/train_controlnet_sdxl.py",
+}
+
+
+def assets(folder):
+    """The tiny models and images, made once."""
+    subprocess.run([sys.executable, str(HERE / "assets.py"), str(folder)], check=True, capture_output=True)
+    return folder
+
+
+def data(script, made):
+    if script in ("t2i", "t2i_lora"):
+        return ("--train_data_dir", str(made / "images"))
+    if script == "controlnet":
+        columns = ("--conditioning_image_column", "conditioning_image", "--image_column", "image", "--caption_column", "text")
+        return ("--dataset_name", str(made / "control"), *columns)
+    columns = ("--caption_column", "text", "--image_column", "image", "--instance_prompt", "photo")
+    return ("--dataset_name", str(made / "images"), *columns)
+
+
+def run_script(how, script, made, folder, *flags, base="base", steps=3, launcher=(), check=True):
+    """(process, trace); the caches of ``datasets`` live in ``folder`` and are found again by a second run there."""
+    folder.mkdir(exist_ok=True, parents=True)
+    trace = folder / "trace.json"
+    trace.unlink(missing_ok=True)
+    common = {
+        "pretrained_model_name_or_path": made / base,
+        "output_dir": folder / "out",
+        "resolution": 64,
+        "train_batch_size": 2,
+        "seed": 7,
+        "lr_warmup_steps": 0,
+        "learning_rate": "1e-3",
+        "mixed_precision": "no",
+        "max_train_steps": steps,
+    }
+    arguments = [str(x) for name, value in common.items() for x in (f"--{name}", value)]
+    path = Path(os.environ["DIFFUSERS_EXAMPLES"]).resolve() / SCRIPTS[script]
+    environment = {
+        **os.environ,
+        **{"HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "HF_DATASETS_CACHE": str(folder / "datasets")},
+        **{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true"},
+    }
+    command = [sys.executable, *launcher, str(HERE / "launch.py"), how, str(trace), str(path), *arguments, *data(script, made), *flags]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=600)
+    if check and process.returncode:
+        raise AssertionError(process.stderr[-3000:])
+    return process, json.loads(trace.read_text()) if trace.exists() else None

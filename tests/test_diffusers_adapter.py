@@ -1,0 +1,395 @@
+"""The diffusers adapter on a script with the structure of the examples (tests/data/made_up_sdxl.py), and against recorded numbers of the
+real ones (tests/diffusers_scripts/record.py). Expected values are worked out in float64 from diffusers' own tables."""
+
+import argparse
+import json
+import math
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+from safetensors import safe_open
+
+import sdxl_fixes.diffusers
+from sdxl_fixes import NoiseSchedule
+from sdxl_fixes.cli import main as cli
+from sdxl_fixes.diffusers import caches, crops, prompts
+from sdxl_fixes.diffusers.__main__ import main as launch
+from sdxl_fixes.diffusers.anchors import missing
+from sdxl_fixes.diffusers.run import SESSION, start
+from sdxl_fixes.patching import PatchSet
+
+DATA = Path(__file__).parent / "data"
+SCRIPT = DATA / "made_up_sdxl.py"
+SDXL = {
+    "_class_name": "EulerDiscreteScheduler",
+    **{"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000},
+    **{"prediction_type": "epsilon", "timestep_spacing": "leading", "steps_offset": 1},
+}
+V = ("--prediction_type", "v_prediction")
+
+
+def abar(change=None):
+    """alphas_cumprod in float64, from the formula; ``change`` "ztsnr" by diffusers' own rescale, or a beta_end."""
+    end = change if isinstance(change, float) else 0.012
+    betas = torch.linspace(0.00085**0.5, end**0.5, 1000, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - (rescale_zero_terminal_snr(betas) if change == "ztsnr" else betas), 0)
+
+
+@pytest.fixture
+def base(tmp_path):
+    """base(**changes): a model folder that has a scheduler alone."""
+
+    def make(**changes):
+        folder = tmp_path / "base"
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "scheduler").mkdir(parents=True)
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({**SDXL, **changes}))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def train(base, tmp_path, monkeypatch):
+    """train(*flags, how=...) runs the script in this process and returns its steps; ``how`` is module, install or unpatched."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.syspath_prepend(str(DATA))
+
+    def run(*flags, how="module", model=None, out="out"):
+        folder = tmp_path / out
+        folder.mkdir(exist_ok=True)
+        arguments = ["--pretrained_model_name_or_path", str(model or base()), "--output_dir", str(folder), *flags]
+        monkeypatch.setattr(sys, "argv", [*(["sdxl_fixes.diffusers"] if how == "module" else []), str(SCRIPT), *arguments])
+        if how == "install":
+            sdxl_fixes.diffusers.install()
+        launch() if how == "module" else runpy.run_path(str(SCRIPT), run_name="__main__")
+        sdxl_fixes.diffusers.uninstall()
+        return torch.load(folder / "steps.pt")
+
+    yield run
+    sdxl_fixes.diffusers.uninstall()
+
+
+def refusal(train, *flags, **kwargs):
+    with pytest.raises(SystemExit) as error:
+        train(*flags, **kwargs)
+    assert str(error.value).startswith("sdxl-fixes: ") and "\n" not in str(error.value)
+    return str(error.value)
+
+
+def same(one, other):
+    return all(torch.equal(a[name], b[name]) for a, b in zip(one, other, strict=True) for name in a)
+
+
+@pytest.mark.parametrize("how", ["module", "install"])
+@pytest.mark.parametrize("flags", [(), ("--mixed_precision", "bf16"), ("--with_prior_preservation",)])
+def test_patched_with_nothing_on_is_bit_identical(train, how, flags):
+    assert same(train(*flags, how=how), train(*flags, how="unpatched"))
+
+
+def test_fixes_none_leaves_upstreams_own_flags_to_upstream(train):
+    assert same(train("--snr_gamma", "5", "--fixes", "none"), train("--snr_gamma", "5", how="unpatched"))
+
+
+def test_uninstall_puts_everything_back(train):
+    before = torch.nn.functional.mse_loss, torch.randint, argparse.ArgumentParser.parse_args, diffusers.SchedulerMixin.from_pretrained
+    train("--terminal_sigma", "300", "--loss_type", "huber", "--stratified_timesteps")
+    after = torch.nn.functional.mse_loss, torch.randint, argparse.ArgumentParser.parse_args, diffusers.SchedulerMixin.from_pretrained
+    assert before == after and SESSION.run is None
+
+
+@pytest.mark.parametrize(("flags", "table"), [(("--zero_terminal_snr",), abar("ztsnr")), (("--terminal_sigma", "300"), abar(0.02817676))])
+def test_noise_and_target_are_of_the_schedule(train, flags, table):
+    for step in train(*flags, *V):
+        left = table[step["timesteps"]].reshape(-1, 1, 1, 1)
+        x, noise = step["model_input"].double(), step["noise"].double()
+        torch.testing.assert_close(step["noisy"].double(), left.sqrt() * x + (1 - left).sqrt() * noise, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(step["target"].double(), left.sqrt() * noise - (1 - left).sqrt() * x, rtol=1e-5, atol=1e-5)
+
+
+def weight(t, table, prediction_type, gamma=5.0, floor=False):
+    """min-SNR (arXiv:2303.09556), with its limits at SNR 0."""
+    snr = float(table[t] / (1 - table[t]))
+    if prediction_type == "epsilon":
+        return 1.0 if snr == 0 else min(snr, gamma) / snr
+    return min(snr + floor, gamma) / (snr + 1)
+
+
+@pytest.mark.parametrize("prior", [(), ("--with_prior_preservation",)], ids=["plain", "prior"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("t", [None, 999])
+@pytest.mark.filterwarnings("ignore:epsilon prediction with zero:UserWarning")
+def test_min_snr_is_right_and_finite_at_zero_snr_for_both_halves(train, base, prior, prediction_type, t):
+    fixed = () if t is None else ("--fixed_timestep", str(t))
+    model, table = base(prediction_type=prediction_type, rescale_betas_zero_snr=True), abar("ztsnr")
+    for step in train("--snr_gamma", "5", "--min_snr_floor", *prior, *fixed, model=model):
+        errors = (step["model_pred"] - step["target"].float()).double().square().mean([1, 2, 3])
+        weighted = errors * torch.tensor([weight(t, table, prediction_type, floor=True) for t in step["timesteps"].tolist()])
+        expected = weighted.mean() if not prior else weighted.chunk(2)[0].mean() + weighted.chunk(2)[1].mean()
+        assert step["loss"].item() == pytest.approx(expected.item(), rel=1e-4) and step["loss"] > 0
+
+
+@pytest.mark.parametrize("prior", [(), ("--with_prior_preservation",)], ids=["plain", "prior"])
+def test_huber_has_a_delta_for_every_sample(train, prior):
+    table = abar("ztsnr")
+    for step in train("--zero_terminal_snr", *V, "--loss_type", "huber", "--huber_c", "0.2", *prior):
+        left = table[step["timesteps"]]
+        delta = (0.8 / (1 + ((1 - left) / left).sqrt()) ** 2 + 0.2).reshape(-1, 1, 1, 1)
+        r = (step["model_pred"] - step["target"]).double()
+        losses = (2 * delta * ((r**2 + delta**2).sqrt() - delta)).mean([1, 2, 3])
+        expected = losses.mean() if not prior else losses.chunk(2)[0].mean() + losses.chunk(2)[1].mean()
+        assert step["loss"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_bf16_noise_is_float32_arithmetic_if_asked_for(train):
+    flags = ("--mixed_precision", "bf16", "--fixed_timestep", "1")
+    upstream, fixed = (train(*flags, *more)[0] for more in ((), ("--float32_noising",)))
+    assert torch.equal(upstream["noisy"], upstream["model_input"])  # no noise at all
+    left = abar()[1]
+    expected = left.sqrt() * fixed["model_input"].double() + (1 - left).sqrt() * fixed["noise"].double()
+    assert fixed["noisy"].dtype == torch.bfloat16
+    torch.testing.assert_close(fixed["noisy"].double(), expected, rtol=2**-8, atol=1e-3)
+
+
+def test_input_perturbation_changes_the_input_and_not_the_target(train):
+    plain, perturbed = (
+        train(*V, "--fixed_timestep", "900", "--train_batch_size", "64", *more)[0] for more in ((), ("--ip_noise_gamma", "0.5"))
+    )
+    assert torch.equal(plain["noise"], perturbed["noise"]) and torch.equal(plain["target"], perturbed["target"])
+    added = (perturbed["noisy"] - plain["noisy"]).std().item()
+    assert added == pytest.approx(0.5 * math.sqrt(1 - abar()[900]), rel=0.02)
+
+
+def test_timesteps_are_stratified_and_terminal_weighted_with_the_expected_loss_unchanged(train):
+    (step,) = train("--stratified_timesteps", "--max_train_steps", "1", "--train_batch_size", "10")
+    assert sorted((step["timesteps"] // 100).tolist()) == list(range(10))
+    flags = ("--zero_terminal_snr", *V, "--terminal_timestep_share", "0.5", "--max_train_steps", "1", "--train_batch_size", "400")
+    (step,) = train(*flags)
+    added = (abar("ztsnr")[step["timesteps"]] < abar()[-1] * (1 - 1e-9)).double()  # above sigma 14.6
+    share = float((abar("ztsnr") < abar()[-1] * (1 - 1e-9)).double().mean())
+    assert added.mean() == pytest.approx(0.5 + 0.5 * share, abs=0.08)
+    importance = torch.where(added > 0, 1 / (0.5 + 0.5 / share), 2.0)  # uniform density over the drawn one
+    errors = (step["model_pred"] - step["target"]).double().square().mean([1, 2, 3])
+    assert step["loss"].item() == pytest.approx((errors * importance).mean().item(), rel=1e-4)
+
+
+def test_a_saved_scheduler_is_the_trained_one_and_class_images_came_from_the_base(train, tmp_path):
+    train("--terminal_sigma", "300", "--terminal_sigma_method", "tail", *V)
+    saved = diffusers.EulerDiscreteScheduler.from_pretrained(tmp_path / "out" / "scheduler")
+    assert NoiseSchedule.from_scheduler(saved).terminal_sigma == pytest.approx(300)
+    assert saved.config.timestep_spacing == "trailing" and saved.config.prediction_type == "v_prediction"
+    before = diffusers.EulerDiscreteScheduler.from_pretrained(tmp_path / "out" / "class_images")
+    assert before.config.prediction_type == "epsilon" and before.config.timestep_spacing == "leading"
+
+
+def test_lora_files_carry_the_record_and_the_vae_does_not(train, tmp_path):
+    train("--zero_terminal_snr", *V)
+    with safe_open(tmp_path / "out" / "lora.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+        assert list(file.keys()) == ["unet.conv.lora_A.weight"] and metadata["format"] == "pt"
+    assert NoiseSchedule.from_json(metadata["sdxl_fixes.schedule"]) == NoiseSchedule.sdxl().zero_terminal_snr()
+    with safe_open(tmp_path / "out" / "vae.safetensors", framework="pt") as file:
+        assert file.metadata() is None
+
+
+def test_a_checkpoint_resumes_its_strata_and_only_on_its_own_schedule(train, tmp_path):
+    flags = ("--terminal_sigma", "300", *V, "--stratified_timesteps")
+    whole = train(*flags, "--max_train_steps", "4")
+    train(*flags, "--max_train_steps", "2", out="first")
+    state = str(tmp_path / "first" / "checkpoint")
+    resumed = train(*flags, "--max_train_steps", "2", "--resume_from_checkpoint", state)
+    assert [step["timesteps"].tolist() for step in resumed] == [step["timesteps"].tolist() for step in whole[2:]]
+    other = refusal(train, "--terminal_sigma", "100", *V, "--resume_from_checkpoint", state)
+    assert "was trained with v_prediction" in other and "resume with the flags that it was started with" in other
+
+
+def test_a_fix_that_is_never_reached_ends_the_run_in_its_first_step(train, tmp_path):
+    message = refusal(train, "--loss_type", "huber", "--no_loss")
+    assert "loss asked for but never reached in the first training step" in message and not (tmp_path / "out" / "steps.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--terminal_sigma", "nan"), "--terminal_sigma nan: terminal sigma must be above"),
+        (("--min_snr_floor",), "--min_snr_floor needs --snr_gamma"),
+        (("--loss_type", "huber", "--fixes", "all,-loss"), "--loss_type needs the fix 'loss', which --fixes all,-loss switches off"),
+        (("--fixes", "everything"), "unknown fix 'everything'"),
+        (("--max_token_length", "225"), "the fix 'prompts', which your flags ask for, does not fit"),
+        (("--max_token_length", "75"), "expected more than the 75 tokens"),
+        (("--snr_gamma", "5", "--do_edm_style_training"), "so weighting cannot be had there"),
+        (("--loss_type", "huber", "--do_edm_style_training"), "so loss cannot be had there"),
+        (("--zero_terminal_snr", *V, "--do_edm_style_training"), "EDM-style training needs a finite sigma"),
+    ],
+)
+def test_wrong_flags_are_one_sentence_before_any_training(train, tmp_path, flags, sentence):
+    assert sentence in refusal(train, *flags)
+    assert not (tmp_path / "out" / "steps.pt").exists()
+
+
+def test_an_edm_model_keeps_its_sigmas(train, base):
+    model = base()
+    (model / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}')
+    assert "is an EDM model with sigmas of its own" in refusal(train, "--terminal_sigma", "300", model=model)
+
+
+def test_the_report_names_what_is_on(train, capsys):
+    train("--terminal_sigma", "300", *V)
+    report = capsys.readouterr().err
+    assert "  schedule   on   v_prediction, terminal sigma 300 instead of 14.61" in report
+    assert "  loss       off  no flag asks for it (--loss_type huber, smooth_l1, l1)" in report
+
+
+def test_the_launcher_says_what_it_cannot_run(monkeypatch, tmp_path):
+    for words, sentence in (
+        (["--help"], "usage: python -m sdxl_fixes.diffusers"),
+        (["nowhere.py"], "there is no nowhere.py"),
+        ([__file__], "is no SDXL training script"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["sdxl_fixes.diffusers", *words])
+        with pytest.raises(SystemExit, match=sentence):
+            launch()
+
+
+def test_doctor_says_which_fix_has_a_place_in_a_script(capsys):
+    assert cli(["doctor", str(SCRIPT)]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line[:1].isalpha()}
+    assert "fits" in lines["loss"] and "no place" in lines["prompts"] and "it does not call tokenizer(...)" in lines["prompts"]
+
+
+def test_scripts_of_another_kind_get_no_training_fix():
+    source = SCRIPT.read_text()
+    assert not {"schedule", "loss", "weighting", "noise", "timesteps", "previews", "saving"} & set(missing(source))
+    assert "it distils a teacher" in missing(source + "\nteacher_unet = None")["loss"]
+    assert "its loss is written out" in missing(source.replace("F.mse_loss", "my_loss"))["weighting"]
+
+
+RECORD = json.loads((DATA / "diffusers_examples.json").read_text())
+
+
+@pytest.mark.parametrize("case", RECORD["min-SNR"])
+def test_weights_of_the_stock_schedule_are_the_scripts_where_those_are_right(case, base):
+    """Recorded from the unmodified scripts: each step's timesteps, mean squared error per sample, and the weighted loss they made."""
+    script, prediction_type = case.split()
+    args = {"snr_gamma": 5.0, "prediction_type": None, "float32_noising": False, "max_token_length": None}
+    args |= {
+        "true_crop_coordinates": False,
+        "checked_caches": False,
+        "pretrained_model_name_or_path": str(base(prediction_type=prediction_type)),
+    }
+    run = start(argparse.Namespace(**args), PatchSet(()))
+    for step in RECORD["min-SNR"][case]:
+        weights = run.sample_weights(torch.tensor(step["timesteps"])).double()
+        ours = (weights * torch.tensor(step["errors"], dtype=torch.float64)).mean().item()
+        if script == "dreambooth" and prediction_type == "v_prediction":  # upstream: min(SNR, gamma)/SNR + 1, never below 1
+            assert ours < 0.9 * step["loss"]
+        else:
+            assert ours == pytest.approx(step["loss"], rel=1e-4)
+
+
+# ---------------------------------------------------------------- prompts, crops, caches
+
+
+class Tokenizer:
+    """One token a word."""
+
+    bos_token_id, eos_token_id, pad_token_id = 8, 9, 0
+
+    def __call__(self, captions, **kwargs):
+        return {"input_ids": [[1 + len(word) % 5 for word in caption.split()] for caption in captions]}
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """script(**args): a session whose script is this module."""
+
+    def begin(fixes=("prompts", "crops", "caches"), **args):
+        run = argparse.Namespace(on=frozenset(fixes), args=argparse.Namespace(**args), step={})
+        monkeypatch.setattr(SESSION, "run", run)
+        monkeypatch.setattr(SESSION, "script", globals())
+        monkeypatch.setattr(SESSION, "patches", PatchSet(()))
+        return run
+
+    return begin
+
+
+def words(count):
+    return " ".join(["word"] * count)
+
+
+def test_captions_become_chunks_of_75_with_their_own_ends_and_the_limit_is_reported(script, capsys):
+    run = script(max_token_length=150)
+    ids = prompts.tokenize(Tokenizer.__call__, Tokenizer(), [words(3), words(76), words(200)], padding="max_length")["input_ids"]
+    rows = ids.reshape(3, 2, 77).tolist()
+    assert rows[0] == [[8, 5, 5, 5, 9, *[0] * 72], [8, 9, *[0] * 75]]
+    assert rows[1] == [[8, *[5] * 75, 9], [8, 5, 9, *[0] * 74]] and rows[2] == [[8, *[5] * 75, 9]] * 2
+    assert run.step["chunks"] == [1, 2, 2]
+    assert (
+        "1 captions so far are longer than --max_token_length 150 and were cut there; the longest has 200 tokens" in capsys.readouterr().err
+    )
+
+
+class Encoder:
+    """Hidden state = token id and its place in the chunk; pooled = the chunk's largest id."""
+
+    config = argparse.Namespace(max_position_embeddings=77)
+
+    def __call__(self, input_ids):
+        assert input_ids.shape[1] == 77
+        place = torch.arange(77.0).expand(len(input_ids), 77)
+        return input_ids.amax(1, keepdim=True).float(), (torch.stack([input_ids.float(), place], 2),)
+
+
+def test_each_chunk_is_encoded_by_itself_and_the_pooled_output_is_the_first_ones(script):
+    script(max_token_length=225)
+    ids = prompts.tokenize(Tokenizer.__call__, Tokenizer(), [words(80), words(3)], padding="max_length")["input_ids"]
+    pooled, (hidden,) = prompts.encode(Encoder.__call__, Encoder(), ids)
+    assert hidden.shape == (2, 154, 2) and pooled.shape == (2, 1)  # the third chunk, empty for both, is dropped
+    assert torch.equal(hidden[:, :, 0].long(), ids[:, :154]) and torch.equal(hidden[0, :, 1], torch.arange(77.0).repeat(2))
+    script(max_token_length=225, with_prior_preservation=True)
+    assert prompts.encode(Encoder.__call__, Encoder(), ids)[1][0].shape[1] == 231  # its prompts are encoded apart and joined
+
+
+def test_cached_embeddings_of_a_batch_are_cut_to_its_longest_caption():
+    collate = prompts.CutToLongest(lambda examples: [len(example["prompt_embeds"]) for example in examples])
+    examples = [{"prompt_embeds": [0] * 231, prompts.COLUMN: chunks} for chunks in (1, 2)]
+    assert collate(examples) == [154, 154] and collate(examples[:1]) == [77]
+
+
+def test_the_crop_that_was_encoded_is_the_crop_that_is_given(script):
+    script()
+    batch = {"crop_top_lefts": [(3, 0), (0, 7)], "pixel_values": None}
+    kept = crops.encode(lambda batch, vae: {"model_input": [1, 2]}, batch, None)
+    examples = [{"crop_top_lefts": (9, 9), crops.COLUMN: list(crop)} for crop in kept[crops.COLUMN]]
+    assert crops.WithKeptCrops(lambda examples: [e["crop_top_lefts"] for e in examples])(examples) == [(3, 0), (0, 7)]
+
+
+def test_cache_keys_know_the_encoders_files_and_the_precision(tmp_path, monkeypatch):
+    (tmp_path / "text_encoder").mkdir()
+    file = tmp_path / "text_encoder" / "model.safetensors"
+    file.write_bytes(b"one")
+    keys = [caches.content_key(str(tmp_path), {})]
+    file.write_bytes(b"other")
+    keys.append(caches.content_key(str(tmp_path), {}))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    keys.append(caches.content_key(str(tmp_path), {}))
+    keys.append(caches.content_key(str(tmp_path), {"__file__": __file__}))
+    assert len(set(keys)) == 4 and keys[3] == caches.content_key(str(tmp_path), {"__file__": __file__})
+
+
+def test_a_cold_cache_leaves_the_random_numbers_as_a_warm_one_does(script):
+    script(pretrained_model_name_or_path="hub/model")
+    states = []
+    for cold in (True, False):
+        torch.manual_seed(0)
+        seen = []
+        draw = lambda dataset, function, new_fingerprint: seen.append(new_fingerprint) or (cold and torch.rand(3))  # noqa: B023, E731
+        caches.map(draw, None, None, new_fingerprint="0123456789abcdef")
+        states.append((torch.rand(1).item(), *seen))
+    assert states[0] == states[1] and len(states[0][1]) == 32
