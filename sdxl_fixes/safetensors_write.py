@@ -110,7 +110,7 @@ def recover(path: Path) -> str | None:
             _sync_folder(target.parent)
     for left in (part, _beside(target, JOURNAL + PART)):
         if left.exists():
-            with open(left, "rb") as file, _locked(file.fileno(), path):
+            with open(left, "rb") as old, _locked(old.fileno(), path):
                 left.unlink()
                 said = said or f"{left.name}, left over from an interrupted stamp, was removed"
     return said
