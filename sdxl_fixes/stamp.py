@@ -150,6 +150,9 @@ def _metadata(old: Header, sampling: Sampling) -> dict[str, str]:
             entries.pop(key, None)
         else:
             entries[key] = value
+    if "ss_zero_terminal_snr" in entries:  # kohya's own word for it
+        zero_snr = sampling.schedule.residual_signal == 0 and sampling.prediction_type != "flow_prediction"
+        entries["ss_zero_terminal_snr"] = str(zero_snr)
     return entries
 
 

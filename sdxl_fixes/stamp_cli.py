@@ -72,12 +72,12 @@ def stamp(args: argparse.Namespace) -> int:
         raise ValueError("--output belongs to one file: copy the folder first, then stamp the copy")
     if args.output is not None and args.output.exists() and not args.force:
         raise ValueError(f"{args.output} exists already: choose another name, or give --force to replace it")
-    print(sampling)
     options = {"force": args.force, "in_place": args.in_place, "check": args.check, "dry_run": args.dry_run}
     if args.path.is_dir():
         files = model_files(args.path)
         for file in files:
             stamp_file(file, sampling, force=args.force, dry_run=True)  # refuse before anything is written
+        print(sampling)
         for file in files:
             _report(stamp_file(file, sampling, **options))
         config = args.path / "scheduler" / SCHEDULER_CONFIG
@@ -85,6 +85,7 @@ def stamp(args: argparse.Namespace) -> int:
             print(f"{config}: {write_scheduler_config(config, sampling)}")
         return 0
     done = stamp_file(args.path, sampling, output=args.output, **options)
+    print(sampling)
     _report(done)
     if done.kind == "lora" or args.dry_run:
         return 0

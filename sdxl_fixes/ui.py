@@ -130,6 +130,13 @@ def _forge(file: ModelFile) -> Reading:
     return _stock(v, marked and file.marked("ztsnr")), EXTENSION if _needs_extension(file) or not marked else "stamp the file"
 
 
+def _extension(file: ModelFile) -> str:
+    """What helps in reForge and A1111 where no marker does."""
+    assert file.record is not None
+    types = ("epsilon", "v_prediction")
+    return EXTENSION if file.record.prediction_type in types else "in reForge: Advanced Model Sampling, by hand; in A1111: nothing"
+
+
 def _needs_extension(file: ModelFile) -> bool:
     """Whether no marker could help Forge, reForge and A1111: they also know epsilon with zero terminal SNR."""
     return _needs_node(file) and file.record != _stock(False, True)
@@ -140,24 +147,36 @@ def _reforge(file: ModelFile) -> Reading:
         return None, "loads whole checkpoints"
     if file.marked("edm_vpred.sigma_max") or file.marked("edm_mean"):
         return _comfy_markers(file, "")
-    return _stock(file.marked("v_pred"), file.marked("ztsnr")), EXTENSION if _needs_extension(file) else "stamp the file"
+    return _stock(file.marked("v_pred"), file.marked("ztsnr")), _extension(file) if _needs_extension(file) else "stamp the file"
 
 
 def _a1111_dev(file: ModelFile) -> Reading:
     if file.kind != "checkpoint":
         return None, "loads whole checkpoints"
     v = file.marked("v_pred") or _yaml_says_v(file)
-    return _stock(v, file.marked("ztsnr")), EXTENSION if _needs_extension(file) else "stamp the file"
+    return _stock(v, file.marked("ztsnr")), _extension(file) if _needs_extension(file) else "stamp the file"
 
 
 def _a1111_old(file: ModelFile) -> Reading:
     if file.kind != "checkpoint":
         return None, "loads whole checkpoints"
     by_yaml = file.record in (_stock(True, False), _stock(True, True))
-    note = "stamp --yaml" if by_yaml and not _yaml_says_v(file) else EXTENSION if _needs_extension(file) else ""
+    note = "stamp --yaml" if by_yaml and not _yaml_says_v(file) else _extension(file) if _needs_extension(file) else ""
     if file.record is not None and file.record.schedule == _stock(False, True).schedule:
         note = (note + "; " if note else "") + 'set "Noise schedule for sampling" to Zero Terminal SNR, or install the extension'
     return _stock(_yaml_says_v(file), False), note or "stamp the file"
+
+
+def _forge_extension(file: ModelFile) -> Reading:
+    if file.record is None or file.kind not in ("checkpoint", "unet", "bare_unet") or file.record.prediction_type == "sample":
+        return _forge(file)[0], "stamp the file" if file.record is None else "samples no x0 prediction"
+    return file.record, ""
+
+
+def _a1111_extension(file: ModelFile) -> Reading:
+    if file.record is None or file.kind != "checkpoint" or file.record.prediction_type not in ("epsilon", "v_prediction"):
+        return _a1111_dev(file)[0], "stamp the file" if file.record is None else "in reForge: Advanced Model Sampling, by hand"
+    return file.record, ""
 
 
 def _sd_next(file: ModelFile) -> Reading:
@@ -220,9 +239,8 @@ UIS: dict[str, Callable[[ModelFile], Reading]] = {
     "reForge": _reforge,
     "A1111, dev branch": _a1111_dev,
     "A1111 up to 1.10": _a1111_old,
-    "Forge, reForge, A1111 with our extension": lambda file: (
-        _with_node(file) if file.kind in ("checkpoint", "unet") else (None, "loads checkpoints")
-    ),
+    "Forge with our extension": _forge_extension,
+    "reForge or A1111 with our extension": _a1111_extension,
     "Forge Neo": _forge_neo,
     "SwarmUI": _swarm,
     "SD.Next": _sd_next,
