@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from sdxl_fixes.checkpoint import Sampling, read_record
+from sdxl_fixes.prediction import check_prediction_type
 from sdxl_fixes.safetensors_header import FormatError, Header, Tensor, read_header
 from sdxl_fixes.safetensors_write import recover
+from sdxl_fixes.schedule import NoiseSchedule
 
 UNET = "model.diffusion_model."
 MARKERS = ("v_pred", "ztsnr")
@@ -33,6 +36,26 @@ _EMBEDDING = {
     "bare_unet": "label_emb.0.0.weight",
     "diffusers_unet": "add_embedding.linear_1.weight",
 }
+
+
+def said_sampling(path: Path) -> Sampling | None:
+    """How a file or diffusers folder says it must be sampled: by its record, else by markers, else by a scheduler config; None where
+    nothing says other than SDXL's own. Reads only, and whatever cannot be read says nothing: for callers that were asked something else."""
+    stock = NoiseSchedule.sdxl()
+    try:
+        if path.is_dir():
+            config = json.loads((path / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+            found = Sampling(NoiseSchedule.from_config(config), check_prediction_type(config.get("prediction_type", "epsilon")))
+            return None if found == Sampling(stock, "epsilon") else found
+        header = read_header(path)
+        if record := read_record(header.metadata):
+            return record
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+    v, zero_snr = ("v_pred" in header.tensors, "ztsnr" in header.tensors)
+    if not (v or zero_snr):
+        return None
+    return Sampling(stock.zero_terminal_snr() if zero_snr else stock, "v_prediction" if v else "epsilon")
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,16 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from sdxl_fixes import __version__
-from sdxl_fixes.checkpoint import markers
+from sdxl_fixes.checkpoint import Sampling, markers
 from sdxl_fixes.flags import FlagError, Settings
 from sdxl_fixes.loss import HUBER_KINDS, HUBER_SCHEDULES, LOSS_TYPES
+from sdxl_fixes.model_file import said_sampling
 from sdxl_fixes.objective import EPSILON_AT_ZERO_SNR
 from sdxl_fixes.patching import PatchSet
 from sdxl_fixes.schedule import NoiseSchedule
@@ -31,6 +33,12 @@ def weightings(args: argparse.Namespace, settings: Settings) -> tuple[Weighting,
     if amount := getattr(args, "v_pred_like_loss", None):
         found.append(PlusVLike(amount))
     return tuple(found)
+
+
+def base_sampling(args: argparse.Namespace) -> Sampling | None:
+    """What the model that is trained says about its schedule, if it says anything (a name on the Hugging Face Hub says nothing here)."""
+    name = getattr(args, "pretrained_model_name_or_path", None)
+    return said_sampling(Path(name)) if name and Path(name).exists() else None
 
 
 # fix -> (which flags bring it into play, whether they do in this run)
@@ -51,8 +59,8 @@ FIXES: dict[str, tuple[str, Callable[[argparse.Namespace, Settings], bool]]] = {
     ),
     "previews": ("--zero_terminal_snr, --terminal_sigma", lambda args, settings: settings.changes_schedule),
     "saving": (
-        "--zero_terminal_snr, --terminal_sigma, --v_parameterization",
-        lambda args, settings: bool(settings.changes_schedule or getattr(args, "v_parameterization", False)),
+        "--zero_terminal_snr, --terminal_sigma, --v_parameterization; or a base model that has a schedule record or marker",
+        lambda args, settings: bool(settings.changes_schedule or getattr(args, "v_parameterization", False) or base_sampling(args)),
     ),
 }
 EVERY_STEP = ("schedule", "loss", "weighting", "noise", "timesteps")  # reached by the end of the first training step
@@ -121,6 +129,15 @@ class Run:
         run = cls(settings, schedule, prediction_type, frozenset(wanted & allowed), sampler, weightings(args, settings))
         if os.environ.get("RANK", "0") == "0":
             print(run.report(patches, allowed, wanted), file=sys.stderr, flush=True)
+            base = base_sampling(args)
+            if base is not None and base != Sampling(schedule, prediction_type):
+                print(
+                    f"  WARNING: {args.pretrained_model_name_or_path} says that it is sampled as {base}, and your flags train "
+                    f"{Sampling(schedule, prediction_type)}: the saved model will say what was trained; "
+                    f"{_flags_for(base)}",
+                    file=sys.stderr,
+                    flush=True,
+                )
         return run
 
     def report(self, patches: PatchSet, allowed: frozenset[str], wanted: set[str]) -> str:
@@ -147,14 +164,35 @@ class Run:
                 f"{self.prediction_type}, terminal sigma {self.schedule.terminal_sigma:.6g} instead of {stock.terminal_sigma:.4g} "
                 f"({100 * self.schedule.residual_signal:.2g} % of the image left instead of {100 * stock.residual_signal:.2g} %)"
             )
+        stock_epsilon = self.schedule == NoiseSchedule.sdxl() and self.prediction_type == "epsilon"
+        no_marker = "none needed" if stock_epsilon else "none (no UI has one for this table)"
         return {
             "loss": repr(self.settings.loss()),
             "weighting": "finite at SNR 0" + (", terminal steps kept" if self.settings.min_snr_floor else ""),
             "noise": repr(self.settings.perturbation()),
             "timesteps": f"stratified={self.settings.stratified_timesteps}, terminal share {self.settings.terminal_timestep_share or 0:g}",
             "previews": "sample what is trained",
-            "saving": f"markers {', '.join(markers(self.schedule, self.prediction_type)) or 'none (no UI has one for this table)'}",
+            "saving": f"the record, and markers: {', '.join(markers(self.schedule, self.prediction_type)) or no_marker}",
         }[fix]
+
+
+def _flags_for(base: Sampling) -> str:
+    """The flags that train on as ``base`` was, or what they cannot do."""
+    words = ["--v_parameterization"] if base.prediction_type == "v_prediction" else []
+    step, sigma = base.schedule.recipe[-1], base.schedule.terminal_sigma
+    settings = Settings()
+    if base.schedule.residual_signal == 0:
+        settings, words = Settings(zero_terminal_snr=True), [*words, "--zero_terminal_snr"]
+    elif base.schedule != settings.schedule():
+        method, start = str(step.get("method", "beta_end")), step.get("start")
+        settings = Settings(terminal_sigma=float(f"{sigma:.6g}"), terminal_sigma_method=method, terminal_sigma_start=start)
+        words += [f"--terminal_sigma {sigma:.6g}", f"--terminal_sigma_method {method}"]
+        words += [] if start is None else [f"--terminal_sigma_start {start}"]
+    if base.prediction_type not in ("epsilon", "v_prediction") or settings.schedule() != base.schedule:
+        return "no flags of this trainer train on as the base was trained"
+    return "to go on as the base was trained, " + (
+        f"give {' '.join(words)}" if words else "leave the schedule's flags and v_parameterization out"
+    )
 
 
 def _known(args: argparse.Namespace) -> argparse.Namespace:
