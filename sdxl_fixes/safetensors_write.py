@@ -112,6 +112,8 @@ def recover(path: Path) -> str | None:
     for left in (part, _beside(target, JOURNAL + PART)):
         if left.exists():
             with open(left, "rb") as old, _locked(old.fileno(), path):
+                if os.name == "nt":  # no open file can be removed; one that another stamp writes cannot either
+                    old.close()
                 left.unlink()
                 said = said or f"{left.name}, left over from an interrupted stamp, was removed"
     return said
@@ -208,11 +210,15 @@ def _write_journal(target: Path, old: Header, grown: int) -> Path:
     """The old header and what is about to be done, synced before anything is touched."""
     journal, part = _beside(target, JOURNAL), _beside(target, JOURNAL + PART)
     about = {"file_size": old.file_size, "grown": grown, "sha256": hashlib.sha256(old.raw).hexdigest()}
-    with open(part, "wb") as file:
-        file.write(json.dumps(about).encode() + b"\n" + old.raw)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, journal)
+    try:
+        with open(part, "wb") as file:
+            file.write(json.dumps(about).encode() + b"\n" + old.raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, journal)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"cannot keep the old header in {journal} meanwhile ({error.strerror}): {target.name} is unchanged") from error
     _sync_folder(target.parent)
     return journal
 
@@ -255,8 +261,9 @@ def _copy(source: Path, old: Header, new: bytes, target: Path) -> None:
                 if (after.st_mtime_ns, after.st_size, after.st_ino) != (before.st_mtime_ns, before.st_size, before.st_ino):
                     raise OSError(f"{source} was changed by another program while it was copied: it is left as that program made it")
                 _copy_attributes(source, part, before)
-                if os.name == "nt":  # cannot be renamed while it is open
+                if os.name == "nt":  # no open file can be renamed or replaced
                     copy.close()
+                    file.close()
                 os.replace(part, target)
             except BaseException as error:
                 copy.close()
