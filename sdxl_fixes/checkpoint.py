@@ -7,6 +7,8 @@ betas; nobody but diffusers can be told another table. A marker that would make 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from sdxl_fixes.prediction import check_prediction_type
@@ -14,6 +16,17 @@ from sdxl_fixes.schedule import NoiseSchedule
 
 RECORD_KEY = "sdxl_fixes.schedule"
 STAND_IN_SIGMA = 4096.0  # for samplers that cannot start at infinity; the largest power of 2 whose noise fits float16
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a model must be sampled: the schedule it was trained on, and what it predicts."""
+
+    schedule: NoiseSchedule
+    prediction_type: str
+
+    def __str__(self) -> str:
+        return f"{self.prediction_type}, sigma {self.schedule.sigmas[0]:.4g} to {self.schedule.terminal_sigma:.6g}"
 
 
 def markers(schedule: NoiseSchedule, prediction_type: str) -> tuple[str, ...]:
@@ -29,11 +42,40 @@ def metadata(schedule: NoiseSchedule, prediction_type: str) -> dict[str, str | N
     """Entries of ``__metadata__``; None means that the entry must be absent (SwarmUI would build SDXL's own table from it)."""
     known = {("epsilon",): "epsilon", ("v_pred",): "v", ("v_pred", "ztsnr"): "v-zsnr"}
     stock_epsilon = ("epsilon",) if prediction_type == "epsilon" and schedule == NoiseSchedule.sdxl() else ()
+    flow = prediction_type == "flow_prediction" and flow_shift(schedule) is not None
     record = {**schedule.to_record(), "prediction_type": check_prediction_type(prediction_type)}
     return {
         RECORD_KEY: json.dumps(record, allow_nan=False, separators=(",", ":")),
-        "modelspec.prediction_type": known.get(stock_epsilon or markers(schedule, prediction_type)),
+        "modelspec.prediction_type": "sd3" if flow else known.get(stock_epsilon or markers(schedule, prediction_type)),
     }
+
+
+def read_record(metadata: Mapping[str, str]) -> Sampling | None:
+    """What the record in a file's metadata says; None without one. Raises ValueError for a broken record or a newer version."""
+    text = metadata.get(RECORD_KEY)
+    if text is None:
+        return None
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its schedule record ({RECORD_KEY}) is not JSON: {error}") from error
+    return sampling_of_record(record)
+
+
+def sampling_of_record(record: Any) -> Sampling:
+    """The same for a parsed record. Raises ValueError if it lacks or mistakes anything."""
+    schedule = NoiseSchedule.from_record(record)
+    prediction_type = record.get("prediction_type")
+    if not isinstance(prediction_type, str):
+        raise ValueError(f"the schedule record's prediction_type is {prediction_type!r}: expected a name such as v_prediction")
+    return Sampling(schedule, check_prediction_type(prediction_type))
+
+
+def flow_shift(schedule: NoiseSchedule) -> float | None:
+    """The shift of a rectified-flow schedule; None for any other."""
+    step = schedule.recipe[0]
+    made = step.get("make") == "flow" and schedule == NoiseSchedule.flow(step["shift"], len(schedule))
+    return float(step["shift"]) if made and len(schedule.recipe) == 1 else None
 
 
 def samplable(schedule: NoiseSchedule) -> NoiseSchedule:

@@ -162,7 +162,9 @@ def describe_previews(run: Run) -> str:
 
 
 def describe_saving(run: Run) -> str:
-    return f"markers {', '.join(markers(run.schedule, run.prediction_type)) or 'none (no UI has one for this table)'}"
+    stock_epsilon = run.schedule == NoiseSchedule.sdxl() and run.prediction_type == "epsilon"
+    no_marker = "none needed" if stock_epsilon else "none (no UI has one for this table)"
+    return f"the record, and markers: {', '.join(markers(run.schedule, run.prediction_type)) or no_marker}"
 
 
 def parse_fixes(text: str, known: Collection[str]) -> frozenset[str]:

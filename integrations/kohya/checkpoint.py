@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from sdxl_fixes.checkpoint import markers, metadata, scheduler_config
+from sdxl_fixes.safetensors_header import ROOM, ROOM_KEY
 
 from .run import SESSION
 
 
 def model_spec(original: Callable[..., dict[str, str]], *args: Any, **kwargs: Any) -> dict[str, str]:
-    """Upstream's metadata with the schedule's record and the prediction type that UIs understand."""
+    """Upstream's metadata with the schedule's record and the prediction type that UIs understand, and room for a later stamp."""
     spec = original(*args, **kwargs)
     if run := SESSION.on("saving"):
         for key, value in metadata(run.schedule, run.prediction_type).items():
@@ -22,6 +23,7 @@ def model_spec(original: Callable[..., dict[str, str]], *args: Any, **kwargs: An
                 spec.pop(key, None)
             else:
                 spec[key] = value
+        spec[ROOM_KEY] = " " * ROOM
     return spec
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from pathlib import Path
 
 from sdxl_fixes import run as core
+from sdxl_fixes.checkpoint import Sampling
 from sdxl_fixes.flags import Settings
 from sdxl_fixes.loss import HUBER_KINDS, HUBER_SCHEDULES, LOSS_TYPES
+from sdxl_fixes.model_file import said_sampling
 from sdxl_fixes.patching import PatchSet
 from sdxl_fixes.run import Fix, Run, Session, Trainer
 from sdxl_fixes.weighting import EpsilonLike, PlusVLike, Weighting
@@ -20,6 +25,12 @@ def weightings(args: argparse.Namespace, settings: Settings) -> tuple[Weighting,
     if amount := getattr(args, "v_pred_like_loss", None):
         found.append(PlusVLike(amount))
     return tuple(found)
+
+
+def base_sampling(args: argparse.Namespace) -> Sampling | None:
+    """What the model that is trained says about its schedule, if it says anything (a name on the Hugging Face Hub says nothing here)."""
+    name = getattr(args, "pretrained_model_name_or_path", None)
+    return said_sampling(Path(name)) if name and Path(name).exists() else None
 
 
 FIXES = {
@@ -49,8 +60,8 @@ FIXES = {
     ),
     "previews": Fix("--zero_terminal_snr, --terminal_sigma", lambda args, settings: settings.changes_schedule, core.describe_previews),
     "saving": Fix(
-        "--zero_terminal_snr, --terminal_sigma, --v_parameterization",
-        lambda args, settings: bool(settings.changes_schedule or getattr(args, "v_parameterization", False)),
+        "--zero_terminal_snr, --terminal_sigma, --v_parameterization; or a base model that has a schedule record or marker",
+        lambda args, settings: bool(settings.changes_schedule or getattr(args, "v_parameterization", False) or base_sampling(args)),
         core.describe_saving,
     ),
 }
@@ -72,7 +83,7 @@ SESSION = Session()
 def start(args: argparse.Namespace, patches: PatchSet) -> Run:
     """The run that kohya's parsed arguments describe. Raises FlagError, before any model is loaded, for flags that make no sense."""
     settings = Settings.from_args(_known(args))
-    return Run.start(
+    run = Run.start(
         KOHYA,
         args,
         settings,
@@ -82,6 +93,34 @@ def start(args: argparse.Namespace, patches: PatchSet) -> Run:
         weightings(args, settings),
         min_timestep=getattr(args, "min_timestep", None) or 0,
         max_timestep=getattr(args, "max_timestep", None),
+    )
+    base, trained = base_sampling(args), Sampling(run.schedule, run.prediction_type)
+    if base not in (None, trained) and os.environ.get("RANK", "0") == "0":
+        print(
+            f"  WARNING: {args.pretrained_model_name_or_path} says that it is sampled as {base}, and your flags train {trained}: "
+            f"the saved model will say what was trained; {_flags_for(base)}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return run
+
+
+def _flags_for(base: Sampling) -> str:
+    """The flags that train on as ``base`` was, or what they cannot do."""
+    words = ["--v_parameterization"] if base.prediction_type == "v_prediction" else []
+    step, sigma = base.schedule.recipe[-1], base.schedule.terminal_sigma
+    settings = Settings()
+    if base.schedule.residual_signal == 0:
+        settings, words = Settings(zero_terminal_snr=True), [*words, "--zero_terminal_snr"]
+    elif base.schedule != settings.schedule():
+        method, start = str(step.get("method", "beta_end")), step.get("start")
+        settings = Settings(terminal_sigma=float(f"{sigma:.6g}"), terminal_sigma_method=method, terminal_sigma_start=start)
+        words += [f"--terminal_sigma {sigma:.6g}", f"--terminal_sigma_method {method}"]
+        words += [] if start is None else [f"--terminal_sigma_start {start}"]
+    if base.prediction_type not in ("epsilon", "v_prediction") or settings.schedule() != base.schedule:
+        return "no flags of this trainer train on as the base was trained"
+    return "to go on as the base was trained, " + (
+        f"give {' '.join(words)}" if words else "leave the schedule's flags and v_parameterization out"
     )
 
 

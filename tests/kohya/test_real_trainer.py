@@ -214,3 +214,23 @@ def test_every_save_moment_carries_the_record(train, tmp_path, script):
         with safe_open(name, framework="pt") as file:
             assert NoiseSchedule.from_json(file.metadata()["sdxl_fixes.schedule"]).terminal_sigma == float("inf")
             assert ("ztsnr" in file.keys()) == (script == "sdxl_train.py")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_stamped_base_trained_without_its_flags_is_warned_about_and_told_the_truth_of(train, assets, tmp_path, script):
+    """Losses stay upstream's to the bit; the saved file says what was trained, and a later stamp finds room in it."""
+    from sdxl_fixes.checkpoint import Sampling
+    from sdxl_fixes.stamp import stamp_file
+
+    base, zero = tmp_path / "base.safetensors", Sampling(NoiseSchedule.sdxl().zero_terminal_snr(), "v_prediction")
+    stamp_file(assets / "model.safetensors", zero, force=True, output=base)
+    process, trace = train("module", script, "--pretrained_model_name_or_path", str(base))
+    assert "give --v_parameterization --zero_terminal_snr" in process.stderr
+    keys, metadata = saved(tmp_path)
+    assert NoiseSchedule.from_json(metadata["sdxl_fixes.schedule"]) == NoiseSchedule.sdxl() and not keys & {"v_pred", "ztsnr"}
+    size = (tmp_path / "out" / "out.safetensors").stat().st_size
+    assert stamp_file(tmp_path / "out" / "out.safetensors", zero, force=True).way in ("header", "copy")
+    assert (tmp_path / "out" / "out.safetensors").stat().st_size == size
+    assert trace == train("unpatched", script, "--pretrained_model_name_or_path", str(base))[1]
+    process, _ = train("module", script, "--pretrained_model_name_or_path", str(base), "--v_parameterization", "--zero_terminal_snr")
+    assert "WARNING: " + str(base) not in process.stderr

@@ -1,0 +1,164 @@
+"""What a .safetensors file is (checkpoint, U-Net, LoRA, one of several shards) and what it says about its schedule."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdxl_fixes.checkpoint import Sampling, read_record
+from sdxl_fixes.prediction import check_prediction_type
+from sdxl_fixes.safetensors_header import FormatError, Header, Tensor, read_header
+from sdxl_fixes.safetensors_write import recover
+from sdxl_fixes.schedule import NoiseSchedule
+
+UNET = "model.diffusion_model."
+MARKERS = ("v_pred", "ztsnr")
+# ComfyUI's markers of models that are told another timestep (0.25 log sigma): wrong in any model with a noise schedule
+EDM_MARKERS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+# kind of file -> what to call it, and the prefixes at which UIs look for its markers
+KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "checkpoint": ("checkpoint (U-Net, text encoders, VAE)", ("",)),
+    "unet": ("U-Net alone, under model.diffusion_model.", ("", UNET)),
+    "bare_unet": ("U-Net alone, bare names", ("",)),
+    "diffusers_unet": ("U-Net in diffusers' names", ()),
+    "lora": ("LoRA or other network", ()),
+    "shard": ("one of several shards", ()),
+}
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+_NETWORK = re.compile(r"(^lora_|^lycoris_|\.lora_(down|up|A|B)\.|\.hada_w|\.lokr_w|\.oft_|\.diff$|\.lora\.(down|up)\.)")
+# where each kind has the layer that tells SDXL's U-Net from others, and its input size there
+_EMBEDDING = {
+    "checkpoint": UNET + "label_emb.0.0.weight",
+    "unet": UNET + "label_emb.0.0.weight",
+    "bare_unet": "label_emb.0.0.weight",
+    "diffusers_unet": "add_embedding.linear_1.weight",
+}
+
+
+def said_sampling(path: Path) -> Sampling | None:
+    """How a file or diffusers folder says it must be sampled: by its record, else by markers, else by a scheduler config; None where
+    nothing says other than SDXL's own. Reads only, and whatever cannot be read says nothing: for callers that were asked something else."""
+    stock = NoiseSchedule.sdxl()
+    try:
+        if path.is_dir():
+            config = json.loads((path / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+            found = Sampling(NoiseSchedule.from_config(config), check_prediction_type(config.get("prediction_type", "epsilon")))
+            return None if found == Sampling(stock, "epsilon") else found
+        header = read_header(path)
+        if record := read_record(header.metadata):
+            return record
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+    v, zero_snr = ("v_pred" in header.tensors, "ztsnr" in header.tensors)
+    if not (v or zero_snr):
+        return None
+    return Sampling(stock.zero_terminal_snr() if zero_snr else stock, "v_prediction" if v else "epsilon")
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A checked header, the kind of the file, and its schedule record. ``mended`` tells what an interrupted stamp had left behind."""
+
+    path: Path
+    header: Header
+    kind: str
+    record: Sampling | None
+    mended: str | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> ModelFile:
+        """Read ``path`` (its header only). Raises ValueError or OSError, in one sentence, for what is no model of SDXL's kind."""
+        if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+            raise FormatError(f"{path} is a pickle, which is never opened here: convert it to safetensors first")
+        if not path.exists():
+            raise FileNotFoundError(f"there is no {path}: give a .safetensors file or a folder")
+        if not path.is_file():
+            raise OSError(f"{path} is not a regular file: give a .safetensors file or a folder")
+        mended = recover(path)
+        header = read_header(path)
+        try:
+            record = read_record(header.metadata)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return cls(path, header, _kind(path, header), record, mended)
+
+    @property
+    def is_sdxl(self) -> bool | None:
+        """Whether it is an SDXL U-Net; None where that cannot be seen (networks, shards)."""
+        if self.kind not in _EMBEDDING:
+            return None
+        layer = self.header.tensors.get(_EMBEDDING[self.kind])
+        return layer is not None and layer.shape[-1:] == (2816,)
+
+    @property
+    def marker_prefixes(self) -> tuple[str, ...]:
+        """Where the markers of this kind of file belong."""
+        return KINDS[self.kind][1]
+
+    def marked(self, name: str, prefix: str = "") -> bool:
+        """Whether the marker tensor is there."""
+        return prefix + name in self.header.tensors
+
+    def said(self) -> dict[str, str]:
+        """Everything in the file that says something about its schedule: where -> what."""
+        found: dict[str, str] = {"the record": str(self.record)} if self.record else {}
+        for name in (*MARKERS, *EDM_MARKERS):
+            found |= {f"the marker {prefix + name}": "" for prefix in ("", UNET) if self.marked(name, prefix)}
+        names = ("modelspec.prediction_type", "modelspec.predict_key", "ss_zero_terminal_snr")
+        return found | {f"the metadata {name}": self.header.metadata[name] for name in names if name in self.header.metadata}
+
+    def contradictions(self, sampling: Sampling) -> list[str]:
+        """What the file says that is not so for ``sampling``, each as half a sentence."""
+        epsilon, v = sampling.prediction_type == "epsilon", sampling.prediction_type == "v_prediction"
+        zero_snr = sampling.schedule.residual_signal == 0 and sampling.prediction_type != "flow_prediction"
+        found = []
+        if self.record is not None and self.record != sampling:
+            found.append(f"its record says {self.record}")
+        for prefix in ("", UNET):
+            if self.marked("v_pred", prefix) and not v:
+                found.append(f"its marker {prefix}v_pred says v_prediction")
+            if self.marked("ztsnr", prefix) and not zero_snr:
+                found.append(f"its marker {prefix}ztsnr says zero terminal SNR")
+            found += [f"its marker {prefix + name} says an EDM model" for name in EDM_MARKERS if self.marked(name, prefix)]
+        says = self.header.metadata.get("modelspec.prediction_type")
+        agrees = {"epsilon": epsilon, "v": v, "v-zsnr": v and zero_snr, "sd3": sampling.prediction_type == "flow_prediction"}
+        if says is not None and not agrees.get(says, True):
+            found.append(f"its modelspec.prediction_type says {says}")
+        says = self.header.metadata.get("ss_zero_terminal_snr")
+        if says in ("True", "False") and (says == "True") != zero_snr:
+            found.append(f"its ss_zero_terminal_snr says {says}")
+        return found
+
+    def with_markers(self, wanted: tuple[str, ...]) -> dict[str, Tensor]:
+        """The file's entries with exactly the markers ``wanted``. A marker that holds bytes cannot go without moving the others': it is
+        renamed, and means nothing any more."""
+        end = max((tensor.end for tensor in self.header.tensors.values()), default=0)
+        entries: dict[str, Tensor] = {prefix + name: Tensor("F32", (0,), end, end) for prefix in self.marker_prefixes for name in wanted}
+        known = {prefix + name for prefix in ("", UNET) for name in (*MARKERS, *EDM_MARKERS)}
+        for name, tensor in self.header.tensors.items():
+            if name in entries:
+                entries[name] = tensor
+            elif name not in known:
+                entries[name] = tensor
+            elif tensor.begin != tensor.end:
+                entries[f"sdxl_fixes.removed.{name}"] = tensor
+        return entries
+
+
+def _kind(path: Path, header: Header) -> str:
+    names: Mapping[str, Tensor] = header.tensors
+    if _SHARD.search(path.name):
+        return "shard"
+    if any(name.startswith(UNET + "input_blocks.") for name in names):
+        others = ("conditioner.", "first_stage_model.", "cond_stage_model.", "text_encoders.", "vae.")
+        return "checkpoint" if any(name.startswith(others) for name in names) else "unet"
+    if any(name.startswith("input_blocks.") for name in names):
+        return "bare_unet"
+    if "conv_in.weight" in names and "time_embedding.linear_1.weight" in names:
+        return "diffusers_unet"
+    if any(_NETWORK.search(name) for name in names):
+        return "lora"
+    raise ValueError(f"{path} holds no U-Net and no LoRA of Stable Diffusion's kind, so there is no schedule to speak of")

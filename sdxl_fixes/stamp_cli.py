@@ -1,0 +1,204 @@
+"""``sdxl-fixes stamp`` and ``sdxl-fixes inspect``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from sdxl_fixes.checkpoint import Sampling, sampling_of_record
+from sdxl_fixes.flags import SCHEDULE_FLAGS, Settings, add_flags
+from sdxl_fixes.model_file import KINDS, ModelFile
+from sdxl_fixes.prediction import PREDICTION_TYPES
+from sdxl_fixes.schedule import NoiseSchedule
+from sdxl_fixes.stamp import (
+    SCHEDULER_CONFIG,
+    Stamped,
+    a1111_yaml,
+    beside,
+    model_files,
+    read_json,
+    sampling_from_config,
+    stamp_file,
+    write_scheduler_config,
+)
+from sdxl_fixes.ui import Verdict, as_json, verdicts
+
+WAYS = {
+    "header": "written into the header's room",
+    "insert": "blocks inserted at the start of the file",
+    "copy": "copied with a new header, and put in the old one's place",
+}
+
+
+def add_commands(commands: Any) -> None:
+    """Register both."""
+    parser = commands.add_parser("stamp", help="write into a model file how to sample it, so that UIs load it right")
+    parser.add_argument("path", type=Path, help="a .safetensors file (checkpoint, U-Net, LoRA), or a diffusers or sharded folder")
+    parser.add_argument("--prediction_type", choices=PREDICTION_TYPES, help="what the model predicts")
+    add_flags(parser, tuple(SCHEDULE_FLAGS))
+    parser.add_argument(
+        "--base", choices=("sdxl", "linear", "cosine", "flow"), help="schedule to start from (default: sdxl; for flow, flow)"
+    )
+    parser.add_argument("--shift", type=float, help="shift of --base flow (default 1)")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="PATH",
+        help="take it from a scheduler_config.json, a schedule record, a diffusers folder, or another stamped file, instead of flags",
+    )
+    parser.add_argument("--force", action="store_true", help="stamp although the file says something else")
+    parser.add_argument(
+        "--in_place", action="store_true", help="change the file itself (ext4, XFS) instead of a copy of it: no space needed"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the stamped file here and leave PATH alone")
+    parser.add_argument("--check", action="store_true", help="hash the tensors before and after")
+    parser.add_argument("--yaml", action="store_true", help="also write the YAML that tells A1111 up to 1.10 v-prediction")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done")
+    parser.set_defaults(run=stamp)
+    parser = commands.add_parser("inspect", help="what a model file is, and what each UI will make of it")
+    parser.add_argument("path", type=Path, help="a .safetensors file or a folder")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--markdown", action="store_true", help='a page "how to load this model" for the model card')
+    parser.set_defaults(run=inspect)
+
+
+def stamp(args: argparse.Namespace) -> int:
+    """The command."""
+    sampling = sampling_from_args(args)
+    yaml = a1111_yaml(sampling) if args.yaml else None
+    if args.output is not None and args.path.is_dir():
+        raise ValueError("--output belongs to one file: copy the folder first, then stamp the copy")
+    if args.output is not None and args.output.exists() and not args.force:
+        raise ValueError(f"{args.output} exists already: choose another name, or give --force to replace it")
+    options = {"force": args.force, "in_place": args.in_place, "check": args.check, "dry_run": args.dry_run}
+    if args.path.is_dir():
+        files = model_files(args.path)
+        for file in files:
+            stamp_file(file, sampling, force=args.force, dry_run=True)  # refuse before anything is written
+        print(sampling)
+        for file in files:
+            _report(stamp_file(file, sampling, **options))
+        config = args.path / "scheduler" / SCHEDULER_CONFIG
+        if config.parent.is_dir() and not args.dry_run:
+            print(f"{config}: {write_scheduler_config(config, sampling)}")
+        return 0
+    done = stamp_file(args.path, sampling, output=args.output, **options)
+    print(sampling)
+    _report(done)
+    if done.kind == "lora" or args.dry_run:
+        return 0
+    if done.kind != "shard":
+        config = beside(done.path, "." + SCHEDULER_CONFIG)
+        print(f"{config}: {write_scheduler_config(config, sampling)}")
+    if yaml is not None:
+        beside(done.path, ".yaml").write_text(yaml, encoding="utf-8")
+        print(f"{beside(done.path, '.yaml')}: written")
+    return 0
+
+
+def sampling_from_args(args: argparse.Namespace) -> Sampling:
+    """How the model was trained: by flags, by --from, or by what the file says itself. Raises ValueError if nothing says it."""
+    flags = [name for name in (*SCHEDULE_FLAGS, "base", "shift") if getattr(args, name) not in (None, False)]
+    if args.source is None and (flags or args.prediction_type):
+        if args.prediction_type is None:
+            raise ValueError(f"--{flags[0]} tells the schedule; tell also what the model predicts, with --prediction_type")
+        if args.shift is not None and args.base not in (None, "flow"):
+            raise ValueError(f"--shift belongs to --base flow, not to --base {args.base}: leave it out")
+        flow = args.base == "flow" or args.shift is not None or (args.base is None and args.prediction_type == "flow_prediction")
+        makers = {"linear": NoiseSchedule.linear, "cosine": NoiseSchedule.cosine}
+        base = NoiseSchedule.flow(args.shift or 1.0) if flow else makers.get(args.base, NoiseSchedule.sdxl)()
+        return Sampling(Settings.from_args(args).schedule(base), args.prediction_type)
+    if flags:
+        raise ValueError(f"--from and --{flags[0]} are two sources for one schedule: give one of them")
+    sampling, predicts = _read(args.source or args.path, args.source is not None)
+    if args.prediction_type is not None and predicts and sampling.prediction_type != args.prediction_type:
+        raise ValueError(f"{args.source} says {sampling.prediction_type}, --prediction_type {args.prediction_type}: leave one of them out")
+    if args.prediction_type is None and not predicts:
+        raise ValueError(f"{args.source} tells the schedule; tell also what the model predicts, with --prediction_type")
+    return Sampling(sampling.schedule, args.prediction_type or sampling.prediction_type)
+
+
+def _read(path: Path, asked: bool) -> tuple[Sampling, bool]:
+    """What a file or folder says, and whether it says what is predicted."""
+    if path.is_dir():
+        config = next((file for file in (path / "scheduler" / SCHEDULER_CONFIG, path / SCHEDULER_CONFIG) if file.is_file()), None)
+        if config is None:
+            raise ValueError(
+                f"{path} has no {SCHEDULER_CONFIG}: say how the model was trained, with --prediction_type and the schedule's flags"
+            )
+        return sampling_from_config(read_json(config), str(config)), True
+    if path.suffix == ".json":
+        content = read_json(path)
+        record = content.get("record", content)
+        if not isinstance(record, dict) or "format" not in record:
+            return sampling_from_config(content, str(path)), "prediction_type" in content
+        try:
+            predicts = "prediction_type" in record
+            return sampling_of_record(record if predicts else {**record, "prediction_type": "epsilon"}), predicts
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    record = ModelFile.read(path).record
+    if record is None:
+        other = "give another --from" if asked else "say it with --prediction_type and the schedule's flags, or with --from"
+        raise ValueError(f"{path} does not say how it was trained: {other}")
+    return record, True
+
+
+def _report(done: Stamped) -> None:
+    print(f"{done.path}: {KINDS[done.kind][0]}; {WAYS.get(done.way, done.way)}; markers: {', '.join(done.markers) or 'none'}")
+    for note in done.notes:
+        print(f"  {note}")
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """The command."""
+    file, truth, rows = verdicts(args.path)
+    if args.json:
+        print(as_json(file, truth, rows))
+    elif args.markdown:
+        print(as_markdown(args.path, truth, rows))
+    else:
+        print(as_text(file, truth, rows))
+    return 0
+
+
+def as_text(file: ModelFile, truth: Sampling | None, rows: list[Verdict]) -> str:
+    """What the file is, what it says, and a line per UI."""
+    lines = [f"{file.path}: {KINDS[file.kind][0]}" + (", not SDXL" if file.is_sdxl is False else "")]
+    lines += [f"  {file.mended}"] if file.mended else []
+    lines += [f"  says: {where}{': ' if what else ''}{what}" for where, what in file.said().items()]
+    lines.append(f"  to be sampled as {truth}" if truth else "  does not say how it was trained: sdxl-fixes stamp writes that")
+    if truth:
+        lines += [f"  but {what}" for what in file.contradictions(truth)]
+    lines += ["", f"{'':<42}{'predicts':<17}{'sigma_max':<11}"]
+    for row in rows:
+        predicts = row.sampling.prediction_type if row.sampling else "-"
+        sigma = "-" if row.sigma_max is None else f"{row.sigma_max:.6g}"
+        mark = {True: "right", False: "WRONG: ", None: ""}[row.right]
+        lines.append(f"{row.ui:<42}{predicts:<17}{sigma:<11}{mark}{row.missing}".rstrip())
+    return "\n".join(lines)
+
+
+def as_markdown(path: Path, truth: Sampling | None, rows: list[Verdict]) -> str:
+    """The page for a model card. Raises ValueError if the file does not say how it was trained."""
+    if truth is None:
+        raise ValueError(f"{path} does not say how it was trained, so nobody can say how to load it: stamp it first")
+    schedule = truth.schedule
+    lines = [
+        "## How to load this model",
+        "",
+        f"`{path.name}` predicts **{truth.prediction_type}**; its noise schedule ends at **sigma {schedule.terminal_sigma:.6g}** "
+        f"({100 * schedule.residual_signal:.2g} % of the image left; SDXL's own ends at {NoiseSchedule.sdxl().terminal_sigma:.4g}). "
+        "The file says so itself.",
+        "",
+        "| program | loads it as | what to do |",
+        "|---|---|---|",
+    ]
+    for row in rows:
+        loads = "-" if row.sampling is None or row.sigma_max is None else f"{row.sampling.prediction_type}, sigma_max {row.sigma_max:.6g}"
+        todo = "nothing: it is right" if row.right else row.missing
+        lines.append(f"| {row.ui} | {loads} | {todo[:1].upper() + todo[1:]} |")
+    lines += ["", "Made by `sdxl-fixes inspect --markdown`."]
+    return "\n".join(lines)

@@ -1,0 +1,284 @@
+"""What each UI will make of a file, as data: what it takes the model to predict, on which schedule, up to which sigma.
+
+Read from the UIs' own code (ComfyUI 0.3.64, Forge dfdcbab6, reForge 3b56b268, A1111 dev 2025, SD.Next 058a7f0c, InvokeAI 6.14, SwarmUI
+062407c7, diffusers 0.40); ComfyUI's, Forge's and reForge's rows are also tests against that code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdxl_fixes.checkpoint import STAND_IN_SIGMA, Sampling, flow_shift
+from sdxl_fixes.model_file import UNET, ModelFile
+from sdxl_fixes.schedule import NoiseSchedule
+from sdxl_fixes.stamp import SCHEDULER_CONFIG, beside, model_files, read_json, sampling_from_config
+
+ZERO_SNR_SIGMA = 4518.7636987  # where ComfyUI, Forge, reForge and A1111 end zero terminal SNR: alphas_cumprod 4.897345e-08
+NODE, EXTENSION = "install the node (sdxl-fixes comfyui install PATH)", "install the extension (sdxl-fixes webui install PATH)"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one UI does. ``sampling`` None: it does not load the file, or nobody can say; ``right`` None: the truth is not known."""
+
+    ui: str
+    sampling: Sampling | None
+    sigma_max: float | None
+    right: bool | None
+    missing: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "ui": self.ui,
+            "prediction_type": self.sampling.prediction_type if self.sampling else None,
+            "sigma_max": self.sigma_max,
+            "right": self.right,
+            "missing": self.missing,
+        }
+
+
+def verdicts(path: Path) -> tuple[ModelFile, Sampling | None, list[Verdict]]:
+    """The file (of a folder: its U-Net's first), how it must be sampled if it says so, and one verdict per UI. Raises ValueError or
+    OSError as ModelFile.read."""
+    if path.is_dir():
+        return _of_folder(path)
+    file = ModelFile.read(path)
+    rows: list[tuple[str, Sampling | None, str]]
+    if file.kind == "lora":
+        rows = [(ui, None, "the checkpoint that it is used with decides: no UI reads a schedule from a LoRA") for ui in UIS]
+    elif file.kind == "shard":
+        rows = [(ui, None, "loads no single shard") for ui in UIS]
+    else:
+        rows = [(ui, *read(file)) for ui, read in UIS.items()]
+    return file, file.record, [_verdict(ui, sampling, file.record, note) for ui, sampling, note in rows]
+
+
+def _verdict(ui: str, sampling: Sampling | None, truth: Sampling | None, note: str) -> Verdict:
+    right = _agree(sampling, truth) if sampling is not None and truth is not None else None
+    return Verdict(ui, sampling, None if sampling is None else _sigma_max(ui, sampling), right, "" if right else note)
+
+
+def _agree(sampling: Sampling, truth: Sampling) -> bool:
+    """Two shifts of rectified flow are the same model, whose steps are spaced otherwise."""
+    flows = all(s.prediction_type == "flow_prediction" and flow_shift(s.schedule) is not None for s in (sampling, truth))
+    return flows or sampling == truth
+
+
+def _sigma_max(ui: str, sampling: Sampling) -> float:
+    """The sigma that sampling starts from, in the UI's own terms (1 for flow)."""
+    if sampling.prediction_type == "flow_prediction":
+        return 1.0
+    if sampling.schedule.residual_signal > 0:
+        return sampling.schedule.terminal_sigma
+    return STAND_IN_SIGMA if ui in ("diffusers", "SD.Next", "InvokeAI") else ZERO_SNR_SIGMA
+
+
+# ---------------------------------------------------------------- the UIs, one reader each
+
+Reading = tuple[Sampling | None, str]
+
+
+def _stock(v: bool, zero_snr: bool) -> Sampling:
+    schedule = NoiseSchedule.sdxl()
+    return Sampling(schedule.zero_terminal_snr() if zero_snr else schedule, "v_prediction" if v else "epsilon")
+
+
+def _comfy_markers(file: ModelFile, prefix: str) -> Reading:
+    if file.marked("edm_mean", prefix) and file.marked("edm_std", prefix):
+        return None, "takes it for Playground's EDM (edm_mean, edm_std)"
+    if file.marked("edm_vpred.sigma_max", prefix):
+        return None, "takes it for CosXL's EDM v-prediction (edm_vpred.sigma_max) and tells the network another timestep"
+    v = file.marked("v_pred", prefix)
+    return _stock(v, v and file.marked("ztsnr", prefix)), NODE if _needs_node(file) else "stamp the file"
+
+
+def _needs_node(file: ModelFile) -> bool:
+    """Whether no marker could help ComfyUI: any schedule but eps, v and v with zero terminal SNR, all on SDXL's betas."""
+    stock = (_stock(False, False), _stock(True, False), _stock(True, True))
+    return file.record is not None and file.record not in stock
+
+
+def _comfy_checkpoint(file: ModelFile) -> Reading:
+    return (_stock(False, False), NODE) if file.kind == "diffusers_unet" else _comfy_markers(file, "")
+
+
+def _comfy_unet(file: ModelFile) -> Reading:
+    if file.kind == "diffusers_unet":
+        return _stock(False, False), NODE
+    sampling, note = _comfy_markers(file, "" if file.kind == "bare_unet" else UNET)
+    return sampling, NODE if file.kind == "checkpoint" and note == "stamp the file" else note
+
+
+def _with_node(file: ModelFile) -> Reading:
+    if file.record is not None:
+        return file.record, ""
+    return _comfy_checkpoint(file)[0], "stamp the file"
+
+
+def _forge(file: ModelFile) -> Reading:
+    if file.kind == "diffusers_unet":
+        return None, "does not load a U-Net in diffusers' names"
+    if file.marked("edm_mean") and file.marked("edm_std"):
+        return None, "does not load it (edm_mean, edm_std)"
+    marked = file.kind != "bare_unet"  # it puts a prefix before every bare name, the markers' included
+    v = (marked and file.marked("v_pred") and not file.marked("edm_vpred.sigma_max")) or _yaml_says_v(file)
+    return _stock(v, marked and file.marked("ztsnr")), EXTENSION if _needs_extension(file) or not marked else "stamp the file"
+
+
+def _extension(file: ModelFile) -> str:
+    """What helps in reForge and A1111 where no marker does."""
+    assert file.record is not None
+    types = ("epsilon", "v_prediction")
+    return EXTENSION if file.record.prediction_type in types else "in reForge: Advanced Model Sampling, by hand; in A1111: nothing"
+
+
+def _needs_extension(file: ModelFile) -> bool:
+    """Whether no marker could help Forge, reForge and A1111: they also know epsilon with zero terminal SNR."""
+    return _needs_node(file) and file.record != _stock(False, True)
+
+
+def _reforge(file: ModelFile) -> Reading:
+    if file.kind in ("diffusers_unet", "bare_unet"):
+        return None, "loads whole checkpoints"
+    if file.marked("edm_vpred.sigma_max") or file.marked("edm_mean"):
+        return _comfy_markers(file, "")
+    return _stock(file.marked("v_pred"), file.marked("ztsnr")), _extension(file) if _needs_extension(file) else "stamp the file"
+
+
+def _a1111_dev(file: ModelFile) -> Reading:
+    if file.kind != "checkpoint":
+        return None, "loads whole checkpoints"
+    v = file.marked("v_pred") or _yaml_says_v(file)
+    return _stock(v, file.marked("ztsnr")), _extension(file) if _needs_extension(file) else "stamp the file"
+
+
+def _a1111_old(file: ModelFile) -> Reading:
+    if file.kind != "checkpoint":
+        return None, "loads whole checkpoints"
+    by_yaml = file.record in (_stock(True, False), _stock(True, True))
+    note = "stamp --yaml" if by_yaml and not _yaml_says_v(file) else _extension(file) if _needs_extension(file) else ""
+    if file.record is not None and file.record.schedule == _stock(False, True).schedule:
+        note = (note + "; " if note else "") + 'set "Noise schedule for sampling" to Zero Terminal SNR, or install the extension'
+    return _stock(_yaml_says_v(file), False), note or "stamp the file"
+
+
+def _forge_extension(file: ModelFile) -> Reading:
+    if file.record is None or file.kind not in ("checkpoint", "unet", "bare_unet") or file.record.prediction_type == "sample":
+        return _forge(file)[0], "stamp the file" if file.record is None else "samples no x0 prediction"
+    return file.record, ""
+
+
+def _a1111_extension(file: ModelFile) -> Reading:
+    if file.record is None or file.kind != "checkpoint" or file.record.prediction_type not in ("epsilon", "v_prediction"):
+        return _a1111_dev(file)[0], "stamp the file" if file.record is None else "in reForge: Advanced Model Sampling, by hand"
+    return file.record, ""
+
+
+def _sd_next(file: ModelFile) -> Reading:
+    if file.kind != "checkpoint":
+        return None, "use it as a U-Net of another checkpoint, whose schedule rules"
+    name = file.path.stem.lower()
+    if "bigaspv25" in name or "noobai-rf" in name or ("flow" in name and "flower" not in name):
+        return Sampling(NoiseSchedule.flow(2.5), "flow_prediction"), "its file name says flow to SD.Next, at shift 2.5: rename it"
+    v = any(word in name for word in ("vpred", "v-pred", "v_pred")) or file.marked("v_pred")
+    return _stock(v, False), "use a diffusers folder with its scheduler_config.json and the sampler Default"
+
+
+def _invokeai(file: ModelFile) -> Reading:
+    if file.kind != "checkpoint":
+        return None, "loads checkpoints and diffusers folders"
+    note = "choose v-prediction in the model manager" if file.record == _stock(True, False) else "use a diffusers folder, stamped"
+    return _stock(False, False), note
+
+
+def _diffusers(file: ModelFile) -> Reading:
+    if file.kind not in ("checkpoint", "diffusers_unet"):
+        return None, "loads checkpoints and diffusers folders"
+    name = beside(file.path, "." + SCHEDULER_CONFIG).name
+    return _stock(False, False), f"from_single_file reads no schedule: load {name} into the pipeline's scheduler, or use a folder, stamped"
+
+
+def _swarm(file: ModelFile) -> Reading:
+    says = file.header.metadata.get("modelspec.prediction_type")
+    if says in ("v", "v-zsnr", "epsilon"):
+        return _stock(says != "epsilon", says == "v-zsnr"), "stamp the file"
+    if says == "sd3":
+        return Sampling(NoiseSchedule.flow(_shift(file)), "flow_prediction"), "stamp the file"
+    return _comfy_checkpoint(file)
+
+
+def _shift(file: ModelFile) -> float:
+    """SwarmUI's Sigma Shift is the user's (3 by default) and only spaces the steps: any one samples a flow model."""
+    shift = flow_shift(file.record.schedule) if file.record and file.record.prediction_type == "flow_prediction" else None
+    return 3.0 if shift is None else shift
+
+
+def _forge_neo(file: ModelFile) -> Reading:
+    if "rectified" in str(file.path.resolve()).lower():
+        return Sampling(NoiseSchedule.flow(), "flow_prediction"), "its path says rectified flow to Forge Neo: rename it"
+    sampling, note = _forge(file)
+    return sampling, "no route but a path with the word rectified, for flow" if note == EXTENSION else note
+
+
+def _yaml_says_v(file: ModelFile) -> bool:
+    """Whether the YAML beside the file names v-prediction's scaling (a YAML parser would be one more dependency)."""
+    yaml = beside(file.path, ".yaml")
+    return yaml.is_file() and "denoiser_scaling.VScaling" in yaml.read_text(encoding="utf-8", errors="replace")
+
+
+UIS: dict[str, Callable[[ModelFile], Reading]] = {
+    "ComfyUI, Load Checkpoint": _comfy_checkpoint,
+    "ComfyUI, Load Diffusion Model": _comfy_unet,
+    "ComfyUI with our node": _with_node,
+    "Forge": _forge,
+    "reForge": _reforge,
+    "A1111, dev branch": _a1111_dev,
+    "A1111 up to 1.10": _a1111_old,
+    "Forge with our extension": _forge_extension,
+    "reForge or A1111 with our extension": _a1111_extension,
+    "Forge Neo": _forge_neo,
+    "SwarmUI": _swarm,
+    "SD.Next": _sd_next,
+    "InvokeAI": _invokeai,
+    "diffusers": _diffusers,
+}
+
+
+def _of_folder(folder: Path) -> tuple[ModelFile, Sampling | None, list[Verdict]]:
+    file = ModelFile.read(model_files(folder)[0])
+    config = folder / "scheduler" / SCHEDULER_CONFIG
+    says = sampling_from_config(read_json(config), str(config)) if config.is_file() else None
+    rows: list[tuple[str, Sampling | None, str]] = []
+    for ui in UIS:
+        if ui in ("diffusers", "InvokeAI", "SD.Next"):
+            flow = says is not None and says.prediction_type == "flow_prediction"
+            refused = ui == "InvokeAI" and flow
+            rows.append((ui, None if refused else says, "refuses flow" if refused else "stamp the folder"))
+        elif ui == "ComfyUI with our node":
+            rows.append((ui, file.record, "stamp the folder"))
+        elif ui.startswith("ComfyUI"):
+            rows.append((ui, _stock(False, False), NODE))
+        else:
+            rows.append((ui, None, "loads no diffusers folder"))
+    truth = file.record or says
+    return file, truth, [_verdict(ui, sampling, truth, note) for ui, sampling, note in rows]
+
+
+def as_json(file: ModelFile, truth: Sampling | None, rows: list[Verdict]) -> str:
+    """Strict JSON."""
+    content = {
+        "file": str(file.path),
+        "kind": file.kind,
+        "sdxl": file.is_sdxl,
+        "room": file.header.size - len(file.header.raw.rstrip()),
+        "says": file.said(),
+        "prediction_type": truth.prediction_type if truth else None,
+        "terminal_sigma": truth.schedule.to_record()["terminal_sigma"] if truth else None,
+        "uis": [row.to_dict() for row in rows],
+    }
+    return json.dumps(content, indent=2, allow_nan=False)

@@ -1,0 +1,144 @@
+"""Runs inside ComfyUI's own Python, in its checkout: loads stamped files with its real nodes and prints what it made of them, as JSON.
+
+comfyui_run.py CHECKOUT FOLDER: the stamped files and what to do with them are in FOLDER/cases.json (test_comfyui.py wrote it), and
+``comfyui_run.py CHECKOUT FOLDER keys`` writes FOLDER/keys.json, the names and shapes of a whole SDXL checkpoint, from ComfyUI's own model
+definitions. Weights stay on torch's meta device: a full-size checkpoint costs no memory; everything else is ComfyUI's.
+"""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+checkout, folder = Path(sys.argv[1]), Path(sys.argv[2])
+sys.path.insert(0, str(checkout))
+sys.argv = sys.argv[:1]
+
+from comfy.cli_args import args  # noqa: E402
+
+args.cpu = True
+
+import comfy.model_base  # noqa: E402
+import comfy.model_management  # noqa: E402
+import comfy.samplers  # noqa: E402
+import comfy.sd  # noqa: E402
+import comfy.utils  # noqa: E402
+import folder_paths  # noqa: E402
+import nodes  # noqa: E402
+import torch  # noqa: E402
+from comfy_extras import nodes_model_advanced, nodes_model_merging  # noqa: E402
+
+comfy.model_management.unet_inital_load_device = lambda *args: torch.device("meta")
+comfy.model_base.BaseModel.load_model_weights = lambda self, *args: self
+comfy.model_management.load_models_gpu = lambda *args, **kwargs: None
+for kind in ("checkpoints", "diffusion_models", "loras"):
+    folder_paths.add_model_folder_path(kind, str(folder))
+
+
+def keys():
+    """Every tensor of a saved checkpoint: U-Net, text encoders, VAE."""
+    import comfy.sdxl_clip
+    import comfy.supported_models
+
+    config = comfy.supported_models.SDXL({**comfy.supported_models.SDXL.unet_config, **UNET_CONFIG})
+    config.set_inference_dtype(torch.float16, None)
+    model = comfy.model_base.SDXL(config, device=torch.device("meta"))
+    clip = comfy.sdxl_clip.SDXLClipModel(device="meta", dtype=torch.float16).state_dict()
+    with torch.device("meta"):
+        vae = comfy.sd.AutoencoderKL(ddconfig=VAE_CONFIG, embed_dim=4).state_dict()
+    state = model.state_dict_for_saving(clip, vae)
+    (folder / "keys.json").write_text(json.dumps({name: list(tensor.shape) for name, tensor in state.items()}))
+
+
+UNET_CONFIG = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_res_blocks": [2, 2, 2],
+    "channel_mult": [1, 2, 4],
+    "num_classes": "sequential",
+    "num_head_channels": 64,
+    "use_spatial_transformer": True,
+    "transformer_depth_middle": 10,
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+    "use_checkpoint": False,
+    "image_size": 32,
+    "use_temporal_attention": False,
+    "legacy": False,
+}
+VAE_CONFIG = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128}
+VAE_CONFIG |= {"ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}
+
+
+def describe(model):
+    """What sampling would use."""
+    sampling = model.get_model_object("model_sampling")
+    sigmas = sampling.sigmas.double()
+    steps = comfy.samplers.calculate_sigmas(sampling, "normal", 20)
+    return {
+        "classes": [cls.__name__ for cls in type(sampling).__mro__],
+        "sigmas": sigmas.tolist(),
+        "first_step": float(steps[0]),
+        "first_timestep": float(sampling.timestep(steps[:1])[0]),
+        "middle_timestep": float(sampling.timestep(sigmas[499:500].float())[0]),
+        "percent_0.5": float(sampling.percent_to_sigma(0.5)),
+        "zsnr": bool(getattr(sampling, "zsnr", False)),
+        "model_type": model.model.model_type.name,
+    }
+
+
+def load(case):
+    """By the node that a workflow has; text encoders and VAE are left out, they would really be loaded."""
+    if case["loader"] == "unet":
+        return nodes.UNETLoader().load_unet(case["file"], "default")[0]
+    guess = comfy.sd.load_checkpoint_guess_config
+    comfy.sd.load_checkpoint_guess_config = lambda path, **kwargs: guess(path, **{**kwargs, "output_vae": False, "output_clip": False})
+    try:
+        return nodes.CheckpointLoaderSimple().load_checkpoint(case["file"])[0]
+    finally:
+        comfy.sd.load_checkpoint_guess_config = guess
+
+
+def after(model, then):
+    """What a workflow does after loading."""
+    if then == "discrete":
+        return nodes_model_advanced.ModelSamplingDiscrete().patch(model, "v_prediction", False)[0]
+    if then == "sd3":
+        return nodes_model_advanced.ModelSamplingSD3().patch(model, 5.0)[0]
+    if then.startswith("from file "):
+        return nodes.NODE_CLASS_MAPPINGS["SDXLFixesScheduleFromFile"]().patch(model, then.removeprefix("from file "))[0]
+    return model
+
+
+def save(model):
+    """Save Checkpoint, with the weights left out of the file that it writes."""
+    written = {}
+
+    def save_torch_file(state, path, metadata=None):
+        small = {name: torch.zeros(0) if tensor.is_meta else tensor for name, tensor in state.items() if not tensor.is_meta}
+        written.update(names=sorted(small), metadata=metadata)
+
+    original, comfy.utils.save_torch_file = comfy.utils.save_torch_file, save_torch_file
+    try:
+        nodes_model_merging.save_checkpoint(model, filename_prefix="sdxl-fixes", output_dir=str(folder))
+    finally:
+        comfy.utils.save_torch_file = original
+    return written
+
+
+def main():
+    if (folder / "cases.json").exists():
+        cases = json.loads((folder / "cases.json").read_text())
+    else:
+        return keys()
+    results = []
+    # sorted: all cases without the node come first, because the node stays installed
+    for case in sorted(cases, key=lambda case: case["node"]):
+        if case["node"] and "SDXLFixesScheduleFromFile" not in nodes.NODE_CLASS_MAPPINGS:
+            loaded = nodes.load_custom_node(str(folder / "custom_nodes" / "sdxl_fixes_schedule"))
+            assert asyncio.run(loaded) if asyncio.iscoroutine(loaded) else loaded, "ComfyUI did not load the node"
+        model = after(load(case), case.get("then", ""))
+        results.append({**case, **describe(model), **({"saved": save(model)} if case.get("save") else {})})
+    print("RESULTS" + json.dumps(results))
+
+
+main()
