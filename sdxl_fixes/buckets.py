@@ -71,13 +71,18 @@ class _Plan(NamedTuple):
     sizes: Ints
     extra: NDArray[np.bool_]
 
+    def part(self, batches: slice) -> _Plan:
+        """Some of the batches."""
+        return _Plan(self.order, self.starts[batches], self.sizes[batches], self.extra[batches])
+
     def samples(self, first: int = 0, last: int | None = None, extra: bool = False) -> Ints:
         """The samples of batches first to last, those of extra batches only if asked for."""
         starts, sizes = self.starts[first:last], self.sizes[first:last]
         if not extra:
             starts, sizes = starts[~self.extra[first:last]], sizes[~self.extra[first:last]]
         before = np.cumsum(sizes) - sizes
-        return self.order[np.repeat(starts - before, sizes) + np.arange(sizes.sum())]
+        places: Ints = np.repeat(starts - before, sizes) + np.arange(sizes.sum())
+        return np.asarray(self.order[places])
 
 
 class ChunkBucketBatchSampler(Sampler[list[int]]):
@@ -99,11 +104,11 @@ class ChunkBucketBatchSampler(Sampler[list[int]]):
     ranks are evened by halving some of the last batches, not by losing or repeating; :meth:`account` counts what an epoch loses or repeats
     all the same (leftovers="drop", fewer samples than ranks).
 
-    A loop needs no :meth:`set_epoch`: iterating again after the end is the next epoch. To resume, save ``state_dict(steps)`` with the number
-    of batches taken from the current iteration: loaders that prefetch have drawn more than that. StatefulDataLoader saves it by itself.
-    Loading continues after exactly those samples, also with another batch size, rank count, ``leftovers`` or ``aligned``: the same batches
-    where batch size and leftovers are the same, otherwise the unseen samples planned anew, again as a function of (seed, epoch, what was seen).
-    There is no attribute ``batch_size``: accelerate's BatchSamplerShard would mix buckets to fill batches up to it.
+    A loop needs no :meth:`set_epoch`: iterating again after the end is the next epoch. To resume, save ``state_dict(steps)`` with the
+    number of batches taken from the current iteration: loaders that prefetch have drawn more than that. StatefulDataLoader saves it by
+    itself. Loading continues after exactly those samples, also with another batch size, rank count, ``leftovers`` or ``aligned``: with
+    the same batches where batch size and leftovers are the same, otherwise with the unseen samples planned anew, again as a function of
+    (seed, epoch, what was seen). There is no attribute ``batch_size``: accelerate's BatchSamplerShard would mix buckets to fill up to it.
     """
 
     def __init__(
@@ -136,7 +141,13 @@ class ChunkBucketBatchSampler(Sampler[list[int]]):
         self._settings = Settings(int(batch_size), int(world_size), leftovers, bool(aligned))
         self._seed, self._rank = int(seed), rank
         self._epoch = self._loaded_epoch = 0
-        self._restart()
+        self._past: list[tuple[Settings, int]] = []  # settings under which earlier parts of this epoch were seen, and how many batches
+        self._replayed: list[tuple[_Plan, int, int, Settings]] = []  # these parts: a plan, and the first and last of its batches
+        self._seen = 0  # samples in them
+        self._done = self._first = self._resumed = 0  # batches of the plan: drawn, before this iteration, before this process
+        self._plan: _Plan | None = None
+        self._counts: NDArray[np.integer[Any]] | None = None
+        self._fingerprint: str | None = None
 
     # ------------------------------------------------------------------ the epoch and where it stands
 
@@ -183,9 +194,8 @@ class ChunkBucketBatchSampler(Sampler[list[int]]):
         done = self._done if steps is None else self._first + int(steps) * self._settings.world_size
         plan = self._current()
         if not self._first <= done <= len(plan.starts):
-            raise ValueError(
-                f"steps must lie in [0, {(len(plan.starts) - self._first) // self._settings.world_size}], what this iteration has, got {steps}"
-            )
+            most = (len(plan.starts) - self._first) // self._settings.world_size
+            raise ValueError(f"steps must lie in [0, {most}], what this iteration has, got {steps}")
         done -= done % self._settings.world_size  # within a step (rank=None) the step counts as not done
         segments = [*self._past, (self._settings, done)]
         return {
@@ -271,12 +281,9 @@ class ChunkBucketBatchSampler(Sampler[list[int]]):
 
     def _restart(self) -> None:
         """The start of the current epoch, not planned yet."""
-        self._past: list[tuple[Settings, int]] = []  # settings under which earlier parts of this epoch were seen, and how many batches
-        self._replayed: list[tuple[_Plan, int, int, Settings]] = []
-        self._done = self._first = self._resumed = self._seen = 0
-        self._plan: _Plan | None = None
-        self._counts: NDArray[np.integer[Any]] | None = None
-        self._fingerprint: str | None = None
+        self._past, self._replayed, self._seen = [], [], 0
+        self._done = self._first = self._resumed = 0
+        self._plan = self._counts = self._fingerprint = None
 
     def _finished(self) -> bool:
         return self._plan is not None and self._done >= len(self._plan.starts) > 0
@@ -305,7 +312,7 @@ class ChunkBucketBatchSampler(Sampler[list[int]]):
                 self._replayed.append((plan, 0, done, before))
                 self._seen += int(plan.sizes[:done].sum())
                 if settings.same_order(before):
-                    plan = _Plan(plan.order, *(part[done:] for part in plan[1:]))
+                    plan = plan.part(slice(done, None))
                 else:
                     plan = self._planned(plan.samples(done), number, settings)
             plan, before = _even(plan, settings), settings
@@ -340,7 +347,9 @@ class ChunkBucketBatchSampler(Sampler[list[int]]):
         groups = (int(self._buckets.max()) + 1) * longest
         index_bits, group_bits = _bit_length(len(chunks)), _bit_length(groups)
         if index_bits + group_bits > 48:
-            raise ValueError(f"{len(chunks)} samples in {groups} buckets x chunks are too many: fewer than 16 of 64 bits are left to shuffle by")
+            raise ValueError(
+                f"{len(chunks)} samples in {groups} buckets x chunks are too many: fewer than 16 of 64 bits are left to shuffle by"
+            )
         group = self._buckets[samples].astype(np.uint64)
         group *= np.uint64(longest)
         group += chunks[samples].astype(np.uint64)
@@ -398,11 +407,11 @@ def _even(plan: _Plan, settings: Settings) -> _Plan:
     if not missing or not count:
         return plan
     if settings.leftovers == "drop":
-        kept = slice(0, count - count % world)
-        return _Plan(plan.order, *(part[kept] for part in plan[1:]))
+        return plan.part(slice(0, count - count % world))
     enough = int(np.searchsorted(np.cumsum((plan.sizes - 1)[::-1]), missing)) + 1  # so many of the last batches can be halved often enough
     tail = min(count, max(enough, world + count % world))
-    parts = [(int(start), int(size), bool(extra)) for start, size, extra in zip(*(part[-tail:] for part in plan[1:]), strict=True)]
+    last = plan.part(slice(count - tail, None))
+    parts = list(zip(last.starts.tolist(), last.sizes.tolist(), last.extra.tolist(), strict=True))
     for turn in range(missing):
         k = max(range(len(parts)), key=lambda k: parts[k][1])
         start, size, extra = parts[k]
@@ -410,7 +419,9 @@ def _even(plan: _Plan, settings: Settings) -> _Plan:
             parts[k : k + 1] = [(start, size - size // 2, extra), (start + size - size // 2, size // 2, extra)]
         else:
             parts.append((*parts[turn % tail][:2], True))
-    return _Plan(plan.order, *(np.concatenate([old[:-tail], new]) for old, new in zip(plan[1:], map(np.array, zip(*parts)), strict=True)))
+    whole = plan.part(slice(0, count - tail))
+    starts, sizes, extras = (np.array(column) for column in zip(*parts, strict=True))
+    return _Plan(plan.order, np.append(whole.starts, starts), np.append(whole.sizes, sizes), np.append(whole.extra, extras))
 
 
 def _bit_length(count: int) -> int:

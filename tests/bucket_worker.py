@@ -1,4 +1,4 @@
-"""bucket_worker.py FOLDER RUN RANK WORLD_SIZE BATCH_SIZE: one rank of a training that may be killed at any moment, for test_bucket_resume.py.
+"""bucket_worker.py FOLDER RUN RANK WORLD_SIZE BATCH_SIZE: one rank of a training that test_bucket_resume.py kills at any moment.
 
 Every step is: log the batch, wait for the other ranks, and rank 0 saves the sampler's state. A run begins from the last state.
 """
@@ -17,7 +17,7 @@ from sdxl_fixes.buckets import ChunkBucketBatchSampler
 folder, run, rank, world_size, batch_size = Path(sys.argv[1]), *map(int, sys.argv[2:])
 data = np.load(folder / "data.npz")
 sampler = ChunkBucketBatchSampler(
-    data["buckets"], data["chunks"], batch_size=batch_size, rank=rank, world_size=world_size, seed=8, aligned=run == 2
+    data["buckets"], data["chunks"], batch_size=batch_size, rank=rank, world_size=world_size, seed=8, aligned=run == 1
 )
 if (folder / "state.json").exists():
     sampler.load_state_dict(json.loads((folder / "state.json").read_text())["sampler"])

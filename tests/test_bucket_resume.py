@@ -17,7 +17,7 @@ from accelerate.data_loader import BatchSamplerShard
 from sdxl_fixes.buckets import ChunkBucketBatchSampler
 
 HERE = Path(__file__).resolve().parent
-RUNS = ((2, 4), (3, 4), (2, 6), (1, 5))  # ranks, batch size
+RUNS = ((2, 4), (3, 4), (1, 6))  # ranks, batch size
 
 
 def start(folder, run):
@@ -91,7 +91,8 @@ for step, batch in enumerate(loader):
     seen.append(batch.tolist())
     if step + 1 == steps:
         break
-print("OUT" + json.dumps({"seen": seen, "state": sampler.state_dict(len(seen)), "rank": accelerator.process_index}) + "\\n", end="", flush=True)
+out = {"seen": seen, "state": sampler.state_dict(len(seen)), "rank": accelerator.process_index}
+print("OUT" + json.dumps(out) + "\\n", end="", flush=True)
 """
 
 
@@ -108,6 +109,7 @@ def prepared(folder, world_size, state="", steps=0):
     return sorted((json.loads(part.splitlines()[0]) for part in process.stdout.split("OUT")[1:]), key=lambda out: out["rank"])
 
 
+@pytest.mark.slow
 def test_prepared_by_accelerate_on_two_processes_and_resumed_on_one(tmp_path):
     first = prepared(tmp_path, 2, steps=9)
     assert len(first) == 2 and first[0]["state"] == first[1]["state"]

@@ -1,5 +1,6 @@
 """The batch sampler: every sample once, no mixed batches, equal ranks, resume to the sample; the properties are hypothesis's to break."""
 
+import itertools
 import json
 import tracemalloc
 from collections import Counter
@@ -179,7 +180,9 @@ def test_dropping_counts_what_it_drops():
     buckets, chunks = np.array([0] * 10 + [1] * 7), np.ones(17, int)
     samplers = [ChunkBucketBatchSampler(buckets, chunks, batch_size=4, leftovers="drop", rank=r, world_size=2) for r in range(2)]
     assert all(len(batch) == 4 for sampler in samplers for batch in sampler)
-    assert samplers[0].account().lost == 17 - 8 and samplers[0].account().batches == 2  # 2 + 1 batches, of which one rank would miss the third
+    assert (
+        samplers[0].account().lost == 17 - 8 and samplers[0].account().batches == 2
+    )  # 2 + 1 batches, of which one rank would miss the third
 
 
 def test_order_is_random_by_seed_and_epoch_and_not_by_anything_else():
@@ -190,7 +193,7 @@ def test_order_is_random_by_seed_and_epoch_and_not_by_anything_else():
     other.set_epoch(1)
     assert list(other) == second
     assert list(ChunkBucketBatchSampler(*data, batch_size=8, seed=5)) != first
-    neighbours = np.mean([abs(a[0] - b[0]) for a, b in zip(first, first[1:], strict=False)])
+    neighbours = np.mean([abs(a[0] - b[0]) for a, b in itertools.pairwise(first)])
     assert neighbours == pytest.approx(1000, rel=0.2)  # of random pairs of 0..2999
 
 
