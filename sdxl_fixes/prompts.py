@@ -12,13 +12,15 @@ import hashlib
 import math
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from sdxl_fixes.progress import bar
 
 CHUNK = 75  # tokens; 77 with BOS and EOS
 SPLITS = ("none", "commas")
@@ -102,7 +104,7 @@ def count_chunks(
         return [len(split_ids(ids, comma)) for ids in token_ids(tokenizer, texts)]
 
     if cache is None:
-        counts = [measure(captions[first : first + _BATCH]) for first in _bar(range(0, len(captions), _BATCH), progress)]
+        counts = [measure(captions[first : first + _BATCH]) for first in bar(range(0, len(captions), _BATCH), "counting tokens", progress)]
         return np.array([count for part in counts for count in part], dtype=np.int32)
     return _from_cache(Path(cache), _identity(tokenizer) + split.encode(), captions, measure, progress)
 
@@ -182,7 +184,7 @@ def _from_cache(
     counts[found] = known_counts[place[found]]
     new = np.flatnonzero(~found)
     try:
-        for first in _bar(range(0, len(new), _BATCH), progress):
+        for first in bar(range(0, len(new), _BATCH), "counting tokens", progress):
             part = new[first : first + _BATCH]
             counts[part] = measure([captions[k] for k in part])
     finally:  # what an interrupted run has counted is kept
@@ -212,14 +214,3 @@ def _write(file: Path, hashes: NDArray[np.uint64], counts: NDArray[np.int32]) ->
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _bar(batches: Iterable[int], progress: bool) -> Iterator[int]:
-    if progress:
-        try:
-            from tqdm import tqdm
-
-            return iter(tqdm(batches, desc="counting tokens", unit=f"x{_BATCH}"))
-        except ImportError:
-            pass  # a bar is a comfort
-    return iter(batches)

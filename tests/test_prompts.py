@@ -7,6 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import alphabet
 import numpy as np
 import pytest
 import torch
@@ -24,18 +25,7 @@ BOS, EOS = 49406, 49407
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """CLIP's own byte alphabet without merges: real tokenizer classes, one token a character."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    characters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
-    vocabulary = {c: i for i, c in enumerate(characters + [c + "</w>" for c in characters])}
-    vocabulary |= {"<|startoftext|>": BOS, "<|endoftext|>": EOS}
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special}))
-    (folder / "special_tokens_map.json").write_text(json.dumps(special))
-    return folder
+    return alphabet.write(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module", params=[CLIPTokenizer, CLIPTokenizerFast], ids=["CLIPTokenizer", "CLIPTokenizerFast"])
