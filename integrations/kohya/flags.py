@@ -8,6 +8,7 @@ from typing import Any
 
 from sdxl_fixes.flags import TIMESTEP_FLAGS, add_flags
 
+from . import buckets
 from .run import SESSION, Run, report_flags
 
 OURS = ("terminal_sigma", "terminal_sigma_method", "terminal_sigma_start", "huber_l2_gradient", "min_snr_floor", *TIMESTEP_FLAGS)
@@ -17,13 +18,16 @@ def add_arguments(original: Callable[..., Any], parser: argparse.ArgumentParser,
     """Upstream's arguments, then ours; a TOML --config_file is read with the same parser, so it knows them too."""
     result = original(parser, *args, **kwargs)
     add_flags(parser, OURS)
+    group = parser.add_argument_group("sdxl-fixes, prompts")
+    for name, options in buckets.FLAGS.items():
+        group.add_argument(f"--{name}", **options)
     report_flags(parser)
     return result
 
 
 def verify(original: Callable[..., Any], args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
     """The first call of both trainers' train(): nothing is loaded yet."""
-    SESSION.run = Run.start(args, SESSION.patches)
+    SESSION.run = Run.start(args, SESSION.patches, buckets.Options.from_args(args))
     return original(args, *rest, **kwargs)
 
 

@@ -49,13 +49,14 @@ FIXES: dict[str, tuple[str, Callable[[argparse.Namespace, Settings], bool]]] = {
         "--stratified_timesteps, --terminal_timestep_share",
         lambda args, settings: bool(settings.stratified_timesteps or settings.terminal_timestep_share),
     ),
+    "buckets": ("--chunk_buckets", lambda args, settings: bool(getattr(args, "chunk_buckets", False))),
     "previews": ("--zero_terminal_snr, --terminal_sigma", lambda args, settings: settings.changes_schedule),
     "saving": (
         "--zero_terminal_snr, --terminal_sigma, --v_parameterization",
         lambda args, settings: bool(settings.changes_schedule or getattr(args, "v_parameterization", False)),
     ),
 }
-EVERY_STEP = ("schedule", "loss", "weighting", "noise", "timesteps")  # reached by the end of the first training step
+EVERY_STEP = ("schedule", "loss", "weighting", "noise", "timesteps", "buckets")  # reached by the end of the first training step
 # plugin flags that mean nothing unless their fix is on
 FLAG_FIXES = {
     "terminal_sigma": "schedule",
@@ -63,6 +64,7 @@ FLAG_FIXES = {
     "min_snr_floor": "weighting",
     "stratified_timesteps": "timesteps",
     "terminal_timestep_share": "timesteps",
+    "chunk_buckets": "buckets",
 }
 
 
@@ -89,10 +91,11 @@ class Run:
     on: frozenset[str]
     timesteps: TimestepSampler | None = None
     weightings: tuple[Weighting, ...] = ()
+    chunks: Any = None  # buckets.Options, with --chunk_buckets
     step: dict[str, torch.Tensor | None] = field(default_factory=dict)  # passed from one patch to the next within a training step
 
     @classmethod
-    def start(cls, args: argparse.Namespace, patches: PatchSet) -> Run:
+    def start(cls, args: argparse.Namespace, patches: PatchSet, chunks: Any = None) -> Run:
         """Read kohya's parsed arguments. Raises FlagError (before any model is loaded) for wrong or contradictory flags and for a
         fix that was asked for but does not fit this version of sd-scripts."""
         allowed = parse_fixes(getattr(args, "fixes", None) or "all")
@@ -118,7 +121,7 @@ class Run:
             world_size=int(os.environ.get("WORLD_SIZE", "1")),
             accumulation=getattr(args, "gradient_accumulation_steps", None) or 1,
         )
-        run = cls(settings, schedule, prediction_type, frozenset(wanted & allowed), sampler, weightings(args, settings))
+        run = cls(settings, schedule, prediction_type, frozenset(wanted & allowed), sampler, weightings(args, settings), chunks)
         if os.environ.get("RANK", "0") == "0":
             print(run.report(patches, allowed, wanted), file=sys.stderr, flush=True)
         return run
@@ -152,6 +155,7 @@ class Run:
             "weighting": "finite at SNR 0" + (", terminal steps kept" if self.settings.min_snr_floor else ""),
             "noise": repr(self.settings.perturbation()),
             "timesteps": f"stratified={self.settings.stratified_timesteps}, terminal share {self.settings.terminal_timestep_share or 0:g}",
+            "buckets": f"aspect x chunk, at most {self.chunks.limit} chunks, {self.chunks.layout} vectors" if self.chunks else "",
             "previews": "sample what is trained",
             "saving": f"markers {', '.join(markers(self.schedule, self.prediction_type)) or 'none (no UI has one for this table)'}",
         }[fix]

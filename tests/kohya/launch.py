@@ -1,9 +1,10 @@
 """launch.py HOW TRACE.json SCRIPT ARGS...: run a real sd-scripts trainer on the tiny SDXL, as ``HOW`` says.
 
 HOW is unpatched, install (sdxl_fixes.kohya.install(), then the script) or module (what ``python -m sdxl_fixes.kohya`` does).
-TRACE.json receives the losses that the script reports, the timesteps given to the U-Net, and the scheduler's tables.
+TRACE.json receives the losses that the script reports, the timesteps and the contexts' sizes [B, length] given to the U-Net, and the scheduler's tables.
 """
 
+import functools
 import json
 import os
 import runpy
@@ -21,10 +22,11 @@ def trace(record):
     forward, add = unet.SdxlUNet2DConditionModel.forward, train_util.LossRecorder.add
     noising = train_util.get_noise_noisy_latents_and_timesteps
 
-    def traced_forward(self, x, timesteps=None, *args, **kwargs):
+    def traced_forward(self, x, timesteps=None, context=None, *args, **kwargs):
         if torch.is_grad_enabled():
             record["timesteps"].append(timesteps.tolist())
-        return forward(self, x, timesteps, *args, **kwargs)
+            record["contexts"].append(list(context.shape[:2]))
+        return forward(self, x, timesteps, context, *args, **kwargs)
 
     def traced_add(self, *, epoch, step, loss):
         record["losses"].append(loss)
@@ -40,6 +42,7 @@ def trace(record):
 
     generate = pipeline.SdxlStableDiffusionLongPromptWeightingPipeline.__call__
 
+    @functools.wraps(generate)  # the patches check the parameters
     def traced_generate(self, *args, **kwargs):
         config, alphas_cumprod = self.scheduler.config, self.scheduler.alphas_cumprod[-1].double()
         kept = {key: config.get(key) for key in ("timestep_spacing", "prediction_type", "clip_sample")}
@@ -62,7 +65,7 @@ if __name__ == "__main__":
     if "START_METHOD" in os.environ:  # what Windows and macOS do
         torch.multiprocessing.set_start_method(os.environ["START_METHOD"])
     tiny.apply()
-    record = {"losses": [], "timesteps": []}
+    record = {"losses": [], "timesteps": [], "contexts": []}
     trace(record)
     sys.argv = [str(Path(os.environ["SD_SCRIPTS"]) / script), *arguments]
     try:
