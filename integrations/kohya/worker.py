@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import random
+import sys
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,6 @@ from .buckets import Options
 OPTIONS: Options | None = None  # of this run, in the main process
 MADE: list[Any] = []  # its data sets
 _DRAWN = ("shuffle_caption", "enable_wildcard", "caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate")
-logger = logging.getLogger(__name__)
 
 
 class ChunkTokenizeStrategy(SdxlTokenizeStrategy):  # type: ignore[misc]
@@ -160,8 +159,9 @@ class _Chunked:
             known = {caption: self.strategy.chunks_of(caption, True) for caption in set(captions)}
             return np.array([known[caption] for caption in captions])
         counts = count_chunks(self.strategy.tokenizer1, captions)
-        if report and (sentence := too_long(counts, self.options.limit, self.draws)):
-            logger.warning(f"sdxl-fixes: {sentence}; raise --max_token_length or shorten them")
+        names, first = np.unique(self.draws, return_index=True)
+        if report and os.environ.get("RANK", "0") == "0" and (sentence := too_long(counts[first], self.options.limit, names.tolist())):
+            print(f"sdxl-fixes: {sentence}; raise --max_token_length or shorten them", file=sys.stderr, flush=True)
         return np.minimum(counts, self.options.limit)
 
     def new_cache_text_encoder_outputs(self: Any, models: list[Any], accelerator: Any) -> Any:
