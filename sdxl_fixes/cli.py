@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     stamp_cli.add_commands(commands)
     ui_install.add_commands(commands)
     _add_demo(commands)
+    _add_buckets(commands)
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))
@@ -112,6 +113,14 @@ def _add_demo(commands: Any) -> None:
     parser = commands.add_parser("demo", help="offline, on the CPU: train a tiny SDXL with and without the fixes and write a report")
     demo.add_arguments(parser)
     parser.set_defaults(run=demo.run)
+
+
+def _add_buckets(commands: Any) -> None:
+    from sdxl_fixes import buckets_report
+
+    parser = commands.add_parser("buckets", help="what a data set's aspect buckets cost in padding, and what chunk buckets save")
+    buckets_report.add_arguments(parser)
+    parser.set_defaults(run=buckets_report.run)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,12 @@ def checkout(tmp_path):
         sources.setdefault(module.rpartition(".")[2], {})[path] = patch.parameters
     (tmp_path / "library").mkdir()
     for module, functions in sources.items():
-        text = ""
-        for path, parameters in functions.items():
+        text, owners = "", set()
+        for path, parameters in sorted(functions.items()):
             owner, _, name = path.rpartition(".")
-            text += f"class {owner}:\n    " if owner else ""
-            text += f"def {name}({', '.join(parameters)}): pass\n"
+            text += f"class {owner}:\n" if owner and owner not in owners else ""
+            text += f"{'    ' if owner else ''}def {name}({', '.join(parameters)}): pass\n"
+            owners.add(owner)
         (tmp_path / "library" / f"{module}.py").write_text(text)
     (tmp_path / "sdxl_train.py").write_text("import sys; print('trained', sys.argv[1:])\n")
     return tmp_path

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from sdxl_fixes.patching import Patch
 
-from . import checkpoint, flags, loss, noise, previews, schedule, timesteps, weighting
+from . import buckets, checkpoint, flags, loss, noise, previews, prompts, schedule, timesteps, weighting
 
 _FUNCTIONS, _UTIL, _MODELS = "library.custom_train_functions", "library.train_util", "library.sdxl_model_util"
+_SDXL, _PIPELINE = "library.strategy_sdxl", "library.sdxl_lpw_stable_diffusion"
 _WEIGHT = ("loss", "timesteps", "noise_scheduler")
 
 # What came with v0.10.0; below it the trainers pass other values between the same functions, so nothing is patched at all.
@@ -41,6 +42,21 @@ PATCHES = (
           "timesteps from the run's sampler"),
     Patch("timesteps", f"{_UTIL}:conditional_loss", ("model_pred", "target", "loss_type", "reduction", "huber_c"), loss.importance,
           "the importance weight that keeps the expected loss unchanged"),
+
+    Patch("buckets", "library.config_util:generate_dataset_group_by_blueprint", ("dataset_group_blueprint",), buckets.datasets,
+          "batches of equal aspect and prompt chunks, tokens cut at the longest of the batch"),
+    Patch("buckets", f"{_UTIL}:collator_class.__init__", ("self", "epoch", "step", "dataset"), buckets.collator,
+          "an epoch's first batches are its own (upstream: the last epoch's)"),
+    Patch("buckets", f"{_SDXL}:SdxlTextEncodingStrategy._get_hidden_states_sdxl", ("self", "input_ids1", "input_ids2"),
+          prompts.hidden_states, "--chunk_layout"),
+    Patch("buckets", f"{_SDXL}:SdxlTextEncodingStrategy.encode_tokens_with_weights",
+          ("self", "tokenize_strategy", "models", "tokens_list", "weights_list"), prompts.encode_with_weights,
+          "--chunk_layout, with emphasis", exact=True),
+    Patch("buckets", f"{_SDXL}:SdxlTextEncoderOutputsCachingStrategy.cache_batch_outputs",
+          ("self", "tokenize_strategy", "models", "text_encoding_strategy", "infos"), prompts.cache_outputs,
+          "caches prompts of equal chunks together", exact=True),
+    Patch("buckets", f"{_PIPELINE}:SdxlStableDiffusionLongPromptWeightingPipeline.__call__", ("self", "prompt", "negative_prompt"),
+          prompts.preview, "previews give prompt and negative prompt the chunks of the longer one"),
 
     Patch("previews", f"{_UTIL}:get_my_scheduler", ("sample_sampler", "v_parameterization"), previews.scheduler,
           "previews sample the trained schedule, trailing, x0 not clipped (upstream: SDXL's own, leading, clipped at 1)"),

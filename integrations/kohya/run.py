@@ -58,6 +58,12 @@ FIXES = {
         core.describe_timesteps,
         every_step=True,
     ),
+    "buckets": Fix(
+        "--chunk_buckets",
+        lambda args, settings: bool(getattr(args, "chunk_buckets", False)),
+        lambda run: f"aspect x chunk, prompts of at most {run.args.max_token_length} tokens, {run.args.chunk_layout or '75n+2'} vectors",
+        every_step=True,
+    ),
     "previews": Fix("--zero_terminal_snr, --terminal_sigma", lambda args, settings: settings.changes_schedule, core.describe_previews),
     "saving": Fix(
         "--zero_terminal_snr, --terminal_sigma, --v_parameterization; or a base model that has a schedule record or marker",
@@ -75,6 +81,7 @@ KOHYA = Trainer(
         "min_snr_floor": "weighting",
         "stratified_timesteps": "timesteps",
         "terminal_timestep_share": "timesteps",
+        "chunk_buckets": "buckets",
     },
 )
 SESSION = Session()

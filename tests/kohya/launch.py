@@ -1,9 +1,11 @@
 """launch.py HOW TRACE.json SCRIPT ARGS...: run a real sd-scripts trainer on the tiny SDXL, as ``HOW`` says.
 
 HOW is unpatched, install (sdxl_fixes.kohya.install(), then the script) or module (what ``python -m sdxl_fixes.kohya`` does).
-TRACE.json receives the losses that the script reports, the timesteps given to the U-Net, and the scheduler's tables.
+TRACE.json receives the losses that the script reports, the timesteps and the contexts' sizes [B, length] given to the U-Net, the prompts
+that were encoded, and the scheduler's tables.
 """
 
+import functools
 import json
 import os
 import runpy
@@ -21,10 +23,11 @@ def trace(record):
     forward, add = unet.SdxlUNet2DConditionModel.forward, train_util.LossRecorder.add
     noising = train_util.get_noise_noisy_latents_and_timesteps
 
-    def traced_forward(self, x, timesteps=None, *args, **kwargs):
+    def traced_forward(self, x, timesteps=None, context=None, *args, **kwargs):
         if torch.is_grad_enabled():
             record["timesteps"].append(timesteps.tolist())
-        return forward(self, x, timesteps, *args, **kwargs)
+            record["contexts"].append(list(context.shape[:2]))
+        return forward(self, x, timesteps, context, *args, **kwargs)
 
     def traced_add(self, *, epoch, step, loss):
         record["losses"].append(loss)
@@ -37,9 +40,21 @@ def trace(record):
         return noising(args, noise_scheduler, latents, *rest, **kwargs)
 
     import library.sdxl_lpw_stable_diffusion as pipeline
+    import library.strategy_sdxl as strategy_sdxl
+
+    encode = strategy_sdxl.SdxlTextEncodingStrategy.encode_tokens
+
+    @functools.wraps(encode)
+    def traced_encode(self, tokenize_strategy, models, tokens):
+        texts = tokenize_strategy.tokenizer1.batch_decode(tokens[0].flatten(1), skip_special_tokens=True)
+        record["prompts"].append(["".join(text.split()) for text in texts])
+        return encode(self, tokenize_strategy, models, tokens)
+
+    strategy_sdxl.SdxlTextEncodingStrategy.encode_tokens = traced_encode
 
     generate = pipeline.SdxlStableDiffusionLongPromptWeightingPipeline.__call__
 
+    @functools.wraps(generate)  # the patches check the parameters
     def traced_generate(self, *args, **kwargs):
         images = generate(self, *args, **kwargs)
         kept = {key: self.scheduler.config.get(key) for key in ("timestep_spacing", "prediction_type", "clip_sample")}
@@ -62,7 +77,7 @@ if __name__ == "__main__":
     if "START_METHOD" in os.environ:  # what Windows and macOS do
         torch.multiprocessing.set_start_method(os.environ["START_METHOD"])
     tiny.apply()
-    record = {"losses": [], "timesteps": []}
+    record = {"losses": [], "timesteps": [], "contexts": [], "prompts": []}
     trace(record)
     sys.argv = [str(Path(os.environ["SD_SCRIPTS"]) / script), *arguments]
     try:

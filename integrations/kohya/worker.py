@@ -1,0 +1,191 @@
+"""Kohya's classes that run in DataLoader workers, by prompt chunks. Needs sd-scripts' ``library`` on sys.path, as its workers have it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from library.strategy_base import TextEncoderOutputsCachingStrategy, TokenizeStrategy
+from library.strategy_sdxl import SdxlTextEncoderOutputsCachingStrategy, SdxlTokenizeStrategy
+from library.train_util import BucketBatchIndex, DreamBoothDataset, FineTuningDataset
+
+from sdxl_fixes.buckets import ChunkBucketBatchSampler
+from sdxl_fixes.flags import FlagError
+from sdxl_fixes.prompts import count_chunks, too_long
+
+from .buckets import Options
+
+OPTIONS: Options | None = None  # of this run, in the main process
+MADE: list[Any] = []  # its data sets
+_DRAWN = ("shuffle_caption", "enable_wildcard", "caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate")
+
+
+class ChunkTokenizeStrategy(SdxlTokenizeStrategy):  # type: ignore[misc]
+    """Upstream's ids, without the chunks at the end that are empty in all of a batch."""
+
+    least = 1  # chunks to keep, empty or not
+
+    def tokenize(self, text: str | list[str]) -> Any:
+        """Ids of both tokenizers, each shape [B, n, 77]."""
+        first, second = super().tokenize(text)
+        count = self._used(first)
+        return first[:, :count], second[:, :count]
+
+    def tokenize_with_weights(self, text: str | list[str]) -> Any:
+        """The same with emphasis; ids and weights."""
+        ids, weights = super().tokenize_with_weights(text)
+        count = self._used(ids[0])
+        return [each[:, :count] for each in ids], [each[:, :count] for each in weights]
+
+    def chunks_of(self, text: str, weighted: bool) -> int:
+        """Chunks of one prompt as it will be tokenized, at most the limit."""
+        ids = super().tokenize_with_weights(text)[0][0] if weighted else super().tokenize(text)[0]
+        return int(self._last(ids))
+
+    def _used(self, ids: torch.Tensor) -> int:
+        return max(self.least, self._last(ids))
+
+    def _last(self, ids: torch.Tensor) -> int:
+        """Chunks until the last that is not empty; tokenizer 1 pads with EOS, so an empty chunk begins BOS, EOS."""
+        filled = (ids[:, :, 1] != self.tokenizer1.eos_token_id).any(dim=0).nonzero()
+        return 1 if not len(filled) else int(filled[-1]) + 1
+
+
+class ChunkCachingStrategy(SdxlTextEncoderOutputsCachingStrategy):  # type: ignore[misc]
+    """Cache files named by layout and number of chunks, so that none is taken for one of another length."""
+
+    layout: str
+    chunks: dict[str, int]  # image -> chunks of its caption
+
+    def get_outputs_npz_path(self, image_abs_path: str) -> str:
+        """The file beside the image."""
+        return f"{os.path.splitext(image_abs_path)[0]}_te_outputs_{self.layout}_{self.chunks[image_abs_path]}.npz"
+
+
+class _Chunked:
+    """What both kinds of data set have in common. A batch is one bucket of upstream's bucket manager, which is filled anew every epoch."""
+
+    epoch_now: Any = None  # the trainer's epoch, shared between processes
+    options: Options
+    batches: list[list[int]] | None = None  # numbers of draws; a sample is drawn as often as it repeats
+    _queue: tuple[int, ...] = ()
+
+    def make_buckets(self: Any) -> None:
+        """Upstream's aspect buckets, then ours."""
+        assert OPTIONS is not None
+        self.options = OPTIONS
+        self.batches = None
+        for subset in self.subsets:
+            if subset.token_warmup_step > 0:
+                raise FlagError("--chunk_buckets does not go with token_warmup_step, which changes the prompts within an epoch: drop one")
+        super().make_buckets()  # type: ignore[misc]
+        self.strategy = TokenizeStrategy.get_strategy()
+        infos = list(self.image_data.values())
+        self.draws = [info.image_key for info in infos for _ in range(info.num_repeats)]
+        places = {resolution: k for k, resolution in enumerate(self.bucket_manager.resos)}
+        self.aspects = np.array([places[self.image_data[key].bucket_reso] for key in self.draws], dtype=np.int64)
+        self.drawn = not self.options.cached and any(getattr(subset, name, 0) for subset in self.subsets for name in _DRAWN)
+        if not self.draws:
+            return
+        self.static = None if self.drawn else self._counts([self._caption(number) for number in range(len(self.draws))], report=True)
+        if self.options.cached:
+            self.keys_to_chunks = {self.image_data[key].absolute_path: int(n) for key, n in zip(self.draws, self.static, strict=True)}
+        MADE.append(self)
+        self.batches = []
+        self.shuffle_buckets()
+        self._length = len(self.buckets_indices)
+
+    def shuffle_buckets(self: Any) -> None:
+        """Plan the current epoch."""
+        if self.batches is None:
+            super().shuffle_buckets()  # type: ignore[misc]
+            return
+        counts = self._counts([self._caption(number) for number in range(len(self.draws))]) if self.drawn else self.static
+        # cached outputs cannot be given empty chunks, so there leftovers are not merged
+        leftovers = "smaller" if self.options.cached else "merge"
+        sampler = ChunkBucketBatchSampler(self.aspects, counts, batch_size=self.batch_size, seed=self.seed, leftovers=leftovers)
+        sampler.set_epoch(self.current_epoch)
+        self.batches = list(sampler)
+        self.bucket_manager.buckets = [[self.draws[number] for number in batch] for batch in self.batches]
+        self.buckets_indices = [BucketBatchIndex(k, self.batch_size, 0) for k in range(len(self.batches))]
+
+    def set_current_epoch(self: Any, epoch: int) -> None:
+        """Upstream's plans every epoch in between."""
+        if epoch != self.current_epoch:
+            self.current_epoch = epoch
+            self.shuffle_buckets()
+
+    def __getitem__(self: Any, index: int) -> Any:
+        if self.batches and self.caching_mode is None:
+            if self.epoch_now is not None:
+                self.set_current_epoch(self.epoch_now.value)
+            self._queue = tuple(self.batches[index])
+        try:
+            example = super().__getitem__(index)  # type: ignore[misc]
+        finally:
+            self._queue = ()
+        for ids, tokenizer in zip(example.get("input_ids_list") or (), (self.strategy.tokenizer1, self.strategy.tokenizer2), strict=False):
+            _fill(ids, tokenizer)
+        return example
+
+    def process_caption(self: Any, subset: Any, caption: str) -> Any:
+        """In a batch, the prompt that was drawn when the epoch was planned."""
+        if not self._queue:
+            return super().process_caption(subset, caption)  # type: ignore[misc]
+        number, *self._queue = self._queue
+        return self._caption(number)
+
+    def _caption(self: Any, number: int) -> str:
+        """The prompt of a draw in this epoch: a function of (seed, epoch, draw)."""
+        key = self.draws[number]
+        caption = self.image_data[key].caption
+        if self.options.cached:
+            return str(caption)
+        state = random.getstate()
+        random.seed(hashlib.blake2b(f"{self.seed} {self.current_epoch} {number}".encode(), digest_size=8).digest())
+        try:
+            return str(super().process_caption(self.image_to_subset[key], caption))  # type: ignore[misc]
+        finally:
+            random.setstate(state)
+
+    def _counts(self: Any, captions: list[str], report: bool = False) -> Any:
+        """Chunks of every caption, at most the limit."""
+        if self.options.weighted:
+            known = {caption: self.strategy.chunks_of(caption, True) for caption in set(captions)}
+            return np.array([known[caption] for caption in captions])
+        counts = count_chunks(self.strategy.tokenizer1, captions)
+        names, first = np.unique(self.draws, return_index=True)
+        if report and os.environ.get("RANK", "0") == "0" and (sentence := too_long(counts[first], self.options.limit, names.tolist())):
+            print(f"sdxl-fixes: {sentence}; raise --max_token_length or shorten them", file=sys.stderr, flush=True)
+        return np.minimum(counts, self.options.limit)
+
+    def new_cache_text_encoder_outputs(self: Any, models: list[Any], accelerator: Any) -> Any:
+        """Upstream's, into files named by chunks."""
+        strategy = TextEncoderOutputsCachingStrategy.get_strategy()
+        strategy.__class__ = ChunkCachingStrategy
+        strategy.layout = self.options.layout
+        strategy.chunks = {**getattr(strategy, "chunks", {}), **self.keys_to_chunks}
+        return super().new_cache_text_encoder_outputs(models, accelerator)  # type: ignore[misc]
+
+
+def _fill(ids: torch.Tensor, tokenizer: Any) -> None:
+    """Upstream pads a caption to its batch mates with rows of zeros; an empty chunk is BOS, EOS, padding. ``ids``: [B, n, 77]."""
+    if ids is None or ids.ndim != 3:
+        return
+    missing = ids[:, :, 0] != tokenizer.bos_token_id
+    empty = torch.full((ids.shape[-1],), tokenizer.pad_token_id, dtype=ids.dtype)
+    empty[0], empty[1] = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ids[missing] = empty
+
+
+class ChunkDreamBoothDataset(_Chunked, DreamBoothDataset):  # type: ignore[misc]
+    """Images with caption files."""
+
+
+class ChunkFineTuningDataset(_Chunked, FineTuningDataset):  # type: ignore[misc]
+    """Images with a metadata file."""

@@ -1,0 +1,234 @@
+"""``sdxl-fixes buckets``: what a data set's aspect buckets cost, and what aspect x chunk buckets save."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdxl_fixes.aspects import RULES, Assigned, assign, assign_without_upscaling, resolutions
+from sdxl_fixes.buckets import LEFTOVERS, ChunkBucketBatchSampler
+from sdxl_fixes.dataset import Dataset, read
+from sdxl_fixes.prompts import CHUNK, SPLITS, count_chunks, too_long
+
+TOKENIZER = "openai/clip-vit-large-patch14"
+ROWS = {
+    "batches": "batches per epoch",
+    "smaller": "batches below the batch size",
+    "lost": "samples lost per epoch",
+    "repeated": "samples repeated per epoch",
+    "chunks": f"chunks of {CHUNK} tokens that a sample costs (mean)",
+    "padding": "share of chunks that are nothing but padding",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """One data set. ``padded``, ``aspect`` and ``chunked`` have the keys of ROWS: every prompt padded to the limit (kohya), to the longest
+    of its batch in aspect buckets, and in aspect x chunk buckets."""
+
+    name: str
+    samples: int
+    draws: int
+    batch_size: int
+    resolutions: list[tuple[int, int]]  # those in use
+    sizes: list[int]  # samples in each, repeats counted
+    chunk_counts: dict[int, int]  # chunks -> samples, repeats counted
+    aspect_error: float  # mean |bucket's aspect - image's|
+    worst_aspect_error: float
+    padded: dict[str, float]
+    aspect: dict[str, float]
+    chunked: dict[str, float]
+    problems: list[str]
+
+
+def report(
+    dataset: Dataset,
+    chunks: NDArray[Any],
+    limit: int,
+    batch_size: int | None = None,
+    rule: str = "kohya",
+    leftovers: str = "merge",
+    world_size: int = 1,
+    seed: int = 0,
+) -> Report:
+    """Plan one epoch of ``dataset`` both ways. ``chunks`` are its captions' counts, ``limit`` the trainer's most
+    (``--max_token_length`` / 75). ``batch_size`` None takes the data set's own, or 1."""
+    size = int(dataset.settings.get("batch_size", 1)) if batch_size is None else batch_size
+    found, problems = _aspects(dataset, rule), list(dataset.problems)
+    for k in np.flatnonzero(found.index < 0):
+        width, height = dataset.samples[k].size
+        problems.append(f"{dataset.samples[k].image}: {width} x {height} pixels fit no bucket, left out")
+    if too := too_long(chunks, limit, [str(sample.image) for sample in dataset.samples]):
+        problems.append(too)
+    kept = found.index >= 0
+    if not kept.any():
+        raise ValueError(f"{dataset.name}: no image fits a bucket ({problems[-1]})")
+    index, counts = found.index[kept], np.minimum(chunks[kept], limit)
+    repeats = np.array([sample.repeats for sample in dataset.samples])[kept]
+    options: dict[str, Any] = dict(batch_size=size, seed=seed, repeats=repeats, world_size=world_size)
+    ours = ChunkBucketBatchSampler(index, counts, leftovers=leftovers, **options).account()
+    plain = ChunkBucketBatchSampler(index, np.ones_like(counts), leftovers="smaller", rank=None, **options)
+    theirs, batches = plain.account(), list(plain)
+    longest = sum(int(counts[batch].max()) * len(batch) for batch in batches) / sum(map(len, batches))
+    used, codes = np.unique(index, return_inverse=True)
+    draws = np.bincount(codes.reshape(-1), weights=repeats)
+    values = np.bincount(counts, weights=repeats)
+    base = {"batches": theirs.batches, "smaller": theirs.smaller, "lost": theirs.lost, "repeated": theirs.repeated}
+    return Report(
+        name=dataset.name,
+        samples=int(kept.sum()),
+        draws=ours.samples,
+        batch_size=size,
+        resolutions=[(int(w), int(h)) for w, h in found.resolutions[used]],
+        sizes=[int(n) for n in draws],
+        chunk_counts={k: int(n) for k, n in enumerate(values) if n},
+        aspect_error=float(np.abs(found.error[kept]).mean()),
+        worst_aspect_error=float(np.abs(found.error[kept]).max()),
+        padded={**base, "chunks": float(limit), "padding": 1 - ours.floor / limit},
+        aspect={**base, "chunks": longest, "padding": 1 - ours.floor / longest},
+        chunked={**{name: getattr(ours, name) for name in base}, "chunks": ours.chunks, "padding": 1 - ours.floor / ours.chunks},
+        problems=problems,
+    )
+
+
+def _aspects(dataset: Dataset, rule: str) -> Assigned:
+    sizes, settings = [sample.size for sample in dataset.samples], dataset.settings
+    side = settings.get("resolution")
+    try:
+        width, height = (side, side) if isinstance(side, int) else side or (1024, 1024)
+        area, step = int(width) * int(height), int(settings.get("bucket_reso_steps", 64))
+        least, most = (
+            int(settings.get("min_bucket_reso", 256 if side else 512)),
+            int(settings.get("max_bucket_reso", 1024 if side else 2048)),
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{dataset.name}: resolution, bucket_reso_steps, min_ and max_bucket_reso must be whole numbers ({error})"
+        ) from error
+    if settings and not settings.get("enable_bucket", False):
+        return assign(sizes, [(width, height)])
+    if settings.get("bucket_no_upscale", False):
+        return assign_without_upscaling(sizes, area, step)
+    return assign(sizes, resolutions(rule, area, step, least // step * step, -(-most // step) * step), 4 if rule == "novelai" else None)
+
+
+def as_text(found: Report, problems: int = 10) -> str:
+    """The table, and the first ``problems`` sentences about files."""
+    widths = ", ".join(
+        f"{k} {'chunk' if k == 1 else 'chunks'} {100 * n / sum(found.chunk_counts.values()):.1f} %" for k, n in found.chunk_counts.items()
+    )
+    lines = [
+        f"{found.name}: {found.samples} images, {found.draws} samples per epoch, batch size {found.batch_size}",
+        f"{len(found.resolutions)} aspect buckets in use, aspect error {found.aspect_error:.3f} (worst {found.worst_aspect_error:.2f})",
+        f"prompts: {widths}",
+        "",
+        f"{'':<50}{'padded to':>14}{'aspect':>14}{'aspect x':>14}",
+        f"{'':<50}{'the limit':>14}{'buckets':>14}{'chunk buckets':>14}",
+    ]
+    for key, meaning in ROWS.items():
+        cells = [_cell(key, column[key]) for column in (found.padded, found.aspect, found.chunked)]
+        lines.append(f"{meaning:<50}" + "".join(f"{cell:>14}" for cell in cells))
+    if found.problems:
+        lines += ["", *found.problems[:problems]]
+        lines += [f"... and {len(found.problems) - problems} more"] if len(found.problems) > problems else []
+    return "\n".join(lines)
+
+
+def as_json(reports: list[Report]) -> str:
+    """All of it, strict JSON."""
+    return json.dumps([asdict(found) for found in reports], allow_nan=False)
+
+
+def plot(found: Report, file: Path) -> None:
+    """Write a PNG: samples per aspect bucket, chunks that a sample costs. Raises ValueError without matplotlib, OSError if the file cannot
+    be written (nothing half-written stays behind)."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError('a picture needs matplotlib: pip install "sdxl-fixes[plot]"') from error
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    order = np.argsort([w / h for w, h in found.resolutions])
+    left.bar([f"{found.resolutions[k][0]}x{found.resolutions[k][1]}" for k in order], [found.sizes[k] for k in order])
+    left.tick_params(axis="x", rotation=90)
+    left.set(title="samples per aspect bucket", ylabel="samples per epoch")
+    columns = {"padded to\nthe limit": found.padded, "aspect\nbuckets": found.aspect, "aspect x\nchunk": found.chunked}
+    bars = right.bar(list(columns), [column["chunks"] for column in columns.values()])
+    right.bar_label(bars, fmt="%.2f")
+    right.axhline(found.chunked["chunks"] * (1 - found.chunked["padding"]), color="black", linestyle=":", label="the prompts themselves")
+    right.set(title=f"chunks of {CHUNK} tokens per sample, batch {found.batch_size}")
+    right.legend()
+    partial = file.with_name(file.name + ".part")
+    try:
+        figure.savefig(partial, format="png", dpi=120)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``sdxl-fixes buckets``."""
+    parser.add_argument(
+        "dataset", type=Path, help="kohya's --dataset_config (.toml), a metadata.jsonl, or a folder of images with .txt captions"
+    )
+    parser.add_argument("--batch_size", type=int, help="default: the .toml's, or 1")
+    parser.add_argument("--max_token_length", type=int, default=225, help="the trainer's limit, a multiple of 75 (default 225)")
+    parser.add_argument("--rule", choices=RULES, default="kohya", help="whose aspect buckets")
+    parser.add_argument(
+        "--split", choices=SPLITS, default="none", help="commas: a tag is not parted between chunks, as A1111 and Forge do it"
+    )
+    parser.add_argument("--leftovers", choices=LEFTOVERS, default="merge", help="what becomes of samples that fill no batch")
+    parser.add_argument("--world_size", type=int, default=1, help="number of processes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizer", default=TOKENIZER, help=f"folder or Hugging Face name of CLIP's tokenizer (default {TOKENIZER})")
+    parser.add_argument("--cache", type=Path, help="file that keeps the counts, so that the next run tokenizes only what is new")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="also write a picture of the first data set (needs matplotlib)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """``sdxl-fixes buckets``."""
+    if args.max_token_length < CHUNK or args.max_token_length % CHUNK:
+        raise ValueError(f"--max_token_length must be a multiple of {CHUNK}, got {args.max_token_length}")
+    shown = sys.stderr.isatty()
+    datasets = read(args.dataset, shown)
+    tokenizer, reports = load_tokenizer(args.tokenizer), []
+    for dataset in datasets:
+        chunks = count_chunks(tokenizer, [sample.caption for sample in dataset.samples], args.split, args.cache, shown)
+        limit = args.max_token_length // CHUNK
+        reports.append(report(dataset, chunks, limit, args.batch_size, args.rule, args.leftovers, args.world_size, args.seed))
+    if args.plot is not None:
+        plot(reports[0], args.plot)
+    print(as_json(reports) if args.json else "\n\n".join(map(as_text, reports)))
+    return 0
+
+
+def load_tokenizer(name: str) -> Any:
+    """CLIP's tokenizer from a folder or a Hugging Face name. Raises ValueError, saying what to do, without transformers or the files."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError('counting tokens needs transformers: pip install "sdxl-fixes[buckets]"') from error
+    where = (
+        f"--tokenizer {name}: no CLIP tokenizer there, and none downloaded: give the folder that holds vocab.json and merges.txt, "
+        "such as tokenizer/ of an SDXL model in diffusers format"
+    )
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("vocab.json", "tokenizer.json")):
+        raise ValueError(where)  # transformers 5 would make an empty one
+    try:
+        kind = getattr(transformers, "CLIPTokenizerFast", None) or transformers.CLIPTokenizer  # from 5.0 on the latter is the fast one
+        return kind.from_pretrained(name)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(where) from error
+
+
+def _cell(key: str, value: float) -> str:
+    return f"{100 * value:.1f} %" if key == "padding" else f"{value:.3f}" if key == "chunks" else f"{value:.0f}"

@@ -1,0 +1,118 @@
+"""kill -9 at any batch and resume on another number of ranks and another batch size; and the sampler inside accelerate."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.data_loader import BatchSamplerShard
+
+from sdxl_fixes.buckets import ChunkBucketBatchSampler
+
+HERE = Path(__file__).resolve().parent
+RUNS = ((2, 4), (3, 4), (1, 6))  # ranks, batch size
+
+
+def start(folder, run):
+    world_size, batch_size = RUNS[run]
+    words = [sys.executable, str(HERE / "bucket_worker.py"), str(folder), str(run)]
+    return [subprocess.Popen([*words, str(rank), str(world_size), str(batch_size)]) for rank in range(world_size)]
+
+
+def test_killed_and_resumed_on_other_ranks_sees_every_sample_once(tmp_path):
+    rng = np.random.default_rng(0)
+    samples = 3000
+    np.savez(tmp_path / "data.npz", buckets=rng.integers(0, 7, samples), chunks=rng.choice([1, 2, 3], samples, p=[0.6, 0.35, 0.05]))
+    seen, state = Counter(), tmp_path / "state.json"
+    for run in range(len(RUNS)):
+        processes, last = start(tmp_path, run), run == len(RUNS) - 1
+        if not last:
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline and not (state.exists() and json.loads(state.read_text())["run"] == run):
+                time.sleep(0.005)
+            time.sleep(random.Random(run).uniform(0.02, 0.15))
+            for process in processes:
+                os.kill(process.pid, signal.SIGKILL)
+        codes = [process.wait(60) for process in processes]
+        assert codes == [0 if last else -signal.SIGKILL] * len(processes)
+        saved = json.loads(state.read_text())
+        assert saved["run"] == run and saved["steps"] > 0
+        for rank in range(RUNS[run][0]):
+            lines = (tmp_path / f"log-{run}-{rank}.jsonl").read_text().splitlines()
+            for line in lines[: saved["steps"]]:  # what the last save has; anything after it was trained by nobody
+                seen.update(json.loads(line))
+    assert saved["sampler"]["samples"] == samples and len(saved["sampler"]["segments"]) == len(RUNS)
+    assert seen == Counter(range(samples))
+
+
+def data(samples=500):
+    rng = np.random.default_rng(1)
+    return rng.integers(0, 5, samples), rng.integers(1, 4, samples)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_accelerates_shards_lose_mix_and_repeat_nothing(world_size):
+    buckets, chunks = data()
+    sampler = ChunkBucketBatchSampler(buckets, chunks, batch_size=8, rank=None, world_size=world_size)
+    shards = [BatchSamplerShard(sampler, world_size, rank, even_batches=False) for rank in range(world_size)]
+    assert not hasattr(sampler, "batch_size") and len(sampler) % world_size == 0
+    epochs = []
+    for shard in shards:
+        sampler.set_epoch(0)
+        epochs.append(list(shard))
+    assert len({len(epoch) for epoch in epochs}) == 1
+    assert Counter(i for epoch in epochs for batch in epoch for i in batch) == Counter(range(500))
+    assert all(len(set(buckets[batch])) == 1 for epoch in epochs for batch in epoch)
+    own = [list(ChunkBucketBatchSampler(buckets, chunks, batch_size=8, rank=r, world_size=world_size)) for r in range(world_size)]
+    assert epochs == own
+
+
+PREPARED = """
+import sys, json, torch, numpy as np
+from accelerate import Accelerator, DataLoaderConfiguration
+from sdxl_fixes.buckets import ChunkBucketBatchSampler
+accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(even_batches=False))
+rng = np.random.default_rng(1)
+sampler = ChunkBucketBatchSampler(rng.integers(0, 5, 500), rng.integers(1, 4, 500), batch_size=8, rank=None,
+                                  world_size=accelerator.num_processes)
+loader = accelerator.prepare(torch.utils.data.DataLoader(torch.arange(500), batch_sampler=sampler))
+if sys.argv[1]:
+    sampler.load_state_dict(json.loads(sys.argv[1]))
+    loader.iteration = sampler.epoch  # accelerate counts its own epochs
+steps, seen, states = int(sys.argv[2]), [], []
+for step, batch in enumerate(loader):
+    seen.append(batch.tolist())
+    if step + 1 == steps:
+        break
+out = {"seen": seen, "state": sampler.state_dict(len(seen)), "rank": accelerator.process_index}
+print("OUT" + json.dumps(out) + "\\n", end="", flush=True)
+"""
+
+
+def prepared(folder, world_size, state="", steps=0):
+    script = folder / "prepared.py"
+    script.write_text(PREPARED)
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world_size}", "--standalone"]
+    words = launch if world_size > 1 else [sys.executable]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"}
+    process = subprocess.run(
+        [*words, str(script), state, str(steps)], capture_output=True, text=True, timeout=120, env=environment, cwd=folder
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+    return sorted((json.loads(part.splitlines()[0]) for part in process.stdout.split("OUT")[1:]), key=lambda out: out["rank"])
+
+
+@pytest.mark.slow
+def test_prepared_by_accelerate_on_two_processes_and_resumed_on_one(tmp_path):
+    first = prepared(tmp_path, 2, steps=9)
+    assert len(first) == 2 and first[0]["state"] == first[1]["state"]
+    rest = prepared(tmp_path, 1, json.dumps(first[0]["state"]))
+    seen = Counter(i for out in (*first, *rest) for batch in out["seen"] for i in batch)
+    assert [len(out["seen"]) for out in first] == [9, 9] and seen == Counter(range(500))
