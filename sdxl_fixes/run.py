@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import runpy
 import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -225,3 +227,20 @@ class Session:
                 f"sdxl-fixes: {', '.join(missed)} asked for but never reached in the first training step: this trainer does not call "
                 f"what we patch; leave out its flags or give --fixes all,{','.join('-' + fix for fix in missed)}"
             )
+
+
+def run_script(script: Path, install: Callable[[], None], session: Session) -> None:
+    """Run an unmodified training script, whose path is the first argument of this process, with the adapter's patches installed. What the
+    user can put right ends the process with one sentence."""
+    sys.path.insert(0, str(script.resolve().parent))  # what python itself does for a script; runpy does not
+    sys.argv = sys.argv[1:]
+    try:
+        install()
+        runpy.run_path(str(script), run_name="__main__")
+    except FlagError as error:
+        sys.exit(f"sdxl-fixes: {error}")
+    except RuntimeError as error:
+        if str(error).startswith("sdxl-fixes: "):
+            sys.exit(str(error))
+        raise
+    session.check_reached()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import runpy
 import sys
 from pathlib import Path
 
 from sdxl_fixes.diffusers.anchors import is_sdxl_script
 from sdxl_fixes.diffusers.install import install
 from sdxl_fixes.diffusers.run import SESSION
-from sdxl_fixes.flags import FlagError
+from sdxl_fixes.run import run_script
 
 USAGE = "usage: python -m sdxl_fixes.diffusers PATH/TO/train_text_to_image_sdxl.py [the script's own flags and ours; --help lists both]"
 
@@ -25,18 +24,7 @@ def main() -> None:
         sys.exit(
             f"sdxl-fixes: {script} is no SDXL training script like those of diffusers' examples: it needs main, parse_args and a pipeline"
         )
-    sys.path.insert(0, str(script.resolve().parent))  # what python itself does for a script; runpy does not
-    sys.argv = sys.argv[1:]
-    try:
-        install()
-        runpy.run_path(str(script), run_name="__main__")
-    except FlagError as error:
-        sys.exit(f"sdxl-fixes: {error}")
-    except RuntimeError as error:
-        if str(error).startswith("sdxl-fixes: "):
-            sys.exit(str(error))
-        raise
-    SESSION.check_reached()
+    run_script(script, install, SESSION)
 
 
 if __name__ == "__main__":

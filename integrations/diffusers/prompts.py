@@ -8,21 +8,16 @@ are empty for the whole batch are dropped before encoding or, where a script cac
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from sdxl_fixes.prompts import CHUNK, layout, split_ids
+
 from .run import SESSION
 
 COLUMN = "sdxl_fixes_chunks"
-CHUNK = 75
-
-
-def split(ids: Sequence[int], chunks: int, bos: int, eos: int, pad: int) -> list[list[int]]:
-    """``chunks`` rows of 77 ids: BOS, up to 75 of ``ids``, EOS, padding. The last rows may be empty; ids beyond are left out."""
-    rows = [list(ids[CHUNK * i : CHUNK * (i + 1)]) for i in range(chunks)]
-    return [[bos, *row, eos, *[pad] * (CHUNK - len(row))] for row in rows]
 
 
 def tokenize(original: Callable[..., Any], tokenizer: Any, text: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -39,8 +34,7 @@ def tokenize(original: Callable[..., Any], tokenizer: Any, text: Any = None, *ar
     special = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     if special[1] != special[0] + 1:
         raise RuntimeError(f"sdxl-fixes: BOS and EOS of CLIP's tokenizer are neighbours, and here they are {special[0]} and {special[1]}")
-    rows = [split(row, -(-limit // CHUNK), *special) for row in ids]
-    tokens["input_ids"] = torch.tensor(rows, dtype=torch.long).flatten(1)
+    tokens["input_ids"] = torch.stack([layout(split_ids(row), *special, -(-limit // CHUNK)) for row in ids]).flatten(1)
     tokens["attention_mask"] = torch.ones_like(tokens["input_ids"])
     return tokens
 

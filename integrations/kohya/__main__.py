@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import runpy
 import sys
 from pathlib import Path
 
-from sdxl_fixes.flags import FlagError
 from sdxl_fixes.kohya.install import TRAINERS, install
 from sdxl_fixes.kohya.run import SESSION
+from sdxl_fixes.run import run_script
 
 USAGE = "usage: python -m sdxl_fixes.kohya PATH/TO/sdxl_train.py [the script's own flags and ours; --help lists both]"
 SCRIPTS = [f"{name}.py" for name in TRAINERS[:2]]
@@ -23,18 +22,7 @@ def main() -> None:
         sys.exit(f"sdxl-fixes: {script.name} is not one of the trainers that the fixes are made for: {', '.join(SCRIPTS)}")
     if not script.is_file():
         sys.exit(f"sdxl-fixes: there is no {script}: give the path of {script.name} in your sd-scripts folder")
-    sys.path.insert(0, str(script.resolve().parent))  # what python itself does for a script; runpy does not
-    sys.argv = sys.argv[1:]
-    try:
-        install()
-        runpy.run_path(str(script), run_name="__main__")
-    except FlagError as error:
-        sys.exit(f"sdxl-fixes: {error}")
-    except RuntimeError as error:
-        if str(error).startswith("sdxl-fixes: "):
-            sys.exit(str(error))
-        raise
-    SESSION.check_reached()
+    run_script(script, install, SESSION)
 
 
 if __name__ == "__main__":
