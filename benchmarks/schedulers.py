@@ -20,7 +20,7 @@ import gaussian
 import torch
 
 from sdxl_fixes import NoiseSchedule, demo
-from sdxl_fixes.schedulers import SAMPLERS, exact_config
+from sdxl_fixes.schedulers import SAMPLERS, config_for
 
 STOCK = NoiseSchedule.sdxl()
 SCHEDULES = {
@@ -41,7 +41,7 @@ NOISY = ("ddpm", "euler_a", "dpmpp_2m_sde")
 def stock(name: str, schedule: NoiseSchedule, prediction_type: str, spacing: str = "trailing") -> Any:
     """diffusers' class, told the schedule as well as it can be."""
     cls, settings = SAMPLERS[name]
-    config = {**settings, **exact_config(cls._stock, schedule, prediction_type), "timestep_spacing": spacing}
+    config = {**config_for(cls._stock, schedule, prediction_type, settings), "timestep_spacing": spacing}
     return cls._stock.from_config(config)
 
 

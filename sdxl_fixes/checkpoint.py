@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdxl_fixes.prediction import check_prediction_type
-from sdxl_fixes.schedule import NoiseSchedule
+from sdxl_fixes.schedule import EXACT_KEY, NoiseSchedule
 
 RECORD_KEY = "sdxl_fixes.schedule"
 STAND_IN_SIGMA = 4096.0  # for samplers that cannot start at infinity; the largest power of 2 whose noise fits float16
@@ -83,9 +83,26 @@ def samplable(schedule: NoiseSchedule) -> NoiseSchedule:
     return schedule.with_terminal_sigma(STAND_IN_SIGMA, "last") if schedule.residual_signal == 0 else schedule
 
 
-def scheduler_config(schedule: NoiseSchedule, prediction_type: str) -> dict[str, Any]:
-    """Keys for the scheduler_config.json of a saved folder, as far as a stock diffusers class can follow the schedule."""
+def scheduler_config(
+    schedule: NoiseSchedule,
+    prediction_type: str,
+    base: Mapping[str, Any] | None = None,
+    knows_rescale: bool = True,
+    knows_infinity: bool = False,
+) -> dict[str, Any]:
+    """A config for ``SomeScheduler.from_config`` or a scheduler_config.json: ``base`` with the schedule in place of its own, as far as a
+    stock diffusers class can follow it; our drop-ins read the exact schedule from it.
+
+    ``knows_rescale``: the class has rescale_betas_zero_snr (one that has not would ignore it); ``knows_infinity``: it can step from an
+    infinite sigma. Others are told a finite stand-in, and the drop-ins what it stands for.
+    """
     stock = NoiseSchedule.sdxl()
-    if schedule == stock.zero_terminal_snr():  # named: stock classes and other readers know what the flag means
-        return {**stock.to_config(prediction_type), "rescale_betas_zero_snr": True}
-    return samplable(schedule).to_config(prediction_type)
+    kept = {key: value for key, value in (base or {}).items() if key not in ("_use_default_values", EXACT_KEY)}
+    if knows_rescale and schedule == stock.zero_terminal_snr():  # named: stock classes and other readers know what the flag means
+        return kept | stock.to_config(prediction_type) | {"rescale_betas_zero_snr": True}
+    config = kept | (schedule if knows_infinity else samplable(schedule)).to_config(prediction_type)
+    if not knows_rescale:
+        del config["rescale_betas_zero_snr"]
+    if schedule.residual_signal == 0 and not knows_infinity:
+        config[EXACT_KEY] = {"zero_terminal_snr": True}
+    return config

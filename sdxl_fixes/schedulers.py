@@ -31,13 +31,13 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from sdxl_fixes import prediction
-from sdxl_fixes.checkpoint import STAND_IN_SIGMA, samplable
+from sdxl_fixes.checkpoint import STAND_IN_SIGMA, scheduler_config
 from sdxl_fixes.schedule import EXACT_KEY, NoiseSchedule
 from sdxl_fixes.spacing import Timesteps, timesteps
 from sdxl_fixes.tables import Table
 
 CLEAN = (1.0, 0.0)
-FOLLOW_INFINITY = (diffusers.DDPMScheduler, diffusers.DDIMScheduler)  # diffusers' classes that are right at SNR 0, but for epsilon
+FOLLOW_INFINITY = ("DDPMScheduler", "DDIMScheduler")  # diffusers' classes that are right at SNR 0, but for epsilon
 EPSILON = (
     "epsilon prediction cannot be sampled from SNR 0, where the sample is all noise and says nothing about the image: "
     "use a model trained with v_prediction, or a schedule with a finite terminal sigma"
@@ -140,7 +140,12 @@ class _Exact:
                 raise
             return None, False, []  # a beta schedule that only diffusers knows
         ours = asked or schedule.terminal_sigma > STAND_IN_SIGMA or (self._flow and not config.get("use_flow_sigmas"))
-        if ours and schedule.residual_signal == 0 and config["prediction_type"] == "epsilon" and self._stock not in FOLLOW_INFINITY:
+        if (
+            ours
+            and schedule.residual_signal == 0
+            and config["prediction_type"] == "epsilon"
+            and self._stock.__name__ not in FOLLOW_INFINITY
+        ):
             warnings.warn(f"{type(self).__name__}: {EPSILON}; going on as diffusers does, as if sigma ended at 4096", stacklevel=4)
             ours = False
         return schedule, bool(ours), [Table(level) for level in schedule.levels(self._flow)]
@@ -486,9 +491,9 @@ def fix_scheduler(
     name = type(theirs).__name__
     if name not in CLASSES:
         raise ValueError(f"there is no drop-in for {name}: take another, for example pipe.scheduler = schedule.scheduler('euler', ...)")
-    config = {key: value for key, value in theirs.config.items() if key not in ("_use_default_values", EXACT_KEY)} | options
     trained = NoiseSchedule.from_config(theirs.config) if schedule is None else schedule
-    ours = _made(CLASSES[name], config, trained, prediction_type or config["prediction_type"], timestep_spacing)
+    settings = {key: value for key, value in theirs.config.items() if key != "_use_default_values"} | options
+    ours = _made(CLASSES[name], settings, trained, prediction_type or settings["prediction_type"], timestep_spacing)
     if theirs is fixed:
         return ours
     fixed.scheduler = ours
@@ -498,23 +503,13 @@ def fix_scheduler(
 def _made(cls: Any, settings: Mapping[str, Any], schedule: NoiseSchedule, prediction_type: str, spacing: str) -> Any:
     if prediction.check_prediction_type(prediction_type) == "epsilon" and schedule.residual_signal == 0:
         raise ValueError(EPSILON)
-    config = {**settings, **exact_config(cls._stock, schedule, prediction_type)}
-    made = cls.from_config(config, timestep_spacing=spacing)
+    made = cls.from_config(config_for(cls._stock, schedule, prediction_type, settings), timestep_spacing=spacing)
     if made.exact:
         made._rows(1)  # refuse now what set_timesteps would
     return made
 
 
-def exact_config(cls: Any, schedule: NoiseSchedule, prediction_type: str) -> dict[str, Any]:
-    """Keys of a scheduler config with which diffusers' class ``cls`` follows ``schedule`` as far as it can, and ours exactly."""
-    named = NoiseSchedule.sdxl()
-    flag = "rescale_betas_zero_snr" in inspect.signature(cls.__init__).parameters
-    if flag and schedule == named.zero_terminal_snr():
-        return {**named.to_config(prediction_type), "rescale_betas_zero_snr": True}
-    follows_infinity = cls in FOLLOW_INFINITY
-    config = (schedule if follows_infinity else samplable(schedule)).to_config(prediction_type)
-    if not flag:  # a class that ignores the flag would keep it, and one made from its config would obey it
-        del config["rescale_betas_zero_snr"]
-    if schedule.residual_signal == 0 and not follows_infinity:
-        config[EXACT_KEY] = {"zero_terminal_snr": True}
-    return config
+def config_for(cls: Any, schedule: NoiseSchedule, prediction_type: str, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """``base`` with the schedule, for diffusers' class ``cls``, which follows it as far as it can, or ours of that name."""
+    knows_rescale = "rescale_betas_zero_snr" in inspect.signature(cls.__init__).parameters
+    return scheduler_config(schedule, prediction_type, base, knows_rescale, cls.__name__ in FOLLOW_INFINITY)

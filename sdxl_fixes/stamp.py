@@ -12,7 +12,7 @@ from sdxl_fixes.checkpoint import Sampling, flow_shift, markers, metadata, sched
 from sdxl_fixes.model_file import KINDS, ModelFile
 from sdxl_fixes.safetensors_header import ROOM_KEY, Header, encode_header
 from sdxl_fixes.safetensors_write import data_hash, longer, replace_header
-from sdxl_fixes.schedule import NoiseSchedule
+from sdxl_fixes.schedule import EXACT_KEY, NoiseSchedule
 
 SCHEDULER_CONFIG = "scheduler_config.json"
 # what SDXL's own scheduler_config.json says beside the schedule
@@ -93,7 +93,7 @@ def write_scheduler_config(file: Path, sampling: Sampling) -> str:
     old = read_json(file) if file.is_file() else {}
     if new["_class_name"] == _EULER["_class_name"] and old.get("_class_name") in _FOLLOW:
         new["_class_name"] = old["_class_name"]
-    content = {**old, **new}
+    content = {**{key: value for key, value in old.items() if key != EXACT_KEY}, **new}
     if content == old:
         return "unchanged"
     part = file.with_name(file.name + ".sdxl-fixes-part")

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
-
-from sdxl_fixes.checkpoint import samplable, scheduler_config
 
 from .run import SESSION
 
 
 def scheduler(made: Any) -> Any:
-    """A scheduler of the same class with the trained schedule and prediction type, trailing; saved, stock diffusers loads it.
-
-    Zero terminal SNR is written as rescale_betas_zero_snr, which DDIM and DDPM sample exactly and Euler, DPM++ and UniPC from sigma
-    4096; classes that would ignore it get betas that end there.
+    """A scheduler of the same class with the trained schedule and prediction type: the exact drop-in where there is one, else diffusers'
+    own with trailing spacing, which samples an infinite terminal sigma from 4096. Saved, stock diffusers loads it.
     """
     if "trained_betas" not in made.config or not (run := SESSION.on("previews")):
         return made
     SESSION.on("saving")
-    knows = "rescale_betas_zero_snr" in inspect.signature(type(made).__init__).parameters
-    config = scheduler_config(run.schedule, run.prediction_type)
-    if not knows and config["rescale_betas_zero_snr"]:
-        config = samplable(run.schedule).to_config(run.prediction_type)
-    if not knows:
-        config.pop("rescale_betas_zero_snr")
-    return type(made).from_config(dict(made.config), **config)
+    from sdxl_fixes.schedulers import CLASSES, config_for, fix_scheduler
+
+    meaningless = run.prediction_type == "epsilon" and run.schedule.residual_signal == 0  # and drop-ins refuse it
+    if type(made).__name__ in CLASSES and not meaningless:
+        return fix_scheduler(made, run.schedule, run.prediction_type)
+    return type(made).from_config(config_for(type(made), run.schedule, run.prediction_type, made.config))

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from sdxl_fixes.checkpoint import scheduler_config
 from sdxl_fixes.flags import FlagError
 from sdxl_fixes.noising import Noising
 from sdxl_fixes.prediction import check_prediction_type
 from sdxl_fixes.run import Run
-from sdxl_fixes.schedule import NoiseSchedule
+from sdxl_fixes.schedule import EXACT_KEY, NoiseSchedule
 
 from . import previews
 from .run import SESSION, refuse_edm
@@ -43,7 +44,7 @@ def with_schedule(scheduler: Any, schedule: NoiseSchedule, prediction_type: str 
             f"{name} with {predicted} cannot sample an infinite terminal sigma: use DDIMScheduler or DDPMScheduler with v_prediction, "
             "or schedule.with_terminal_sigma(20000, 'rescale')"
         )
-    config = dict(scheduler.config)
+    config = {key: value for key, value in scheduler.config.items() if key != EXACT_KEY}  # of the schedule that it had
     if "rescale_betas_zero_snr" not in inspect.signature(type(scheduler).__init__).parameters:
         for keys in (config, changes):  # a class that ignores the flag keeps it, and one made from its config would obey it
             keys.pop("rescale_betas_zero_snr", None)
@@ -77,7 +78,7 @@ def _for_training(scheduler: Any, run: Run) -> Any:
     if name not in TIMESTEP_SPACE:
         return _sigma_space(scheduler, run)
     if "schedule" in run.on:
-        scheduler = type(scheduler).from_config(dict(scheduler.config), **run.schedule.to_config(run.prediction_type))
+        scheduler = type(scheduler).from_config(scheduler_config(run.schedule, run.prediction_type, scheduler.config, knows_infinity=True))
         scheduler.alphas_cumprod = torch.from_numpy(run.schedule.alphas_cumprod.copy()).float()
     noising = Noising(run.schedule, run.settings.perturbation() if "noise" in run.on else None)
     ours = bool({"schedule", "noise"} & run.on)

@@ -42,5 +42,5 @@ def save_folder(original: Callable[..., Any], output_dir: str, *args: Any, **kwa
 
         folder = Path(output_dir) / "scheduler"
         saved = diffusers.EulerDiscreteScheduler.from_pretrained(folder)
-        saved.from_config(dict(saved.config), **scheduler_config(run.schedule, run.prediction_type)).save_pretrained(folder)
+        saved.from_config(scheduler_config(run.schedule, run.prediction_type, saved.config)).save_pretrained(folder)
     return result
