@@ -107,15 +107,14 @@ def recover(path: Path) -> str | None:
                 _put_back(file.fileno(), header, grown)
                 parse_header(file, str(path))
                 said = f"{path} was left unreadable by an interrupted stamp; its old header was put back from {journal.name}"
-            journal.unlink()
+            journal.unlink(missing_ok=True)  # a stamp that was just ending may have done so
             _sync_folder(target.parent)
     for left in (part, _beside(target, JOURNAL + PART)):
-        if left.exists():
-            with open(left, "rb") as old, _locked(old.fileno(), path):
-                if os.name == "nt":  # no open file can be removed; one that another stamp writes cannot either
-                    old.close()
-                left.unlink()
-                said = said or f"{left.name}, left over from an interrupted stamp, was removed"
+        with contextlib.suppress(FileNotFoundError), open(left, "rb") as old, _locked(old.fileno(), path):
+            if os.name == "nt":  # no open file can be removed; one that another stamp writes cannot either
+                old.close()
+            left.unlink()
+            said = said or f"{left.name}, left over from an interrupted stamp, was removed"
     return said
 
 
@@ -135,9 +134,8 @@ def data_hash(path: Path) -> str:
 def _overwrite(target: Path, old: Header, new: bytes, grown: int) -> bool:
     """Put ``new`` into the file itself, after inserting ``grown`` bytes at its start. False, with nothing changed, if this file, file
     system or moment does not allow it."""
-    end = (
-        -(-(8 + len(new)) // BLOCK) * BLOCK
-    )  # a direct write takes whole blocks: the last one ends with tensor bytes, written as they were
+    # a direct write takes whole blocks: the last one ends with tensor bytes, which are written as they were
+    end = -(-(8 + len(new)) // BLOCK) * BLOCK
     if end > old.file_size + grown:
         return False
     fd = os.open(target, os.O_RDWR)

@@ -8,7 +8,7 @@ from typing import Any
 
 from sdxl_fixes.checkpoint import Sampling, sampling_of_record
 from sdxl_fixes.flags import SCHEDULE_FLAGS, Settings, add_flags
-from sdxl_fixes.model_file import KINDS, ModelFile
+from sdxl_fixes.model_file import KINDS, ModelFile, said_sampling
 from sdxl_fixes.prediction import PREDICTION_TYPES
 from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.stamp import (
@@ -72,15 +72,24 @@ def stamp(args: argparse.Namespace) -> int:
         raise ValueError("--output belongs to one file: copy the folder first, then stamp the copy")
     if args.output is not None and args.output.exists() and not args.force:
         raise ValueError(f"{args.output} exists already: choose another name, or give --force to replace it")
+    if (
+        yaml is not None
+        and (old := beside(args.output or args.path, ".yaml")).exists()
+        and old.read_text("utf-8") != yaml
+        and not args.force
+    ):
+        raise ValueError(f"{old} exists already and says something else: move it away, or give --force to replace it")
     options = {"force": args.force, "in_place": args.in_place, "check": args.check, "dry_run": args.dry_run}
     if args.path.is_dir():
-        files = model_files(args.path)
+        files, config = model_files(args.path), args.path / "scheduler" / SCHEDULER_CONFIG
         for file in files:
             stamp_file(file, sampling, force=args.force, dry_run=True)  # refuse before anything is written
+        said = said_sampling(args.path)  # a scheduler of SDXL's own is what every tool writes, and says nothing
+        if said not in (None, sampling) and not args.force:
+            raise ValueError(f"{config} says {said}; the stamp would say {sampling}: give --force if the stamp is right")
         print(sampling)
         for file in files:
             _report(stamp_file(file, sampling, **options))
-        config = args.path / "scheduler" / SCHEDULER_CONFIG
         if config.parent.is_dir() and not args.dry_run:
             print(f"{config}: {write_scheduler_config(config, sampling)}")
         return 0

@@ -40,7 +40,8 @@ already):
 
 ## Who loads what right
 
-Run in ComfyUI 0.3.64 and with the classes of Forge and reForge; read in the source of the others.
+ComfyUI's rows are tested against ComfyUI 0.3.64, and the extension on Forge's and reForge's classes; the rest was read in the UIs' source.
+
 "yes": by itself, nothing to do. "no": see below. "-": does not load such a file. A checkpoint, stamped; then a diffusers folder, stamped.
 """
 STEPS = """## What to do where it says no

@@ -195,15 +195,15 @@ def test_memory_is_constant(tmp_path):
     code = (
         "import os, resource, sys; from pathlib import Path; from sdxl_fixes import safetensors_write as w\n"
         "from sdxl_fixes.safetensors_header import *\n"
-        "if sys.argv[2] == 'plain': w._copy_in_kernel = lambda *args: 0\n"
-        "path = Path(sys.argv[1]); old = read_header(path); before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "w.replace_header(path, old, encode_header({'k': 'new'}, old.tensors, w.longer(old, 20000))); w.data_hash(path)\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)\n"
+        "for path in map(Path, sys.argv[1:]):\n"
+        "    if path.stem == 'plain': w._copy_in_kernel = lambda *args: 0\n"
+        "    old = read_header(path); before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "    w.replace_header(path, old, encode_header({'k': 'new'}, old.tensors, w.longer(old, 20000))); w.data_hash(path)\n"
+        "    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)\n"
     )
-    for way in ("kernel", "plain"):
-        path = write(tmp_path / f"{way}.safetensors", {"a": [1 << 25]}, {"k": "old"}, os.urandom(1 << 26))
-        process = subprocess.run([sys.executable, "-c", code, path, way], capture_output=True, text=True, check=True)
-        assert float(process.stdout) < 24
+    paths = [write(tmp_path / f"{way}.safetensors", {"a": [1 << 25]}, {"k": "old"}, os.urandom(1 << 26)) for way in ("kernel", "plain")]
+    process = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
+    assert all(float(grown) < 24 for grown in process.stdout.split()) and len(process.stdout.split()) == 2
 
 
 # ---------------------------------------------------------------- crashes
@@ -265,6 +265,56 @@ def test_killed_at_every_step(way, tmp_path):
         step += 1
     assert set(outcomes) == {"old", NEW} and outcomes == sorted(outcomes, reverse=True)  # first old, then new, never back
     assert step > 5 and unreadable <= 2
+
+
+@linux
+@pytest.mark.parametrize("way", ["copy", "header", "insert"])
+def test_everything_is_on_the_disk_before_it_counts(way, file, monkeypatch):
+    """Against a power cut: the copy is synced before it is renamed, the journal before the file is touched, and it goes last."""
+    if way == "header":
+        make_room(file)
+    log = []
+
+    def logged(owner, name, label):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: (log.append(label(*args)), original(*args))[1])
+
+    logged(
+        os,
+        "fsync",
+        lambda fd: "sync " + ("folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else Path(os.readlink(f"/proc/self/fd/{fd}")).name),
+    )
+    logged(os, "replace", lambda old, new: f"rename to {Path(new).name}")
+    logged(w, "_write_block", lambda *args: "write header")
+    logged(w, "_insert_range", lambda *args: "insert")
+    logged(Path, "unlink", lambda path, **options: f"remove {path.name}")
+    name, journal = file.name, file.name + w.JOURNAL
+    before = [f"sync {journal}{w.PART}", f"rename to {journal}", "sync folder"]
+    expected = {
+        "copy": [f"sync {name}{w.PART}", f"rename to {name}", "sync folder"],
+        "header": [*before, "write header", f"sync {name}", f"remove {journal}", "sync folder"],
+        "insert": [*before, "insert", "write header", f"sync {name}", f"remove {journal}", "sync folder"],
+    }
+    if change(file, NEW, in_place=way == "insert") != way:
+        pytest.skip("this file system has no leases, direct writes or inserted blocks")
+    assert log == expected[way]
+
+
+@linux
+@pytest.mark.parametrize("grown", [False, True])
+def test_nothing_is_touched_where_the_journal_cannot_be_written(roomy, grown, monkeypatch):
+    if not can_write_in_place(roomy):
+        pytest.skip("this file system has no leases or direct writes")
+    roomy.with_name("probe.safetensors").unlink()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    before = roomy.read_bytes()
+    with pytest.raises(OSError, match=r"cannot keep the old header .* is unchanged"):
+        change(roomy, "new" * (99_999 if grown else 1), in_place=grown)
+    assert roomy.read_bytes() == before and os.listdir(roomy.parent) == [roomy.name]
 
 
 @linux

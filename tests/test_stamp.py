@@ -227,6 +227,13 @@ def test_diffusers_folder_and_shards(tmp_path, capsys):
         and rows["ComfyUI with our node"].right
         and rows["SD.Next"].sigma_max == pytest.approx(300)
     )
+    before = config.read_bytes()
+    assert main(["stamp", str(folder), "--prediction_type", "epsilon"]) == 2 and config.read_bytes() == before
+    for file in (folder / "unet").glob("*.safetensors"):  # other files, the same scheduler
+        write(file, dict(shapes[:1]), {"format": "pt"})
+    assert main(["stamp", str(folder), "--prediction_type", "epsilon"]) == 2
+    assert "scheduler_config.json says v_prediction" in capsys.readouterr().err and config.read_bytes() == before
+    assert main(["stamp", str(folder), "--prediction_type", "epsilon", "--force"]) == 0 and config.read_bytes() != before
     assert main(["stamp", str(tmp_path), "--prediction_type", "epsilon"]) == 2 and "neither a diffusers folder" in capsys.readouterr().err
 
 
@@ -257,6 +264,11 @@ def test_yaml_is_a_config_that_says_v(tmp_path):
     target = yaml["model"]["params"]["denoiser_config"]["params"]["scaling_config"]["target"]
     assert target.rpartition(".")[2] == "VScaling"
     assert {row.ui: row for row in verdicts(path)[2]}["A1111 up to 1.10"].right
+    (tmp_path / "m.yaml").write_text("model: mine")
+    assert (
+        main(["stamp", str(path), "--prediction_type", "v_prediction", "--yaml"]) == 2
+        and (tmp_path / "m.yaml").read_text() == "model: mine"
+    )
 
 
 def test_room_of_our_own_saves_is_used(tmp_path):

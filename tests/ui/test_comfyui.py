@@ -83,7 +83,9 @@ def results(tmp_path_factory):
     for then in ("discrete", "sd3", "from file loras/lora.safetensors"):
         cases.append({"file": "eps 300.safetensors", "loader": "checkpoint", "node": True, "then": then, "save": True})
     (folder / "cases.json").write_text(json.dumps(cases))
-    found = json.loads(run(folder).stdout.partition("RESULTS")[2])
+    text = run(folder).stdout.partition("RESULTS")[2]
+    (folder / "results.json").write_text(text)
+    found = json.loads(text)
     return folder, {(made["file"], made["loader"], made["node"], made.get("then", "")): made for made in found}
 
 
