@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -37,6 +38,9 @@ def main() -> None:
             sys.exit(str(error))
         raise
     SESSION.check_reached()
+    run = SESSION.run
+    if run is not None and "saving" in run.on and not SESSION.patches.calls.get("saving") and os.environ.get("RANK", "0") == "0":
+        sys.exit("sdxl-fixes: the training is done, but no model file that was saved carries its schedule: keep the flags of this run")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ def scheduler(made: Any) -> Any:
     """
     if "trained_betas" not in made.config or not (run := SESSION.on("previews")):
         return made
-    SESSION.on("saving")
     knows = "rescale_betas_zero_snr" in inspect.signature(type(made).__init__).parameters
     config = scheduler_config(run.schedule, run.prediction_type)
     if not knows and config["rescale_betas_zero_snr"]:
