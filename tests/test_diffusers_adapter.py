@@ -214,6 +214,10 @@ def test_a_fix_that_is_never_reached_ends_the_run_in_its_first_step(train, tmp_p
     assert "loss asked for but never reached in the first training step" in message and not (tmp_path / "out" / "steps.pt").exists()
 
 
+def test_a_run_that_saved_no_record_says_so_at_its_end(train):
+    assert "no model file that was saved carries its schedule" in refusal(train, "--terminal_sigma", "300", *V, "--save_nothing")
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -25,6 +26,9 @@ def main() -> None:
             f"sdxl-fixes: {script} is no SDXL training script like those of diffusers' examples: it needs main, parse_args and a pipeline"
         )
     run_script(script, install, SESSION)
+    run = SESSION.run
+    if run is not None and "saving" in run.on and not SESSION.patches.calls.get("saving") and os.environ.get("RANK", "0") == "0":
+        sys.exit("sdxl-fixes: the training is done, but no model file that was saved carries its schedule: keep the flags of this run")
 
 
 if __name__ == "__main__":

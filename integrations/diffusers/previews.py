@@ -13,7 +13,6 @@ def scheduler(made: Any) -> Any:
     """
     if "trained_betas" not in made.config or not (run := SESSION.on("previews")):
         return made
-    SESSION.on("saving")
     from sdxl_fixes.schedulers import CLASSES, config_for, fix_scheduler
 
     meaningless = run.prediction_type == "epsilon" and run.schedule.residual_signal == 0  # and drop-ins refuse it

@@ -30,6 +30,7 @@ def parse_args(input_args=None):
     parser.add_argument("--resume_from_checkpoint", default=None)
     parser.add_argument("--fixed_timestep", type=int, default=None)
     parser.add_argument("--no_loss", action="store_true")
+    parser.add_argument("--save_nothing", action="store_true")
     return parser.parse_args(input_args)
 
 
@@ -81,6 +82,8 @@ def main(args):
         steps.append({name: tensor.detach().clone() for name, tensor in (step | {"loss": loss}).items()})
     accelerator.save_state(os.path.join(args.output_dir, "checkpoint"))
     torch.save(steps, os.path.join(args.output_dir, "steps.pt"))
+    if args.save_nothing:
+        return
     StableDiffusionXLPipeline.from_pretrained(args.pretrained_model_name_or_path).save_pretrained(args.output_dir)
     weight = accelerator.unwrap_model(unet).weight.detach().contiguous()
     save_file({"unet.conv.lora_A.weight": weight}, os.path.join(args.output_dir, "lora.safetensors"), metadata={"format": "pt"})
