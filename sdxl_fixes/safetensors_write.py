@@ -7,7 +7,8 @@ Three ways, and what a crash leaves:
 - ``copy``: a new file beside the old one, synced, put in its place by one rename: always the old or the new file. On file systems that
   share blocks (XFS, btrfs) the data are not copied: the new header is longer by whole blocks, so the kernel can share them.
 - ``insert``: only when asked for. ext4 and XFS can insert blocks at the start of a file, which copies nothing, but between that and the
-  write of the header (some tenths of a millisecond) the file is unreadable; the journal has what is needed and :func:`recover` mends it.
+  write of the header (milliseconds, more on a busy disk) the file is unreadable; the journal has what is needed and :func:`recover`
+  mends it.
 
 ``header`` and ``insert`` are used only while no other program has the file open, under a lease that makes openers wait.
 """
