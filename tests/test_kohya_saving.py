@@ -9,7 +9,8 @@ from models import model
 from sdxl_fixes import NoiseSchedule
 from sdxl_fixes.checkpoint import Sampling, read_record
 from sdxl_fixes.kohya import checkpoint
-from sdxl_fixes.kohya.run import SESSION, Run
+from sdxl_fixes.kohya import run as kohya_run
+from sdxl_fixes.kohya.run import SESSION
 from sdxl_fixes.patching import PatchSet
 from sdxl_fixes.safetensors_header import ROOM_KEY
 from sdxl_fixes.stamp import stamp_file
@@ -24,7 +25,7 @@ def start(capsys, monkeypatch):
     def run(base, **flags):
         monkeypatch.setattr(SESSION, "patches", PatchSet(()))
         monkeypatch.setattr(
-            SESSION, "run", Run.start(argparse.Namespace(pretrained_model_name_or_path=str(base), **flags), SESSION.patches)
+            SESSION, "run", kohya_run.start(argparse.Namespace(pretrained_model_name_or_path=str(base), **flags), SESSION.patches)
         )
         return SESSION.run, capsys.readouterr().err
 
