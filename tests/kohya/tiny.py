@@ -5,8 +5,14 @@ and the text encoders' and VAE's sizes that the single-file loader holds as lite
 upstream's own. ``apply()`` must come before the script is executed.
 """
 
-CHANNELS, CONTEXT = 32, 96
-TEXT_ENCODERS = {"te1": dict(width=32, layers=12), "te2": dict(width=64, layers=2)}  # te1's hidden_states[11] is read: 12 layers
+import os
+
+SCALE = int(os.environ.get("TINY_SCALE", "1"))  # larger for timing
+CHANNELS, CONTEXT = 32 * SCALE, 96 * SCALE
+TEXT_ENCODERS = {
+    "te1": dict(width=32 * SCALE, layers=12),
+    "te2": dict(width=64 * SCALE, layers=2),
+}  # te1's hidden_states[11] is read: 12 layers
 
 
 def text_config(which):
@@ -16,7 +22,7 @@ def text_config(which):
     return CLIPTextConfig(
         vocab_size=49408,
         hidden_size=width,
-        intermediate_size=64,
+        intermediate_size=64 * SCALE,
         num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=77,
