@@ -59,7 +59,8 @@ def main() -> None:
             tokens = max(1, int(1.35 * rng.gauss(45, 30)))
             (folder / "images" / f"{number}.txt").write_text("x" * tokens)
         (folder / "set.toml").write_text(
-            '[general]\ncaption_extension = ".txt"\nenable_bucket = true\n[[datasets]]\nresolution = 128\nmin_bucket_reso = 64\nmax_bucket_reso = 256\n'
+            '[general]\ncaption_extension = ".txt"\nenable_bucket = true\n[[datasets]]\n'
+            "resolution = 128\nmin_bucket_reso = 64\nmax_bucket_reso = 256\n"
             f"batch_size = {BATCH}\n[[datasets.subsets]]\nimage_dir = {json.dumps(str(folder / 'images'))}\n"
         )
         steps: dict[str, list[tuple[float, int]]] = {"padded to the limit": [], "--chunk_buckets": []}
