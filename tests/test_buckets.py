@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 
 from sdxl_fixes.buckets import ChunkBucketBatchSampler
 
+settings.register_profile("buckets", max_examples=60, deadline=None)
+settings.load_profile("buckets")
+
 
 def facts_model(samples, buckets=40, seed=0):
     """Aspect buckets, and chunk counts as prompts of N(45, 30) words and 1.35 tokens a word have them."""
@@ -359,7 +362,3 @@ def test_steps_beyond_the_epoch_are_refused():
         sampler.state_dict(6)
     sampler.load_state_dict(sampler.state_dict(3))
     assert len(sampler) == 2
-
-
-settings.register_profile("buckets", max_examples=60, deadline=None)
-settings.load_profile("buckets")

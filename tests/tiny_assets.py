@@ -41,14 +41,14 @@ def photographs(folder):
     return list(PHOTOS.values())
 
 
-def text_config(width, layers):
+def text_config(width, layers, scale=1):
     """A small CLIP text encoder with the (legacy) token ids of SDXL's."""
     from transformers import CLIPTextConfig
 
     return CLIPTextConfig(
         vocab_size=49408,
         hidden_size=width,
-        intermediate_size=64,
+        intermediate_size=64 * scale,
         num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=77,

@@ -10,12 +10,13 @@ import json
 import os
 import runpy
 import sys
+import time
 from pathlib import Path
 
 HERE = str(Path(__file__).resolve().parent)
 
 
-def trace(record):
+def trace(record, times):
     import library.sdxl_original_unet as unet
     import library.train_util as train_util
     import torch
@@ -31,6 +32,7 @@ def trace(record):
 
     def traced_add(self, *, epoch, step, loss):
         record["losses"].append(loss)
+        times.append(time.perf_counter())
         return add(self, epoch=epoch, step=step, loss=loss)
 
     def traced_noising(args, noise_scheduler, latents, *rest, **kwargs):  # upstream's names: the patches check them
@@ -77,8 +79,9 @@ if __name__ == "__main__":
     if "START_METHOD" in os.environ:  # what Windows and macOS do
         torch.multiprocessing.set_start_method(os.environ["START_METHOD"])
     tiny.apply()
+    times = []
     record = {"losses": [], "timesteps": [], "contexts": [], "prompts": []}
-    trace(record)
+    trace(record, times)
     sys.argv = [str(Path(os.environ["SD_SCRIPTS"]) / script), *arguments]
     try:
         if how == "module":
@@ -92,3 +95,5 @@ if __name__ == "__main__":
             runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
         Path(out).write_text(json.dumps(record))
+        if "STEP_TIMES" in os.environ:
+            Path(os.environ["STEP_TIMES"]).write_text(json.dumps(times))

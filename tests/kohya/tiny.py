@@ -5,14 +5,20 @@ and the text encoders' and VAE's sizes that the single-file loader holds as lite
 upstream's own. ``apply()`` must come before the script is executed.
 """
 
-CHANNELS, CONTEXT = 32, 96
-TEXT_ENCODERS = {"te1": dict(width=32, layers=12), "te2": dict(width=64, layers=2)}  # te1's hidden_states[11] is read: 12 layers
+import os
+
+SCALE = int(os.environ.get("TINY_SCALE", "1"))  # larger for timing
+CHANNELS, CONTEXT = 32 * SCALE, 96 * SCALE
+TEXT_ENCODERS = {
+    "te1": dict(width=32 * SCALE, layers=12),
+    "te2": dict(width=64 * SCALE, layers=2),
+}  # te1's hidden_states[11] is read: 12 layers
 
 
 def text_config(which):
     import tiny_assets
 
-    return tiny_assets.text_config(**TEXT_ENCODERS[which])
+    return tiny_assets.text_config(**TEXT_ENCODERS[which], scale=SCALE)
 
 
 def apply():

@@ -1,0 +1,134 @@
+"""Tokens and text encoding under --chunk_buckets against sd-scripts' own classes, in this process. Set SD_SCRIPTS to run these."""
+
+import os
+import random
+import sys
+import types
+
+import pytest
+import torch
+from test_real_trainer import assets, pytestmark  # noqa: F401  (fixtures)
+
+from sdxl_fixes import prompts as core
+
+if "SD_SCRIPTS" in os.environ:
+    sys.path.insert(0, os.environ["SD_SCRIPTS"])
+
+
+@pytest.fixture(scope="module")
+def strategies(assets):  # noqa: F811
+    """Upstream's tokenize strategy at 225 tokens and ours, its encoding strategy, and tiny text encoders."""
+    import tiny
+    from library.strategy_sdxl import SdxlTextEncodingStrategy, SdxlTokenizeStrategy
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    from sdxl_fixes.kohya.worker import ChunkTokenizeStrategy
+
+    torch.manual_seed(0)
+    models = [CLIPTextModel(tiny.text_config("te1")).eval(), CLIPTextModelWithProjection(tiny.text_config("te2")).eval()]
+    upstream, ours = (kind(225, str(assets / "tokenizers")) for kind in (SdxlTokenizeStrategy, ChunkTokenizeStrategy))
+    return upstream, ours, SdxlTextEncodingStrategy(), models
+
+
+@pytest.fixture
+def layout(monkeypatch):
+    """Switch the fix on as a run would."""
+    from sdxl_fixes.kohya import buckets
+    from sdxl_fixes.kohya.run import SESSION
+
+    def choose(name):
+        run = types.SimpleNamespace(on={"buckets"}, chunks=buckets.Options(3, name, False, False))
+        monkeypatch.setattr(SESSION, "run", run)
+
+    return choose
+
+
+def captions():
+    rng = random.Random(3)
+    return ["", "a" * 75, "a" * 76, "a" * 150, "b" * 151, "c" * 400] + [
+        " ".join("".join(rng.choices("abc,.d", k=rng.randint(1, 9))) for _ in range(rng.randint(0, 40))) for _ in range(30)
+    ]
+
+
+def test_tokens_are_upstreams_without_the_empty_chunks(strategies):
+    upstream, ours, *_ = strategies
+    for text in captions():
+        mine, theirs = ours.tokenize(text), upstream.tokenize(text)
+        count = ours.chunks_of(text, False)
+        assert count == min(3, core.count_chunks(ours.tokenizer1, [text])[0]) and mine[0].shape == (1, count, 77)
+        for a, b in zip(mine, theirs, strict=True):
+            assert torch.equal(a, b[:, :count]) and (count == 1 or a[0, -1, 1] != 49407)
+        (ids, weights), (their_ids, their_weights) = (
+            ours.tokenize_with_weights(f"({text}:1.5)"),
+            upstream.tokenize_with_weights(f"({text}:1.5)"),
+        )
+        for a, b in zip((*ids, *weights), (*their_ids, *their_weights), strict=True):
+            assert torch.equal(a, b[:, : a.shape[1]])
+
+
+def test_a_batch_is_as_long_as_its_longest_prompt(strategies):
+    upstream, ours, *_ = strategies
+    batch = ["a", "b" * 100, "c"]
+    assert ours.tokenize(batch)[0].shape == (3, 2, 77)
+    assert torch.equal(ours.tokenize(batch)[1], upstream.tokenize(batch)[1][:, :2])
+
+
+def test_a_caption_padded_to_its_batch_mates_is_what_the_tokenizer_makes_of_it(strategies):
+    """Upstream stacks unequal captions by rows of zeros, which would be 77 times the token "!"."""
+    from sdxl_fixes.kohya.worker import _fill
+
+    upstream, ours, *_ = strategies
+    whole = upstream.tokenize("abc")
+    for ids, expected, tokenizer in zip(ours.tokenize("abc"), whole, (ours.tokenizer1, ours.tokenizer2), strict=True):
+        padded = torch.nn.functional.pad(ids, (0, 0, 0, 2))
+        _fill(padded, tokenizer)
+        assert torch.equal(padded, expected)
+
+
+@torch.no_grad()
+def test_77n_is_the_cores_encoding_and_75n2_is_upstreams(strategies, layout):
+    from sdxl_fixes.kohya import prompts
+
+    _, ours, encoding, models = strategies
+    original = type(encoding)._get_hidden_states_sdxl
+    ids = ours.tokenize(["a" * 100, "b" * 140])
+    arguments = (encoding, *ids, ours.tokenizer1, ours.tokenizer2, *models)
+    layout("77n")
+    first, second, pooled = prompts.hidden_states(original, *arguments)
+    context, expected_pooled = core.encode(*ids, *models)
+    torch.testing.assert_close(torch.cat([first, second], dim=-1), context)
+    torch.testing.assert_close(pooled, expected_pooled)
+    layout("75n+2")
+    plain = prompts.hidden_states(original, *arguments)
+    for mine, theirs in zip(plain, original(*arguments), strict=True):
+        assert torch.equal(mine, theirs)
+    assert plain[0].shape[1] == 152 and first.shape[1] == 154
+    torch.testing.assert_close(first[:, :76], plain[0][:, :76])  # the same vectors, but for the EOS and BOS between
+    torch.testing.assert_close(first[:, 78:], plain[0][:, 76:])
+
+
+@torch.no_grad()
+def test_emphasis_weighs_the_vectors_of_its_tokens_in_both_layouts(strategies, layout, monkeypatch):
+    from sdxl_fixes.kohya import prompts
+
+    _, ours, encoding, models = strategies
+    kind = type(encoding)
+    original, hidden = kind.encode_tokens_with_weights, kind._get_hidden_states_sdxl
+    monkeypatch.setattr(kind, "_get_hidden_states_sdxl", lambda *args, **kwargs: prompts.hidden_states(hidden, *args, **kwargs))
+    ids, weights = ours.tokenize_with_weights("a" * 70 + " (" + "b" * 20 + ":1.5)")
+    outputs = {}
+    for name in ("77n", "75n+2"):
+        layout(name)
+        outputs[name] = prompts.encode_with_weights(original, encoding, ours, models, ids, weights)
+    for ui, kohya in zip(outputs["77n"][:2], outputs["75n+2"][:2], strict=True):
+        torch.testing.assert_close(ui[:, :76], kohya[:, :76])
+        torch.testing.assert_close(ui[:, 78:], kohya[:, 76:])
+    layout("77n")
+    bare = prompts.hidden_states(hidden, encoding, *ids, ours.tokenizer1, ours.tokenizer2, *models)[0]
+    ratio = (outputs["77n"][0] / bare)[0].mean(dim=-1)
+    assert ratio[71:76].tolist() == pytest.approx([1.5] * 5) and ratio[78:93].tolist() == pytest.approx([1.5] * 15)
+    assert (
+        ratio[:71].tolist() == pytest.approx([1] * 71)
+        and ratio[93:].tolist() == pytest.approx([1] * 61)
+        and ratio[76:78].tolist() == [1, 1]
+    )
