@@ -18,7 +18,7 @@ from safetensors import safe_open
 import sdxl_fixes.diffusers
 from sdxl_fixes import NoiseSchedule
 from sdxl_fixes.cli import main as cli
-from sdxl_fixes.diffusers import caches, crops, prompts
+from sdxl_fixes.diffusers import buckets, caches, crops, prompts
 from sdxl_fixes.diffusers.__main__ import main as launch
 from sdxl_fixes.diffusers.anchors import missing
 from sdxl_fixes.diffusers.run import SESSION, start
@@ -283,6 +283,7 @@ def test_weights_of_the_stock_schedule_are_the_scripts_where_those_are_right(cas
     script, prediction_type = case.split()
     args = {"snr_gamma": 5.0, "prediction_type": None, "float32_noising": False, "max_token_length": None}
     args |= {
+        "chunk_buckets": False,
         "true_crop_coordinates": False,
         "checked_caches": False,
         "pretrained_model_name_or_path": str(base(prediction_type=prediction_type)),
@@ -364,6 +365,41 @@ def test_cached_embeddings_of_a_batch_are_cut_to_its_longest_caption():
     collate = prompts.CutToLongest(lambda examples: [len(example["prompt_embeds"]) for example in examples])
     examples = [{"prompt_embeds": [0] * 231, prompts.COLUMN: chunks} for chunks in (1, 2)]
     assert collate(examples) == [154, 154] and collate(examples[:1]) == [77]
+
+
+class Captions(torch.utils.data.Dataset):
+    """As a datasets.Dataset with the number of chunks beside every cached embedding."""
+
+    column_names = (prompts.COLUMN,)
+
+    def with_format(self, kind):
+        return {prompts.COLUMN: [1, 1, 3, 1, 2, 1, 1, 3, 1, 1]}
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        return index, self.with_format(None)[prompts.COLUMN][index]
+
+
+def test_the_scripts_shuffled_loader_gets_batches_of_equally_many_chunks(script):
+    script(fixes=("buckets",), seed=3, max_token_length=225)
+    made = torch.utils.data.DataLoader.__new__(torch.utils.data.DataLoader)
+    buckets.loader(torch.utils.data.DataLoader.__init__, made, Captions(), shuffle=True, batch_size=2, num_workers=0)
+    for _ in range(3):
+        batches = [(index.tolist(), chunks.tolist()) for index, chunks in made]
+        assert sorted(i for index, _ in batches for i in index) == list(range(10)) and len(batches) == 5
+        assert sum(len(set(chunks)) > 1 for _, chunks in batches) == 1  # the one of two chunks has no partner
+    plain = torch.utils.data.DataLoader.__new__(torch.utils.data.DataLoader)
+    buckets.loader(torch.utils.data.DataLoader.__init__, plain, Captions(), batch_size=2)  # class images: not shuffled
+    assert [index.tolist() for index, _ in plain] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+
+
+def test_chunk_buckets_need_captions(script):
+    script(fixes=("buckets",), seed=3, max_token_length=225, caption_column="text")
+    made = torch.utils.data.DataLoader.__new__(torch.utils.data.DataLoader)
+    with pytest.raises(RuntimeError, match="--chunk_buckets finds no captions in this script's data set: leave it out"):
+        buckets.loader(torch.utils.data.DataLoader.__init__, made, torch.arange(4), shuffle=True, batch_size=2)
 
 
 def test_the_crop_that_was_encoded_is_the_crop_that_is_given(script):

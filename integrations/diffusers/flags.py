@@ -21,6 +21,7 @@ OURS: dict[str, dict[str, Any]] = {
     "prediction_type": dict(choices=("epsilon", "v_prediction"), help="what the model is trained to predict (default: as the base model)"),
     "float32_noising": dict(action="store_true", help="noise the latents in float32 in mixed precision, too"),
     "max_token_length": dict(type=int, help="captions of up to so many tokens, encoded in chunks of 75 as the UIs do (225: three chunks)"),
+    "chunk_buckets": dict(action="store_true", help="batch captions of equally many chunks, so that none is padded for a batch mate"),
     "true_crop_coordinates": dict(action="store_true", help="give the network the crop that its cached latents were made of"),
     "checked_caches": dict(action="store_true", help="key the script's caches by everything that changes their content"),
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 from sdxl_fixes.patching import Patch
 
-from . import caches, checkpoint, crops, flags, loss, prompts, schedule, timesteps
+from . import buckets, caches, checkpoint, crops, flags, loss, prompts, schedule, timesteps
 
 _FROM = ("pretrained_model_name_or_path", "subfolder")
 _MSE = ("input", "target", "size_average", "reduce", "reduction")
@@ -36,6 +36,9 @@ PATCHES = (
     Patch("prompts", "torch.utils.data:DataLoader.__init__", ("self", "dataset"), prompts.loader,
           "cached embeddings of a batch cut to its longest caption"),
     Patch("prompts", "datasets:Dataset.map", ("self", "function"), prompts.remember, "which needs the number of chunks in the cache"),
+
+    Patch("buckets", "torch.utils.data:DataLoader.__init__", ("self", "dataset"), buckets.loader, "batches of equally many chunks"),
+    Patch("buckets", "accelerate:Accelerator.prepare", ("self",), buckets.prepare, "deals them out to the processes whole"),
 
     Patch("crops", "torch.utils.data:DataLoader.__init__", ("self", "dataset"), crops.loader,
           "crop coordinates of the cached latents (upstream: drawn anew at every access)"),

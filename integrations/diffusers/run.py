@@ -56,6 +56,12 @@ FIXES = {
         lambda run: f"captions of up to {run.args.max_token_length} tokens, 75 to a chunk",
         every_step=True,
     ),
+    "buckets": Fix(
+        "--chunk_buckets",
+        lambda args, settings: args.chunk_buckets,
+        lambda run: "captions of equally many chunks to a batch",
+        every_step=True,
+    ),
     "crops": Fix(
         "--true_crop_coordinates",
         lambda args, settings: args.true_crop_coordinates,
@@ -88,6 +94,7 @@ DIFFUSERS = Trainer(
         "stratified_timesteps": "timesteps",
         "terminal_timestep_share": "timesteps",
         "max_token_length": "prompts",
+        "chunk_buckets": "buckets",
         "true_crop_coordinates": "crops",
         "checked_caches": "caches",
     },
@@ -138,6 +145,12 @@ def start(args: argparse.Namespace, patches: PatchSet) -> Run:
     weighting = settings.weighting()
     if args.max_token_length is not None and args.max_token_length <= 75:
         raise FlagError(f"--max_token_length {args.max_token_length}: expected more than the 75 tokens that upstream has (150, 225, ...)")
+    if args.chunk_buckets and not args.max_token_length:
+        raise FlagError("--chunk_buckets needs --max_token_length 150, 225, ...: at 75 tokens every caption is one chunk")
+    if args.chunk_buckets and hasattr(args, "instance_prompt"):
+        raise FlagError(
+            "--chunk_buckets does not fit the DreamBooth scripts, which make their batches of class and instance prompts: leave it out"
+        )
     if getattr(args, "timestep_bias_strategy", "none") != "none" and FIXES["timesteps"].wanted(known, settings):
         raise FlagError(
             f"--timestep_bias_strategy {args.timestep_bias_strategy} draws the timesteps its own way: leave it out, or "

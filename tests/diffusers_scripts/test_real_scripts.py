@@ -202,6 +202,29 @@ def test_long_captions_reach_the_unet_in_77n_tokens(run, script):  # report 3.10
     assert "captions so far are longer than --max_token_length 150 and were cut there; the longest has 214 tokens" in process.stderr
 
 
+@pytest.mark.parametrize("script", ["t2i", "t2i_lora", "controlnet"])
+def test_chunk_buckets_keep_long_captions_to_themselves(run, script):
+    """Six captions, one of three chunks: a batch of two pairs it with another, in every epoch; the other batches have one chunk."""
+    process, trace = run("module", script, "--max_token_length", "225", "--chunk_buckets", steps=6)
+    assert sorted(trace["tokens"]) == [77] * 4 + [231] * 2 and finite(trace["losses"])
+    assert "  buckets    on" in process.stderr
+
+
+def test_chunk_buckets_in_two_processes(run):
+    _, trace = run("module", "t2i", "--max_token_length", "225", "--chunk_buckets", launcher=TWO)
+    assert finite(trace["losses"]) and len(trace["losses"]) == 3
+
+
+def test_chunk_buckets_where_there_is_nothing_to_bucket(run):
+    for script, flags, said in (
+        ("t2i", (), "--chunk_buckets needs --max_token_length 150, 225"),
+        ("dreambooth", ("--max_token_length", "225"), "--chunk_buckets does not fit the DreamBooth scripts"),
+    ):
+        process, _ = run("module", script, "--chunk_buckets", *flags, check=False)
+        last = process.stderr.strip().splitlines()[-1]
+        assert process.returncode != 0 and last.startswith(f"sdxl-fixes: {said}") and "Traceback" not in process.stderr
+
+
 def test_edm_style_training_refuses_what_has_no_place_there(run):
     for flags in (("--loss_type", "huber"), ("--snr_gamma", "5")):
         for more, base in ((("--do_edm_style_training",), "base"), ((), "base-edm")):
