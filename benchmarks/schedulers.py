@@ -105,6 +105,7 @@ def pictures(output: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from PIL import Image
 
     settings, zero = demo.Settings(samples=4), STOCK.zero_terminal_snr()
     progress: demo.Progress = lambda work, name: iter(work)  # noqa: E731
@@ -134,6 +135,7 @@ def pictures(output: Path) -> None:
         line[0].set_ylabel(label.replace(", ", "\n", 1), fontsize=7)
     figure.tight_layout()
     figure.savefig(output, dpi=80)
+    Image.open(output).convert("L").quantize(32).save(output, optimize=True)  # grey pictures need no more
     output.with_suffix(".md").write_text(trained(numbers, output.name), encoding="utf-8")
 
 
