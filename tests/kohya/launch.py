@@ -60,7 +60,11 @@ def trace(record, times):
     def traced_generate(self, *args, **kwargs):
         images = generate(self, *args, **kwargs)
         kept = {key: self.scheduler.config.get(key) for key in ("timestep_spacing", "prediction_type", "clip_sample")}
-        record["preview"] = {**kept, "terminal_sigma": float(self.scheduler.sigmas[0]), "timesteps": self.scheduler.timesteps.tolist()}
+        record["preview"] = {
+            **kept,
+            "terminal_sigma": float(getattr(self.scheduler, "sigmas", [0])[0]),
+            "timesteps": self.scheduler.timesteps.tolist(),
+        }
         return images
 
     pipeline.SdxlStableDiffusionLongPromptWeightingPipeline.__call__ = traced_generate
