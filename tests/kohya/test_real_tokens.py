@@ -33,12 +33,11 @@ def strategies(assets):  # noqa: F811
 @pytest.fixture
 def layout(monkeypatch):
     """Switch the fix on as a run would."""
-    from sdxl_fixes.kohya import buckets
     from sdxl_fixes.kohya.run import SESSION
 
     def choose(name):
-        run = types.SimpleNamespace(on={"buckets"}, chunks=buckets.Options(3, name, False, False))
-        monkeypatch.setattr(SESSION, "run", run)
+        args = types.SimpleNamespace(chunk_buckets=True, chunk_layout=name, max_token_length=225)
+        monkeypatch.setattr(SESSION, "run", types.SimpleNamespace(on={"buckets"}, args=args))
 
     return choose
 
