@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 
-from sdxl_fixes.checkpoint import scheduler_config
 from sdxl_fixes.flags import Settings, add_flags
 
 PREDICTION_TYPE = "v_prediction"
@@ -122,9 +121,8 @@ def main() -> None:
 
     if accelerator.is_main_process:
         accelerator.unwrap_model(unet).save_pretrained(args.output_dir / "unet")
-        # what samples the trained schedule in stock diffusers; a pipeline's save_pretrained writes the same file
-        config = scheduler_config(objective.schedule, PREDICTION_TYPE)
-        DDIMScheduler.from_config({"clip_sample": False, **config}).save_pretrained(args.output_dir / "scheduler")
+        # samples the trained schedule, also in stock diffusers; a pipeline's save_pretrained writes the same file
+        objective.schedule.scheduler("ddim", PREDICTION_TYPE).save_pretrained(args.output_dir / "scheduler")
         (args.output_dir / "losses.json").write_text(json.dumps({"first_step": first_step, "losses": losses}))
         print(f"steps {first_step} to {args.steps}: losses {' '.join(f'{loss:.4f}' for loss in losses)}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from sdxl_fixes.aspects import RULES, Assigned, assign, assign_without_upscaling, resolutions
 from sdxl_fixes.buckets import LEFTOVERS, ChunkBucketBatchSampler
 from sdxl_fixes.dataset import Dataset, read
+from sdxl_fixes.files import replacing
 from sdxl_fixes.prompts import CHUNK, SPLITS, count_chunks, too_long
 
 TOKENIZER = "openai/clip-vit-large-patch14"
@@ -166,12 +166,8 @@ def plot(found: Report, file: Path) -> None:
     right.axhline(found.chunked["chunks"] * (1 - found.chunked["padding"]), color="black", linestyle=":", label="the prompts themselves")
     right.set(title=f"chunks of {CHUNK} tokens per sample, batch {found.batch_size}")
     right.legend()
-    partial = file.with_name(file.name + ".part")
-    try:
+    with replacing(file) as partial:
         figure.savefig(partial, format="png", dpi=120)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

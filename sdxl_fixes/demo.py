@@ -10,7 +10,6 @@ import argparse
 import importlib.util
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from sdxl_fixes.files import replacing
 from sdxl_fixes.objective import Objective
 from sdxl_fixes.schedule import NoiseSchedule
 
@@ -369,7 +369,8 @@ def write_report(settings: Settings, results: list[Result], seconds: float, outp
     }
     try:
         for name, content in files.items():
-            _write(output / name, content)
+            with replacing(output / name) as file:
+                file.write_bytes(content)
     except OSError as error:
         raise DemoError(f"cannot write into {output} ({error.strerror}): choose another folder with --output") from error
     return numbers
@@ -446,17 +447,8 @@ def _check_extras() -> None:
 def _check_output(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
-        _write(output / "results.json.test", b"")
+        with replacing(output / "results.json.test") as file:
+            file.touch()
         (output / "results.json.test").unlink()
     except OSError as error:
         raise DemoError(f"cannot write into {output} ({error.strerror}): choose another folder with --output") from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Replace ``path`` in one move, so that nobody ever sees half a file."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

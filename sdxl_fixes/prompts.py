@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sdxl_fixes.files import replacing
 from sdxl_fixes.progress import bar
 
 CHUNK = 75  # tokens; 77 with BOS and EOS
@@ -207,10 +207,5 @@ def _read(file: Path) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
 
 
 def _write(file: Path, hashes: NDArray[np.uint64], counts: NDArray[np.int32]) -> None:
-    partial = file.with_name(f"{file.name}.{os.getpid()}.part")
-    try:
-        with open(partial, "wb") as out:
-            np.savez(out, sdxl_fixes_caption_hashes=hashes, chunk_counts=counts)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(file) as partial, open(partial, "wb") as out:
+        np.savez(out, sdxl_fixes_caption_hashes=hashes, chunk_counts=counts)

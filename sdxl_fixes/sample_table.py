@@ -6,10 +6,11 @@ import base64
 import html
 import io
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
+
+from sdxl_fixes.files import replacing
 
 _DATA = re.compile(r'<script type="application/json" id="samples">(.*?)</script>', re.DOTALL)
 _STYLE = "table{border-collapse:collapse}td,th{padding:4px;vertical-align:top;font:14px sans-serif;text-align:left}img{max-width:320px}"
@@ -52,13 +53,9 @@ class SampleTable:
             f'<script type="application/json" id="samples">{data}</script>\n'
             f"<script>const samples=JSON.parse(document.getElementById('samples').textContent);{fill}</script>\n"
         )
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(page, encoding="utf-8")
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path) as file:
+            file.write_text(page, encoding="utf-8")
 
     def _cell(self, checkpoint: str, prompt: str) -> str:
         if prompt not in self.cells[checkpoint]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
+from sdxl_fixes.files import replacing
 from sdxl_fixes.schedule import NoiseSchedule
 
 FIGURES = {
@@ -68,12 +68,8 @@ def plot(schedule: NoiseSchedule, file: Path) -> None:
         raise ValueError('a picture needs matplotlib: pip install "sdxl-fixes[plot]"') from error
     figure = Figure(figsize=(10, 4), layout="constrained")
     draw(figure.subplots(1, 2), schedule)
-    partial = file.with_name(file.name + ".part")
-    try:
+    with replacing(file) as partial:
         figure.savefig(partial, format="png", dpi=120)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def draw(axes: Any, schedule: NoiseSchedule) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sdxl_fixes.checkpoint import Sampling, flow_shift, markers, metadata, scheduler_config
+from sdxl_fixes.files import replacing
 from sdxl_fixes.model_file import KINDS, ModelFile
 from sdxl_fixes.safetensors_header import ROOM_KEY, Header, encode_header
 from sdxl_fixes.safetensors_write import data_hash, longer, replace_header
@@ -96,12 +96,8 @@ def write_scheduler_config(file: Path, sampling: Sampling) -> str:
     content = {**{key: value for key, value in old.items() if key != EXACT_KEY}, **new}
     if content == old:
         return "unchanged"
-    part = file.with_name(file.name + ".sdxl-fixes-part")
-    try:
+    with replacing(file) as part:
         part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
     return "written"
 
 

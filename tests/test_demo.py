@@ -138,19 +138,6 @@ def test_missing_extras_are_named_with_the_command_that_installs_them(tmp_path, 
     )
 
 
-def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
-    file = tmp_path / "results.json"
-    file.write_text("old")
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(demo.os, "replace", full)
-    with pytest.raises(OSError, match="No space"):
-        demo._write(file, b"new")
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("results.json", "old")]
-
-
 @pytest.mark.slow
 def test_zero_terminal_snr_obeys_the_caption_more_closely_than_the_stock_schedule():
     # Not "and the stock schedule does not": with these settings it comes within 0.4, too (docs/demo-record.md).

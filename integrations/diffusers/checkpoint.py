@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from sdxl_fixes.checkpoint import metadata
+from sdxl_fixes.files import replacing
 from sdxl_fixes.schedule import NoiseSchedule
 
 from .run import SESSION
@@ -42,9 +42,8 @@ def save_state(original: Callable[..., Any], self: Any, output_dir: str | None =
             "prediction_type": run.prediction_type,
             "timesteps": None if run.timesteps is None else run.timesteps.state_dict(),
         }
-        partial = Path(output_dir) / f"{RECORD}.part"
-        partial.write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
-        os.replace(partial, Path(output_dir) / RECORD)
+        with replacing(Path(output_dir) / RECORD) as file:
+            file.write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
     return result
 
 

@@ -7,9 +7,10 @@ sdxl_train.py or sdxl_train_network.py that line does nothing (it imports nothin
 
 from __future__ import annotations
 
-import os
 import sysconfig
 from pathlib import Path
+
+from sdxl_fixes.files import replacing
 
 NAME = "sdxl_fixes_kohya.pth"
 LINE = (
@@ -25,9 +26,8 @@ LINE = (
 def enable() -> str:
     """Write the file; returns a sentence for the user. Raises OSError if the environment is read-only."""
     file = _file()
-    partial = file.with_suffix(".part")
-    partial.write_text(LINE, encoding="utf-8")
-    os.replace(partial, file)
+    with replacing(file) as partial:  # its name does not end with .pth, so no starting python reads half of it
+        partial.write_text(LINE, encoding="utf-8")
     return (
         f"enabled: sdxl_train.py and sdxl_train_network.py start patched in this environment ({file}); sdxl-fixes kohya disable undoes it"
     )
