@@ -445,3 +445,34 @@ def test_sigmas_are_the_schedule_s():
     scheduler.set_timesteps(12)
     expected = np.append(SCHEDULES["300 rescale"].sigmas[scheduler.timesteps.tolist()], 0)
     assert scheduler.sigmas.numpy() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "unipc"])
+def test_no_order_extrapolates_from_snr_0(sampler, order):
+    scheduler = ZERO.scheduler(sampler, "v_prediction", solver_order=order)
+    mean, spread = gaussian.sampled(scheduler, ZERO, "v_prediction", 25)
+    ideal_mean, ideal_spread = gaussian.ideal(ZERO)
+    assert (spread / ideal_spread - 1).abs().max() < 0.03
+    assert (mean - ideal_mean).abs().max() < 0.0051 * gaussian.MEAN_OVER_SCALE
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "unipc", "euler", "ddim", "heun"])
+def test_a_step_in_half_precision_is_the_float32_step_rounded(sampler):
+    x, output = torch.randn(2, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).to(torch.float16)
+    got, expected = [], []
+    for results, dtype in ((got, torch.float16), (expected, torch.float32)):
+        scheduler = SCHEDULES["20000"].scheduler(sampler, "v_prediction")
+        scheduler.set_timesteps(10)
+        results += [scheduler.step(output.to(dtype), t, x.to(dtype)).prev_sample.half() for t in scheduler.timesteps[:4]]
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["14.6", "20000 rescale", "inf"])
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde", "unipc"])
+def test_levels_of_the_multistep_solvers_are_the_schedule_s(sampler, name):
+    schedule = SCHEDULES[name]
+    alpha, sigma, _ = schedule.levels()
+    got = schedule.scheduler(sampler, "v_prediction")._sigma_to_alpha_sigma_t(torch.from_numpy(np.array(schedule.sigmas)))
+    assert got[0].numpy() == pytest.approx(alpha, rel=1e-9, abs=1e-12)
+    assert got[1].numpy() == pytest.approx(sigma, rel=1e-9)
