@@ -1,0 +1,237 @@
+"""Chunk buckets: what padding costs the real SDXL, and what buckets do to quality at equal samples.
+
+python benchmarks/chunk_buckets.py     about 8 minutes on two cores; writes docs/evidence/chunk-buckets.md
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import digits
+import lab
+import numpy as np
+import torch
+from torch import nn
+
+from sdxl_fixes import Objective
+from sdxl_fixes.buckets import ChunkBucketBatchSampler
+
+ZERO = lab.STOCK.zero_terminal_snr()
+CHUNK, WIDTH, FILLERS, BATCH = 75, 64, 200, 64
+LAYOUTS = {
+    "padded": "random batches, every prompt padded to 227 tokens (kohya's `--max_token_length 225`)",
+    "longest": "random batches, padded to the longest prompt of the batch, 77n tokens",
+    "buckets": "chunk buckets, 77n tokens, no padding to other lengths",
+    "cut": "random batches, every prompt cut to 77 tokens (diffusers' scripts)",
+}
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def lengths(count: int, rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    """Tokens per prompt: N(45, 30) words of at least 1, 1.35 tokens each, three chunks at most."""
+    return np.clip(np.round(1.35 * np.maximum(1, rng.normal(45, 30, count))), 1, 3 * CHUNK).astype(np.int64)
+
+
+class Prompts:
+    """For every image a prompt of fillers, with the word that names its class somewhere in it. Tokens are frozen random vectors."""
+
+    def __init__(self, classes: torch.Tensor, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        self.lengths = lengths(len(classes), rng)
+        self.chunks = -(-self.lengths // CHUNK)
+        self.place = (rng.random(len(classes)) * self.lengths).astype(np.int64)
+        tokens = rng.integers(digits.CLASSES, digits.CLASSES + FILLERS, (len(classes), 3 * CHUNK))
+        tokens[np.arange(len(classes)), self.place] = classes.numpy()
+        pad = digits.CLASSES + FILLERS  # as BOS, EOS and padding
+        self.tokens = torch.from_numpy(np.where(np.arange(3 * CHUNK) < self.lengths[:, None], tokens, pad))
+        generator = torch.Generator().manual_seed(0)
+        self.vectors = torch.randn(pad + 1, WIDTH, generator=generator)
+        self.places = 0.5 * torch.randn(CHUNK + 2, WIDTH, generator=generator)  # of a token in its chunk
+
+    def context(self, index: Any, layout: str) -> torch.Tensor:
+        """[B, tokens, WIDTH]: 227 or 77n tokens, with BOS and EOS."""
+        chunks = {"padded": 3, "cut": 1}.get(layout, int(self.chunks[index].max()))
+        end = torch.full((len(index), 1), len(self.vectors) - 1)
+        pieces = [torch.cat((end, self.tokens[index, n * CHUNK : (n + 1) * CHUNK], end), 1) for n in range(chunks)]
+        encoded = [self.vectors[piece] + self.places for piece in pieces]  # each chunk is encoded by itself, as CLIP does
+        if layout == "padded":  # BOS of the first and EOS of the last chunk only
+            encoded = [piece[:, (n > 0) : CHUNK + 2 - (n < chunks - 1)] for n, piece in enumerate(encoded)]
+        return torch.cat(encoded, 1)
+
+    def batches(self, layout: str, seed: int) -> Iterator[Any]:
+        """Indices of one batch after the other, without end."""
+        if layout == "buckets":
+            sampler = ChunkBucketBatchSampler(np.zeros(len(self.chunks), int), self.chunks, batch_size=BATCH, seed=seed, leftovers="drop")
+            while True:
+                yield from sampler
+        rng = np.random.default_rng(seed)
+        while True:
+            order = rng.permutation(len(self.chunks))
+            yield from (order[i : i + BATCH] for i in range(0, len(order) - BATCH + 1, BATCH))
+
+
+class Reader(digits.Network):
+    """The digits' network, which reads the class in the prompt by cross attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.readers = nn.ModuleList(nn.MultiheadAttention(digits.WIDTH, 4, kdim=WIDTH, vdim=WIDTH, batch_first=True) for _ in range(2))
+        self.queries = nn.Parameter(0.1 * torch.randn(digits.WIDTH))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(32) / 32)
+        condition = self.time(torch.cat((angles.sin(), angles.cos()), 1))
+        hidden = self.enter(x.flatten(1))
+        for number, block in enumerate(self.blocks):
+            if number % 2 == 0:
+                query = (hidden + condition + self.queries)[:, None]
+                hidden = hidden + self.readers[number // 2](query, context, context, need_weights=False)[0][:, 0]
+            hidden = hidden + block(hidden + condition)
+        return self.leave(hidden).reshape(x.shape)  # type: ignore[no-any-return]
+
+
+def work(job: lab.Job, folder: Path) -> dict[str, Any]:
+    layout, data = job.key, digits.Digits(job.seed)
+    prompts = Prompts(data.classes, job.seed)
+    torch.manual_seed(job.seed)
+    objective, batches = Objective(ZERO, "v_prediction"), prompts.batches(layout, job.seed)
+    network, tokens = Reader(), 0
+
+    def batch(generator: torch.Generator) -> tuple[torch.Tensor, tuple[Any, ...]]:
+        nonlocal tokens
+        index = torch.from_numpy(np.asarray(next(batches)))
+        context = prompts.context(index, layout)
+        tokens += context.shape[0] * context.shape[1]
+        return data.images[index], (context,)
+
+    network = digits.train_network(network, objective, batch, job.seed, digits.STEPS)
+    asked = torch.arange(500) % digits.CLASSES
+    test = Prompts(asked, job.seed + 500)
+    generated = torch.empty(len(asked), 1, digits.SIDE, digits.SIDE)
+    for chunks in (1, 2, 3):
+        index = torch.from_numpy(np.flatnonzero(test.chunks == chunks))
+        if len(index):
+            generated[index] = digits.sample(network, ZERO, "v_prediction", "dpmpp_2m", 25, job.seed, (test.context(index, layout),))
+    right = digits.agrees(generated, data, asked)
+    late = torch.from_numpy(test.place >= CHUNK)
+    return {
+        "distance": digits.distance(generated, data.held_out),
+        "agreement": float(right[~late].double().mean()),
+        "late": float(right[late].double().mean()),
+        "tokens": tokens / (digits.STEPS * BATCH),
+    }
+
+
+# ---------------------------------------------------------------- the real SDXL's arithmetic
+
+
+def arithmetic() -> dict[int, tuple[float, float]]:
+    """:func:`flops`, counted once."""
+    path = lab.RESULTS / "sdxl-flops.json"
+    if not path.exists():
+        path.write_text(json.dumps(flops(), indent=0) + "\n")
+    return {int(tokens): tuple(counts) for tokens, counts in json.loads(path.read_text()).items()}  # type: ignore[misc]
+
+
+def flops() -> dict[int, tuple[float, float]]:
+    """Tokens -> (U-Net forward, both text encoders) in 10^12 operations per sample at 1024 x 1024. Counted on models without weights."""
+    from diffusers import UNet2DConditionModel
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=128, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280), layers_per_block=2,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), cross_attention_dim=2048, use_linear_projection=True,
+            addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+        )  # fmt: skip
+        sizes = dict(vocab_size=49408, max_position_embeddings=77)
+        small = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, **sizes)
+        large = CLIPTextConfig(
+            hidden_size=1280,
+            intermediate_size=5120,
+            num_hidden_layers=32,
+            num_attention_heads=20,
+            hidden_act="gelu",
+            projection_dim=1280,
+            **sizes,
+        )
+        encoders = [CLIPTextModel(small), CLIPTextModelWithProjection(large)]
+        with FlopCounterMode(display=False) as one_chunk:
+            for encoder in encoders:
+                encoder(torch.zeros(1, 77, dtype=torch.long))
+        found = {}
+        for tokens, chunks in ((77, 1), (154, 2), (231, 3), (227, 3)):
+            extra = {"text_embeds": torch.zeros(1, 1280), "time_ids": torch.zeros(1, 6)}
+            with FlopCounterMode(display=False) as counter:
+                unet(torch.zeros(1, 4, 128, 128), torch.zeros(1), torch.zeros(1, tokens, 2048), added_cond_kwargs=extra)
+            found[tokens] = counter.get_total_flops() / 1e12, chunks * one_chunk.get_total_flops() / 1e12
+    assert 2.56e9 < sum(p.numel() for p in unet.parameters()) < 2.57e9, "this is not SDXL's U-Net"
+    return found
+
+
+def page(found: dict[str, list[Any]]) -> list[str]:
+    counted = arithmetic()
+    chunks = -(-lengths(10**6, np.random.default_rng(0)) // CHUNK)
+    shares = {n: float((chunks == n).mean()) for n in (1, 2, 3)}
+    lines = [
+        "# Chunk buckets, measured",
+        "",
+        f"Generated by `benchmarks/chunk_buckets.py` ({lab.versions('chunk-buckets')}).",
+        "",
+        "## Arithmetic of the real SDXL",
+        "",
+        "Operations per sample at 1024 x 1024, counted by torch on models of SDXL's size without weights: the U-Net forward and backward",
+        "(three times forward) and both text encoders forward (frozen, not cached). Prompts as in docs/buckets.md: "
+        + ", ".join(f"{100 * share:.0f} % of {n}" for n, share in shares.items())
+        + " chunks.",
+        "",
+        "| context | U-Net, 10^12 | text encoders, 10^12 | together, over 77 tokens |",
+        "|---|---:|---:|---:|",
+    ]
+    total = {tokens: 3 * unet + text for tokens, (unet, text) in counted.items()}
+    for tokens in (77, 154, 231):
+        unet, text = counted[tokens]
+        lines.append(f"| {tokens} tokens | {3 * unet:.2f} | {text:.2f} | {total[tokens] / total[77]:.3f} |")
+    unet = sum(share * 3 * counted[77 * n][0] for n, share in shares.items())
+    text = sum(share * counted[77 * n][1] for n, share in shares.items())
+    lines.append(f"| chunk buckets, on average | {unet:.2f} | {text:.2f} | {(unet + text) / total[77]:.3f} |")
+    lines.append(f"| all padded to 227 tokens | {3 * counted[227][0]:.2f} | {counted[227][1]:.2f} | {total[227] / total[77]:.3f} |")
+    lines += [
+        "",
+        f"So padding everything costs {100 * (total[227] / (unet + text) - 1):.1f} % more arithmetic than buckets do: less than the",
+        "share of padding suggests, since most of SDXL's work does not depend on the prompt. Times are not arithmetic: a real",
+        "trainer's are in [docs/buckets.md](../buckets.md).",
+        "",
+        "## Quality at equal samples",
+        "",
+        "Digits from the word that names them, somewhere among fillers in a prompt of up to 225 tokens (method in `benchmarks/digits.py`",
+        f"and this file), {digits.STEPS} steps of {BATCH} samples, v-prediction, zero terminal SNR; mean and 95 % interval over seeds",
+        f"{', '.join(map(str, lab.SEEDS))}. Energy distance x 1000 to held-out digits; share of samples of the class that was asked, for",
+        "words in the first chunk and after it. Changes are against *longest*, bold where the interval excludes 0.",
+        "",
+        "| layout | tokens per sample | distance | change | right, word in chunk 1, % | change | right, word after it, % | change |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    base = found["longest"]
+    for layout, results in found.items():
+        cells = [f"{np.mean([r['tokens'] for r in results]):.0f}"]
+        for what, scale in (("distance", 1000), ("agreement", 100), ("late", 100)):
+            change = [scale * (r[what] - b[what]) for r, b in zip(results, base, strict=True)]
+            cells += [lab.show([scale * r[what] for r in results], 1), "" if layout == "longest" else lab.change(change, 1)]
+        lines.append(f"| {layout} | {' | '.join(cells)} |")
+    return [*lines, "", *(f"- *{layout}*: {text}" for layout, text in LAYOUTS.items())]
+
+
+KEYS = list(LAYOUTS)
+
+if __name__ == "__main__":
+    lab.experiment("chunk-buckets", __doc__, work, KEYS, page)
