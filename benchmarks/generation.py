@@ -23,7 +23,7 @@ TRAINING = 150
 
 def work(job: lab.Job, folder: Path) -> dict[str, Any]:
     warnings.simplefilter("ignore")
-    unet, _, _ = lab.adapt(job, folder, "v_prediction", Objective(ZERO, "v_prediction"), TRAINING, ())
+    unet, _ = lab.adapt(job, folder, "v_prediction", Objective(ZERO, "v_prediction"), TRAINING, ())
     result = {}
     for name in SAMPLERS:
         for kind in KINDS:

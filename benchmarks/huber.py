@@ -29,7 +29,7 @@ AT = (0, 50, 150)
 def work(job: lab.Job, folder: Path) -> dict[str, Any]:
     where, loss = job.key.split(": ")
     if where == "photos":
-        _, _, curve = lab.adapt(job, folder, "v_prediction", Objective(ZERO, "v_prediction", loss=LOSSES[loss]), AT[-1], AT)
+        _, curve = lab.adapt(job, folder, "v_prediction", Objective(ZERO, "v_prediction", loss=LOSSES[loss]), AT[-1], AT)
         return {"curve": curve}
     data = digits.Digits(job.seed, int(where.rstrip("%")) / 100)
     network = digits.train(Objective(ZERO, "v_prediction", loss=LOSSES[loss]), data, job.seed)

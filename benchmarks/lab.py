@@ -1,21 +1,20 @@
 """What the experiments share: real photographs of a known brightness, a tiny U-Net of SDXL's class, and honest statistics.
 
-The latents are the photographs' own pixels (64 x 64, folded to 8 x 8 sites of 64 channels by :func:`sdxl_fixes.demo.fold`, a rotation).
-A caption says dark, middle or bright, and as with real captions that is not all: the brightness of the photographs under one caption
-spreads by 0.3 around what it says. So a model that sees the brightness in its input learns to read it there.
+Data, network and training are those of the demo (sdxl_fixes/demo.py), which for seed 0 repeats the first runs here. A caption says dark,
+middle or bright, and as with real captions that is not all: the brightness of the photographs under one caption spreads by 0.3 around what
+it says. So a model that sees the brightness in its input learns to read it there.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import math
 import multiprocessing
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,115 +27,42 @@ from sdxl_fixes.validation import Validation
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "evidence"
 RESULTS = Path(__file__).resolve().parent / "results"
-CANVAS = 64
-ASKED = (-1.0, 0.0, 1.0)  # what the three captions say: 0 is middle grey, 1 a quarter of the way from black to white
-SPREAD = 0.3  # standard deviation of the brightness of the photographs under one caption
+CANVAS, SPREAD, ASKED = demo.CANVAS, demo.SPREAD, tuple(demo.CAPTIONS.values())
 STOCK = NoiseSchedule.sdxl()
 SEEDS = (0, 1, 2, 3, 4)
-BASE_STEPS, BATCH = 1000, 8
-SETTINGS = demo.Settings(crops=512, widths=(128, 64), batch=BATCH)
-SAMPLES = 12  # generated pictures per caption
-
-
-# ---------------------------------------------------------------- data
-
-
-class Photos:
-    """Crops that can be exposed to any brightness. Crops of one seed are the same in every run."""
-
-    def __init__(self, seed: int) -> None:
-        demo.CANVAS = CANVAS
-        settings = demo.Settings(**{**vars(SETTINGS), "seed": seed})
-        self.logits = demo.load_photos(settings).logits  # [N, 64, 64]
-        self.shifts = torch.linspace(-8, 8, 65)
-        self.means = torch.stack([self._expose(self.logits, shift).mean((1, 2)) for shift in self.shifts.tolist()], 1)  # [N, 65]
-
-    @staticmethod
-    def _expose(logits: torch.Tensor, shift: Any) -> torch.Tensor:
-        return (torch.sigmoid(logits + shift) - demo.GREY) / demo.UNIT
-
-    def latents(self, index: torch.Tensor, brightness: torch.Tensor) -> torch.Tensor:
-        """Crops ``index`` ([B]) of mean ``brightness`` ([B]) -> folded latents [B, 64, 8, 8]."""
-        means = self.means[index]
-        after = (means < brightness[:, None]).sum(1).clamp(1, len(self.shifts) - 1)
-        low, high = (means.gather(1, column[:, None])[:, 0] for column in (after - 1, after))
-        shift = self.shifts[after - 1] + (self.shifts[1] - self.shifts[0]) * ((brightness - low) / (high - low)).clamp(0, 1)
-        return demo.fold(self._expose(self.logits[index], shift[:, None, None])[:, None])
-
-    def draw(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """``count`` captioned photographs: latents [B, 64, 8, 8], captions [B]."""
-        index = torch.randint(len(self.logits), (count,), generator=generator)
-        caption = torch.randint(len(ASKED), (count,), generator=generator)
-        brightness = torch.tensor(ASKED)[caption] + SPREAD * torch.randn(count, generator=generator)
-        return self.latents(index, brightness.clamp(-1.8, 1.8)), caption
+SETTINGS = demo.Settings()
+BASE_STEPS, BATCH, SAMPLES = SETTINGS.steps, SETTINGS.batch, SETTINGS.samples
 
 
 # ---------------------------------------------------------------- training and generating
 
 
-def train(
-    unet: Any,
-    objective: Objective,
-    photos: Photos,
-    seed: int,
-    steps: int,
-    rate: Callable[[int], float],
-    at: Sequence[int] = (),
-    measure: Callable[[int], None] = lambda step: None,
-) -> None:
-    """AdamW. ``rate(step)`` is the learning rate; ``measure(step)`` is called after the steps ``at``. Photographs, captions, noise and
-    timesteps depend on the seed alone."""
-    captions = demo.embed_captions(0)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1.0)
-    generator = torch.Generator().manual_seed(seed)
-    for number in range(steps):
-        latents, caption = photos.draw(BATCH, generator)
-        step = objective.draw(latents, generator=generator)
-        loss = objective.loss(unet(step.noisy, step.timesteps, **captions.conditioning(caption)).sample, step)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = rate(number)
-        optimizer.step()
-        optimizer.zero_grad()
-        if number + 1 in at:
-            unet.eval()
-            with torch.no_grad():
-                measure(number + 1)
-            unet.train()
+def photos(seed: int) -> demo.Photos:
+    """The crops of a seed."""
+    return demo.load_photos(replace(SETTINGS, seed=seed))
 
 
 def base(seed: int, work: Path, prediction_type: str = "epsilon") -> Any:
     """A U-Net trained from scratch as SDXL was, on the stock schedule; kept in ``work``."""
     from safetensors.torch import load_file, save_file
 
-    unet = demo.build_unet(demo.Settings(**{**vars(SETTINGS), "seed": seed}))
+    unet = demo.build_unet(replace(SETTINGS, seed=seed))
     path = work / f"{prediction_type}-{seed}.safetensors"
     if path.exists():
         unet.load_state_dict(load_file(path))
         return unet
-    rate = lambda step: 1e-3 * min(1, (step + 1) / 50, (BASE_STEPS - step) / (0.3 * BASE_STEPS))  # noqa: E731
-    train(unet, Objective(STOCK, prediction_type), Photos(seed), seed, BASE_STEPS, rate)
+    rates = demo.rates(SETTINGS.learning_rate, BASE_STEPS, 50, 0.3)
+    for _ in demo.train(unet, Objective(STOCK, prediction_type), photos(seed), demo.embed_captions(0), seed, rates):
+        pass
     work.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         save_file(unet.state_dict(), file)
     return unet
 
 
-@torch.no_grad()
-def generate(unet: Any, scheduler: Any, seed: int, steps: int = 25, samples: int = SAMPLES, network: Any = None) -> torch.Tensor:
-    """[captions, samples, 64, 64] latents, from noise that depends on the seed alone. ``network(x, t, output)`` may change the output."""
-    captions = demo.embed_captions(0)
-    scheduler.set_timesteps(steps)
-    noise = torch.randn(samples, 64, CANVAS // 8, CANVAS // 8, generator=torch.Generator().manual_seed(seed + 1000))
-    x = noise.repeat(len(ASKED), 1, 1, 1) * scheduler.init_noise_sigma
-    conditioning = captions.conditioning(torch.arange(len(ASKED)).repeat_interleave(samples))
-    generator = torch.Generator().manual_seed(seed + 2000)
-    extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    for t in scheduler.timesteps:
-        output = unet(scheduler.scale_model_input(x, t), t, **conditioning).sample
-        x = scheduler.step(output if network is None else network(x, t, output), t, x, **extra).prev_sample
-    return demo.unfold(x).reshape(len(ASKED), samples, CANVAS, CANVAS)
+def generate(unet: Any, scheduler: Any, seed: int, network: Any = None) -> torch.Tensor:
+    """[captions, SAMPLES, 64, 64] latents in 25 steps, from noise that depends on the seed alone."""
+    return demo.sample(unet, scheduler, demo.embed_captions(0), seed, SAMPLES, 25, lambda work, name: iter(work), network)
 
 
 def brightness(pictures: torch.Tensor) -> dict[str, Any]:
@@ -153,7 +79,7 @@ def brightness(pictures: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def held_out(photos: Photos, objective: Objective, unet: Any, count: int = 24) -> dict[str, float]:
+def held_out(photos: demo.Photos, objective: Objective, unet: Any, count: int = 24) -> dict[str, float]:
     """Validation loss on exposures that were not trained on (of the same crops), at ten timesteps."""
     captions = demo.embed_captions(0)
     latents, caption = photos.draw(count, torch.Generator().manual_seed(10**6))
@@ -166,22 +92,26 @@ def held_out(photos: Photos, objective: Objective, unet: Any, count: int = 24) -
 
 def adapt(
     job: Job, work: Path, from_type: str, objective: Objective, steps: int, at: Sequence[int], sampler: str = "dpmpp_2m"
-) -> tuple[Any, Photos, list[dict[str, Any]]]:
-    """Finetune the stock checkpoint of ``from_type`` for another objective. The learning rate, 3e-4, falls to 0 over the last half.
-    Returns the network, its photographs, and the measurements after the steps ``at`` (0: before training)."""
-    unet, photos = base(job.seed, work, from_type), Photos(job.seed)
+) -> tuple[Any, list[dict[str, Any]]]:
+    """Finetune the stock checkpoint of ``from_type`` for another objective, as the demo does. Returns the network and the measurements
+    after the steps ``at`` (0: before training)."""
+    unet, crops = base(job.seed, work, from_type).eval(), photos(job.seed)
     curve: list[dict[str, Any]] = []
 
     def measure(step: int) -> None:
+        unet.eval()
         pictures = generate(unet, objective.schedule.scheduler(sampler, objective.prediction_type), job.seed)
-        loss = held_out(photos, objective, unet)
+        loss = held_out(crops, objective, unet)
         curve.append({"step": step, **brightness(pictures), "loss": loss["loss_unweighted"], "terminal": loss["loss_unweighted/t999"]})
+        unet.train()
 
     if 0 in at:
         measure(0)
-    rate = lambda step: 3e-4 * min(1, (step + 1) / 20, 2 * (steps - step) / steps)  # noqa: E731
-    train(unet, objective, photos, job.seed + 100, steps, rate, at, measure)
-    return unet.eval(), photos, curve
+    rates = demo.rates(SETTINGS.finetuning_rate, steps, 20, 0.5)
+    for step, _ in enumerate(demo.train(unet, objective, crops, demo.embed_captions(0), job.seed + 100, rates), 1):
+        if step in at:
+            measure(step)
+    return unet.eval(), curve
 
 
 # ---------------------------------------------------------------- running

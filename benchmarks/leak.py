@@ -37,10 +37,10 @@ def work(job: lab.Job, folder: Path) -> dict[str, Any]:
     schedule = SCHEDULES[schedule_name]
     timesteps = TimestepSampler(schedule, **DRAWS[draw[0]]) if draw else None
     at = LONG if start == "epsilon" else SHORT
-    unet, _, curve = lab.adapt(job, folder, start, Objective(schedule, end, timesteps=timesteps), at[-1], at)
+    unet, curve = lab.adapt(job, folder, start, Objective(schedule, end, timesteps=timesteps), at[-1], at)
     if end == "v_prediction":
         return {"curve": curve}
-    ddim = [lab.generate(unet, schedule.scheduler("ddim", end), job.seed, network=network) for network in (None, bounded(schedule))]
+    ddim = [lab.generate(unet, schedule.scheduler("ddim", end), job.seed, network) for network in (None, bounded(schedule))]
     return {"curve": curve, "ddim": [lab.brightness(pictures) for pictures in ddim]}
 
 

@@ -25,7 +25,7 @@ def work(job: lab.Job, folder: Path) -> dict[str, Any]:
     where, name = job.key.split(": ")
     objective = Objective(ZERO, "v_prediction", weighting=WEIGHTS[name])
     if where == "photos":
-        return {"curve": lab.adapt(job, folder, "v_prediction", objective, AT[-1], AT)[2]}
+        return {"curve": lab.adapt(job, folder, "v_prediction", objective, AT[-1], AT)[1]}
     data = digits.Digits(job.seed)
     network = digits.train(objective, data, job.seed)
     generated = digits.generate(network, ZERO, "v_prediction", "dpmpp_2m", 25, job.seed)

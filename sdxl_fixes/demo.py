@@ -1,4 +1,4 @@
-"""`sdxl-fixes demo`: train a tiny SDXL U-Net with the stock and with the fixed noise schedule, offline on a CPU, and measure both.
+"""`sdxl-fixes demo`: train a tiny SDXL U-Net as SDXL was, finetune it with the fixed noise schedule, offline on a CPU, and measure both.
 
 There are no VAE and no text encoder offline, so the latents are the photo's own pixels and each caption word is a frozen random
 vector; the network class, the noise, the objective and the sampler are the real ones. The report says all this, too.
@@ -7,7 +7,9 @@ vector; the network class, the noise, the objective and the sampler are the real
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
+import inspect
 import json
 import math
 import sys
@@ -25,12 +27,12 @@ from sdxl_fixes.files import replacing
 from sdxl_fixes.objective import Objective
 from sdxl_fixes.schedule import NoiseSchedule
 
-CAPTIONS = {"a dark photo": -1.6, "a photo": 0.0, "a bright photo": 1.6}  # and the brightness that each asks for
+CAPTIONS = {"a dark photo": -1.0, "a photo": 0.0, "a bright photo": 1.0}  # and the brightness that each asks for
+SPREAD = 0.3  # standard deviation of the photos' brightness around that: captions do not say everything
 GREY, UNIT = 0.5, 0.25  # latent = (pixel - GREY)/UNIT: 0 is middle grey, -2 black, +2 white
-CANVAS = 128  # latent pixels per side: SDXL's own at 1024 x 1024, because the flaw grows with the canvas
-FOLD = 8  # 128 x 128 pixels are folded to 16 x 16 sites of 64 channels: nothing is lost and the network is cheap
+CANVAS = 64  # latent pixels per side: SDXL's own at 512 x 512; the flaw grows with the canvas
+FOLD = 8  # 64 x 64 pixels are folded to 8 x 8 sites of 64 channels: nothing is lost and the network is cheap
 TEXT_WIDTH = 64
-STAND_IN_SIGMA = 20000.0  # "zero terminal SNR" that epsilon can be divided by
 PHOTOS = (
     *("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png", "gravel.png"),
     *("hubble_deep_field.jpg", "moon.png", "motorcycle_left.png", "motorcycle_right.png", "retina.jpg", "rocket.jpg"),
@@ -46,23 +48,26 @@ class Settings:
     """Sizes of one demo. The defaults take about four minutes on two cores."""
 
     seed: int = 0
-    steps: int = 250  # training steps per run
+    steps: int = 1000  # from scratch, on the stock schedule
+    finetuning_steps: int = 150
     batch: int = 8  # photos per step
-    learning_rate: float = 1e-3  # at the start of the cosine
-    crops: int = 384  # different crops to draw from, each in three exposures
-    widths: tuple[int, ...] = (128, 64)  # channels of the U-Net at 16 x 16 (at least twice 64) and at 8 x 8
-    samples: int = 8  # generated pictures per caption
+    learning_rate: float = 1e-3  # after a warm-up; falls to 0 over the last 30 %
+    finetuning_rate: float = 3e-4  # after a warm-up; falls to 0 over the last half
+    crops: int = 512  # different crops to draw from
+    widths: tuple[int, ...] = (128, 64)  # channels of the U-Net at 8 x 8 (at least twice 64) and at 4 x 4
+    samples: int = 12  # generated pictures per caption
     sampling_steps: int = 25
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What one training run is to show: a prediction type and a schedule."""
+    """What one training run is to show: a prediction type and a schedule; a run with a ``start`` finetunes that run's network."""
 
     key: str
     label: str
     prediction_type: str
     schedule: NoiseSchedule
+    start: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,32 +99,50 @@ class Result:
 
 
 def variants() -> list[Variant]:
-    """Prediction type x schedule; the finite stand-in lets epsilon take part, the last run is the exact schedule."""
+    """What SDXL is and its v-prediction twin, from scratch; finetunes of them in which the schedule alone changes, and one as it was."""
     stock = NoiseSchedule.sdxl()
-    stand_in, exact = stock.with_terminal_sigma(STAND_IN_SIGMA, "rescale"), stock.zero_terminal_snr()
+    sigma_300, zero = stock.with_terminal_sigma(300), stock.zero_terminal_snr()
     return [
         Variant("stock_epsilon", "epsilon, stock schedule", "epsilon", stock),
-        Variant("fixed_epsilon", f"epsilon, terminal sigma {STAND_IN_SIGMA:.0f}", "epsilon", stand_in),
+        Variant("fixed_epsilon", "epsilon, then sigma 300", "epsilon", sigma_300, "stock_epsilon"),
         Variant("stock_v", "v, stock schedule", "v_prediction", stock),
-        Variant("fixed_v", f"v, terminal sigma {STAND_IN_SIGMA:.0f}", "v_prediction", stand_in),
-        Variant("ztsnr_v", "v, zero terminal SNR", "v_prediction", exact),
+        Variant("longer_v", "v, stock schedule for longer", "v_prediction", stock, "stock_v"),
+        Variant("fixed_v", "v, then sigma 300", "v_prediction", sigma_300, "stock_v"),
+        Variant("ztsnr_v", "v, then zero terminal SNR", "v_prediction", zero, "stock_v"),
     ]
 
 
 # ---------------------------------------------------------------- data
 
 
-@dataclass(frozen=True)
 class Photos:
-    """Crops that can be exposed to any of the three brightnesses."""
+    """Crops that can be exposed to any brightness. Exposure is a shift of the logits: like film, it never clips.
 
-    logits: torch.Tensor  # [N, CANVAS, CANVAS]: log(p / (1 - p)) of the grey pixel p
-    shifts: torch.Tensor  # [N, captions]: what to add to the logits so that the picture's mean is what the caption says
+    ``logits``: log(p / (1 - p)) of the grey pixel p, [N, CANVAS, CANVAS].
+    """
 
-    def latents(self, index: torch.Tensor, caption: torch.Tensor) -> torch.Tensor:
-        """Crops ``index`` ([B]) exposed as captions ``caption`` ([B]) say -> [B, 1, CANVAS, CANVAS] latents."""
-        pixels = torch.sigmoid(self.logits[index] + self.shifts[index, caption][:, None, None])
-        return ((pixels - GREY) / UNIT)[:, None]
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits, self.shifts = logits, torch.linspace(-8, 8, 65)
+        self.means = torch.stack([_expose(logits, shift).mean((1, 2)) for shift in self.shifts.tolist()], 1)  # [N, 65]
+
+    def latents(self, index: torch.Tensor, brightness: torch.Tensor) -> torch.Tensor:
+        """Crops ``index`` ([B]) of mean ``brightness`` ([B], -2 to 2) -> folded latents, as :func:`fold` makes them."""
+        means = self.means[index]
+        after = (means < brightness[:, None]).sum(1).clamp(1, len(self.shifts) - 1)
+        low, high = (means.gather(1, column[:, None])[:, 0] for column in (after - 1, after))
+        shift = self.shifts[after - 1] + (self.shifts[1] - self.shifts[0]) * ((brightness - low) / (high - low)).clamp(0, 1)
+        return fold(_expose(self.logits[index], shift[:, None, None])[:, None])
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """``count`` captioned photos: folded latents, and the captions' numbers [B]."""
+        index = torch.randint(len(self.logits), (count,), generator=generator)
+        caption = torch.randint(len(CAPTIONS), (count,), generator=generator)
+        brightness = torch.tensor(list(CAPTIONS.values()))[caption] + SPREAD * torch.randn(count, generator=generator)
+        return self.latents(index, brightness.clamp(-1.8, 1.8)), caption
+
+
+def _expose(logits: torch.Tensor, shift: torch.Tensor | float) -> torch.Tensor:
+    return (torch.sigmoid(logits + shift) - GREY) / UNIT
 
 
 def load_photos(settings: Settings) -> Photos:
@@ -140,23 +163,7 @@ def load_photos(settings: Settings) -> Photos:
         left, top = (int(draw.integers(0, length - side + 1)) for length in photo.size)
         crop = np.asarray(photo.resize((CANVAS, CANVAS), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side)))
         crops.append(crop[:, ::-1] if draw.random() < 0.5 else crop)
-    # Exposure is a shift of the logits: like film, it never clips, and every mean between black and white can be reached.
-    logits = torch.logit(torch.from_numpy(np.stack(crops)).float() / 255, eps=0.02)
-    return Photos(logits, _exposures(logits))
-
-
-def _exposures(logits: torch.Tensor) -> torch.Tensor:
-    """[N, captions]: by bisection, 18 halvings of [-12, 12], i.e. to 1e-4."""
-    wanted = GREY + UNIT * torch.tensor(list(CAPTIONS.values()))
-    columns = []
-    for mean in wanted:
-        low, high = torch.full((len(logits),), -12.0), torch.full((len(logits),), 12.0)
-        for _ in range(18):
-            middle = (low + high) / 2
-            dark = torch.sigmoid(logits + middle[:, None, None]).mean((1, 2)) < mean
-            low, high = torch.where(dark, middle, low), torch.where(dark, high, middle)
-        columns.append((low + high) / 2)
-    return torch.stack(columns, 1)
+    return Photos(torch.logit(torch.from_numpy(np.stack(crops)).float() / 255, eps=0.02))
 
 
 def _cosines() -> torch.Tensor:
@@ -261,43 +268,46 @@ def _start_as_identity(unet: Any) -> None:
     shortcut.bias.zero_()
 
 
-def train(variant: Variant, photos: Photos, captions: Captions, settings: Settings, progress: Progress) -> tuple[Any, list[float]]:
-    """A U-Net trained for one variant, and its losses. Initial weights, photos, noise and timesteps depend on the seed alone."""
-    unet = build_unet(settings)
-    objective = Objective(variant.schedule, variant.prediction_type)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=settings.learning_rate)
-    warm_up = max(1, settings.steps // 20)
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / warm_up) * (1 + math.cos(math.pi * step / settings.steps)) / 2
-    )
-    generator = torch.Generator().manual_seed(settings.seed)
-    losses = []
-    for _ in progress(range(settings.steps), f"train {variant.label}"):
-        index = torch.randint(len(photos.logits), (settings.batch,), generator=generator)
-        caption = torch.randint(len(CAPTIONS), (settings.batch,), generator=generator)
-        latents = fold(photos.latents(index, caption))
+def train(
+    unet: Any, objective: Objective, photos: Photos, captions: Captions, seed: int, rates: Iterable[float], batch: int = Settings.batch
+) -> Iterator[float]:
+    """AdamW, a step for each learning rate; yields the losses. Photos, captions, noise and timesteps depend on the seed alone."""
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1.0)
+    generator = torch.Generator().manual_seed(seed)
+    for rate in rates:
+        latents, caption = photos.draw(batch, generator)
         step = objective.draw(latents, generator=generator)
         loss = objective.loss(unet(step.noisy, step.timesteps, **captions.conditioning(caption)).sample, step)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         optimizer.step()
-        rate.step()
         optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return unet.eval(), losses
+        yield float(loss.detach())
+
+
+def rates(peak: float, steps: int, warm_up: int, falling: float) -> list[float]:
+    """Learning rates: linear up to ``peak`` in ``warm_up`` steps, and linear down to 0 over the last share ``falling``."""
+    return [peak * min(1, (step + 1) / warm_up, (steps - step) / (falling * steps)) for step in range(steps)]
 
 
 @torch.no_grad()
-def sample(unet: Any, scheduler: Any, captions: Captions, settings: Settings, progress: Progress) -> torch.Tensor:
-    """[captions, samples, CANVAS, CANVAS] pictures from the same starting noise for every variant and every caption, without guidance."""
-    scheduler.set_timesteps(settings.sampling_steps)
-    generator = torch.Generator().manual_seed(settings.seed + 1)
-    noise = torch.randn(settings.samples, FOLD**2, CANVAS // FOLD, CANVAS // FOLD, generator=generator)
-    latents = noise.repeat(len(CAPTIONS), 1, 1, 1) * scheduler.init_noise_sigma
-    conditioning = captions.conditioning(torch.arange(len(CAPTIONS)).repeat_interleave(settings.samples))
+def sample(
+    unet: Any, scheduler: Any, captions: Captions, seed: int, samples: int, steps: int, progress: Progress, network: Any = None
+) -> torch.Tensor:
+    """[captions, samples, CANVAS, CANVAS] pictures, without guidance, from noise that is the same for every network and every caption.
+    ``network(x, t, output)`` may replace the U-Net's output."""
+    scheduler.set_timesteps(steps)
+    noise = torch.randn(samples, FOLD**2, CANVAS // FOLD, CANVAS // FOLD, generator=torch.Generator().manual_seed(seed + 1000))
+    x = noise.repeat(len(CAPTIONS), 1, 1, 1) * scheduler.init_noise_sigma
+    conditioning = captions.conditioning(torch.arange(len(CAPTIONS)).repeat_interleave(samples))
+    drawn = torch.Generator().manual_seed(seed + 2000)
+    options = {"generator": drawn} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for t in progress(scheduler.timesteps, "sample"):
-        latents = scheduler.step(unet(scheduler.scale_model_input(latents, t), t, **conditioning).sample, t, latents).prev_sample
-    return unfold(latents).reshape(len(CAPTIONS), settings.samples, CANVAS, CANVAS)
+        output = unet(scheduler.scale_model_input(x, t), t, **conditioning).sample
+        x = scheduler.step(output if network is None else network(x, t, output), t, x, **options).prev_sample
+    return unfold(x).reshape(len(CAPTIONS), samples, CANVAS, CANVAS)
 
 
 # ---------------------------------------------------------------- the demo
@@ -306,15 +316,24 @@ Progress = Callable[[Iterable[Any], str], Iterator[Any]]
 
 
 def compare(settings: Settings, progress: Progress, which: list[Variant] | None = None) -> list[Result]:
-    """Train and sample every variant."""
+    """Train and sample every variant; a variant's start must come before it."""
     photos, captions = load_photos(settings), embed_captions(settings.seed)
+    networks: dict[str | None, Any] = {}
     results = []
     for variant in variants() if which is None else which:
         start = time.perf_counter()
-        unet, losses = train(variant, photos, captions, settings, progress)
-        # diffusers' trailing spacing for all, so that the training alone differs; no clipping: latents have no bounds
-        scheduler = variant.schedule.scheduler("ddim", variant.prediction_type, "trailing")
-        pictures = sample(unet, scheduler, captions, settings, progress)
+        if variant.start is None:
+            unet, seed = build_unet(settings), settings.seed
+            plan = rates(settings.learning_rate, settings.steps, 50, 0.3)
+        else:
+            unet, seed = copy.deepcopy(networks[variant.start]), settings.seed + 100
+            plan = rates(settings.finetuning_rate, settings.finetuning_steps, 20, 0.5)
+        objective = Objective(variant.schedule, variant.prediction_type)
+        work = progress(plan, f"train {variant.label}")
+        losses = list(train(unet.train(), objective, photos, captions, seed, work, settings.batch))
+        networks[variant.key] = unet.eval()
+        scheduler = variant.schedule.scheduler("dpmpp_2m", variant.prediction_type)
+        pictures = sample(unet, scheduler, captions, settings.seed, settings.samples, settings.sampling_steps, progress)
         parameters = sum(parameter.numel() for parameter in unet.parameters())
         results.append(Result(variant, losses, pictures, parameters, time.perf_counter() - start))
     return results
@@ -323,7 +342,9 @@ def compare(settings: Settings, progress: Progress, which: list[Variant] | None 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``sdxl-fixes demo``."""
     parser.add_argument("--seed", type=int, default=Settings.seed, help="initial weights, photos, noise and timesteps (default 0)")
-    parser.add_argument("--steps", type=int, default=Settings.steps, help=f"training steps per run (default {Settings.steps})")
+    parser.add_argument(
+        "--steps", type=int, default=Settings.steps, help=f"training steps on the stock schedule (default {Settings.steps})"
+    )
     parser.add_argument("--output", type=Path, default=Path("sdxl-fixes-demo"), metavar="DIR", help="folder for the report")
     parser.add_argument("--json", action="store_true", help="print results.json instead of the table")
 
@@ -426,7 +447,10 @@ def table(numbers: dict[str, Any]) -> str:
         got = "".join(f"{cell['got']:>11.2f} ±{cell['spread']:>5.2f}" for cell in row["captions"])
         lines.append(f"{row['label']:<30}{got}{row['miss']:>12.2f}{row['final_loss']:>12.3f}")
     lines.append("Brightness: 0 is middle grey, 1 a quarter of the way from black to white; ± is the spread over the generated pictures.")
-    lines.append(f"{settings['samples']} pictures per caption, {settings['steps']} training steps, seed {settings['seed']}.")
+    lines.append(
+        f"{settings['samples']} pictures per caption, {settings['steps']} training steps on the stock schedule, "
+        f"{settings['finetuning_steps']} of finetuning, seed {settings['seed']}."
+    )
     return "\n".join(lines)
 
 

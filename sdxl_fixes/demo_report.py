@@ -15,20 +15,23 @@ from sdxl_fixes.schedule import NoiseSchedule
 if TYPE_CHECKING:
     from sdxl_fixes.demo import Result
 
-COLOURS = {"stock_epsilon": "#e59866", "fixed_epsilon": "#935116", "stock_v": "#c0392b", "fixed_v": "#7fb3d5", "ztsnr_v": "#1f618d"}
-NEAR = 0.4  # a quarter of the step from one caption to the next
+COLOURS = {"stock_epsilon": "#e59866", "fixed_epsilon": "#935116", "stock_v": "#c0392b", "longer_v": "#d98880"}
+COLOURS |= {"fixed_v": "#7fb3d5", "ztsnr_v": "#1f618d"}
+NEAR = 0.5  # half of the step from one caption to the next
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 img{max-width:100%;display:block;margin:1rem 0}pre{overflow-x:auto;background:#f4f4f4;padding:.8rem;font-size:13px}h2{margin-top:2rem}"""
 
 
 def picture(results: list[Result]) -> bytes:
     """PNG for the README: SDXL's own training, then v-prediction instead, then zero terminal SNR with it."""
-    rows = [result for key in ("stock_epsilon", "stock_v", "ztsnr_v") for result in results if result.variant.key == key]
-    return _grid(rows, columns=2, dpi=72)  # noise packs badly: under 400 kB
+    rows = [result for key in ("stock_epsilon", "longer_v", "ztsnr_v") for result in results if result.variant.key == key]
+    return _grid(rows, columns=3, dpi=72)  # noise packs badly: under 400 kB
 
 
 def page(numbers: dict[str, Any], results: list[Result], table: str) -> str:
     """The whole report as HTML that asks for nothing outside itself. ``table`` is the plain-text table of ``numbers``."""
+    from sdxl_fixes.demo import SPREAD
+
     settings, canvas, stock = numbers["settings"], numbers["canvas"], NoiseSchedule.sdxl()
     zero = next(row for row in numbers["runs"] if row["key"] == "ztsnr_v")
     # What the stock schedule's last training step shows of a picture's mean, and how far noise alone moves that mean
@@ -51,23 +54,25 @@ one.</p>
 {_image(_schedules(results), "residual signal and sigma of the schedules")}
 <h2>What came out</h2>
 <ul>{"".join(f"<li>{html.escape(sentence)}</li>" for sentence in verdicts(numbers))}</ul>
-{_image(_grid(results, columns=2), "generated pictures: one row per run, one column per caption")}
+{_image(_grid(results, columns=3), "generated pictures: one row per run, one column per caption")}
 {_image(_brightness(numbers), "brightness asked and got")}
 <pre>{html.escape(table)}</pre>
 {_image(_losses(numbers), "training losses")}
 <p>Losses of different prediction types or schedules measure different tasks, so do not compare their heights. The brightness is the
 measurement.</p>
 <h2>How it was measured</h2>
-<p>Network: diffusers' UNet2DConditionModel, SDXL's class and structure, with {numbers["parameters"] / 1e6:.1f} million parameters. Every
-run (seed {settings["seed"]}) has the same initial weights and sees the same photos, noise and timesteps in the same order:
-{settings["steps"]} steps of {settings["batch"]} photos. Only prediction type and schedule differ. Generation: DDIM,
-{settings["sampling_steps"]} steps, trailing spacing, no guidance, {settings["samples"]} pictures per caption, from the same starting noise
-in every run and for every caption.</p>
-<p>Photos: random crops of the photographs inside the scikit-image package, in black and white, each exposed so that its mean is what its
-caption says. Brightness 0 is middle grey, and 1 is a quarter of the way from black to white. There are no VAE and no text encoder
-offline: the latents are the photo's own pixels, turned into 64 channels of 16 x 16 by the 8 x 8 cosine transform of JPEG (a rotation:
-nothing is lost and white noise stays white), and each caption word is a frozen random vector.</p>
-<p>Epsilon-prediction cannot generate from a terminal SNR of 0, so a terminal sigma of 20000 stands in for it where both prediction types
+<p>Network: diffusers' UNet2DConditionModel, SDXL's class and structure, with {numbers["parameters"] / 1e6:.1f} million parameters. Runs
+of the same length (seed {settings["seed"]}) see the same photos, noise and timesteps in the same order: {settings["steps"]} steps of
+{settings["batch"]} photos on the stock schedule, and {settings["finetuning_steps"]} more from there on another schedule or, for comparison,
+on the same. Only prediction type and schedule differ. Generation: DPM-Solver++ (2M) on the schedule that was trained last,
+{settings["sampling_steps"]} steps, no guidance, {settings["samples"]} pictures per caption, from the same starting noise in every run and
+for every caption.</p>
+<p>Photos: random crops of the photographs inside the scikit-image package, in black and white, exposed so that the means of the photos
+under one caption spread by {SPREAD} around what it says, since captions do not say everything. Brightness 0 is middle grey, and 1 is a
+quarter of the way from black to white. There are no VAE and no text encoder offline: the latents are the photo's own pixels, turned into
+64 channels of 8 x 8 by the 8 x 8 cosine transform of JPEG (a rotation: nothing is lost and white noise stays white), and each caption
+word is a frozen random vector.</p>
+<p>Epsilon-prediction cannot generate from a terminal SNR of 0, so a terminal sigma of 300 stands in for it where both prediction types
 are compared. Even so, epsilon-prediction multiplies the network's error by that sigma in the first step of generation; v-prediction does
 not.</p>
 <p>A training of minutes is too short to judge pictures by their detail: judge the brightness. This shows the mechanism on one tiny
@@ -80,11 +85,11 @@ def verdicts(numbers: dict[str, Any]) -> list[str]:
     """What the numbers say: the schedule judged with the prediction type held fixed, then the reverse."""
     runs = {row["key"]: row for row in numbers["runs"]}
     pairs = (
-        ("With v-prediction, going from the stock schedule to zero terminal SNR", "stock_v", "ztsnr_v"),
-        ("With v-prediction, going from the stock schedule to a terminal sigma of 20000", "stock_v", "fixed_v"),
-        ("With epsilon-prediction, going from the stock schedule to a terminal sigma of 20000", "stock_epsilon", "fixed_epsilon"),
-        ("With the stock schedule, going from epsilon- to v-prediction", "stock_epsilon", "stock_v"),
-        ("With a terminal sigma of 20000, going from epsilon- to v-prediction", "fixed_epsilon", "fixed_v"),
+        ("With v-prediction, finetuning with zero terminal SNR instead of the stock schedule", "longer_v", "ztsnr_v"),
+        ("With v-prediction, finetuning to a terminal sigma of 300 instead of the stock schedule", "longer_v", "fixed_v"),
+        ("With epsilon-prediction, finetuning to a terminal sigma of 300", "stock_epsilon", "fixed_epsilon"),
+        ("With the stock schedule, v- instead of epsilon-prediction", "stock_epsilon", "stock_v"),
+        ("With a terminal sigma of 300, v- instead of epsilon-prediction", "fixed_epsilon", "fixed_v"),
     )
     sentences = []
     for what, before, after in pairs:
@@ -150,10 +155,10 @@ def _losses(numbers: dict[str, Any]) -> bytes:
 def _schedules(results: list[Result]) -> bytes:
     figure = _figure(9, 3)
     signal, sigma = figure.subplots(1, 2)
-    for key in ("stock_v", "ztsnr_v"):
+    for key in ("stock_v", "fixed_v", "ztsnr_v"):
         for result in (result for result in results if result.variant.key == key):
             schedule = result.variant.schedule
-            style = {"color": COLOURS[key], "label": result.variant.label.removeprefix("v, ")}
+            style = {"color": COLOURS[key], "label": result.variant.label.removeprefix("v, ").removeprefix("then ")}
             signal.plot(schedule.sqrt_alphas_cumprod, **style)
             finite = schedule.sigmas[np.isfinite(schedule.sigmas)]
             sigma.plot(finite, **style)

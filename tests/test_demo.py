@@ -14,7 +14,7 @@ pytest.importorskip("tqdm")
 
 from sdxl_fixes import demo
 
-TINY = demo.Settings(steps=2, batch=2, crops=4, samples=1, sampling_steps=2, widths=(128, 32))
+TINY = demo.Settings(steps=2, finetuning_steps=2, batch=2, crops=4, samples=1, sampling_steps=2, widths=(128, 32))
 FILES = {"demo.png", "report.html", "results.json"}
 
 
@@ -43,7 +43,7 @@ def test_writes_the_three_files_and_no_other(tiny):
     numbers, output = tiny
     assert {file.name for file in output.iterdir()} == FILES
     assert json.loads((output / "results.json").read_text()) == numbers
-    assert [row["key"] for row in numbers["runs"]] == ["stock_epsilon", "fixed_epsilon", "stock_v", "fixed_v", "ztsnr_v"]
+    assert [row["key"] for row in numbers["runs"]] == ["stock_epsilon", "fixed_epsilon", "stock_v", "longer_v", "fixed_v", "ztsnr_v"]
     assert all(len(row["losses"]) == TINY.steps for row in numbers["runs"])
     assert (output / "demo.png").read_bytes().startswith(b"\x89PNG")
 
@@ -76,8 +76,8 @@ def test_verdicts_follow_the_numbers():
     from sdxl_fixes.demo_report import verdicts
 
     def numbers(stock, fixed):
-        row = {"stock_epsilon": stock, "fixed_epsilon": fixed, "stock_v": stock, "fixed_v": fixed, "ztsnr_v": fixed}
-        cells = {key: [{"asked": asked, "each": [asked + miss, asked - miss]} for asked in (-1.6, 0.0, 1.6)] for key, miss in row.items()}
+        row = {"stock_epsilon": stock, "fixed_epsilon": fixed, "stock_v": stock, "longer_v": stock, "fixed_v": fixed, "ztsnr_v": fixed}
+        cells = {key: [{"asked": asked, "each": [asked + miss, asked - miss]} for asked in (-1.0, 0.0, 1.0)] for key, miss in row.items()}
         return {"runs": [{"key": key, "label": key, "miss": miss, "captions": cells[key]} for key, miss in row.items()]}
 
     assert "lowers" in verdicts(numbers(1.0, 0.1))[0]
@@ -85,13 +85,6 @@ def test_verdicts_follow_the_numbers():
     assert "hardly changes" in verdicts(numbers(0.11, 0.1))[0]
     assert "stock_v: 0 of 6 pictures" in " ".join(verdicts(numbers(1.0, 0.1)))
     assert "stock_v: 6 of 6 pictures" in " ".join(verdicts(numbers(0.1, 1.0)))
-
-
-def test_photos_have_the_brightness_of_their_caption():
-    photos = demo.load_photos(demo.Settings(crops=14))
-    for number, asked in enumerate(demo.CAPTIONS.values()):
-        latents = photos.latents(torch.arange(14), torch.full((14,), number))
-        torch.testing.assert_close(latents.mean((1, 2, 3)), torch.full((14,), asked), atol=2e-3, rtol=0)
 
 
 def test_folding_is_a_rotation():
@@ -104,7 +97,7 @@ def test_folding_is_a_rotation():
 
 def test_the_network_starts_as_half_the_identity():
     unet, captions = demo.build_unet(TINY), demo.embed_captions(0)
-    noise = torch.randn(2, demo.FOLD**2, 16, 16)
+    noise = torch.randn(2, demo.FOLD**2, 8, 8)
     with torch.no_grad():
         out = unet(noise, torch.tensor(500), **captions.conditioning(torch.tensor([0, 2]))).sample
     torch.testing.assert_close((out * noise).mean(), torch.tensor(0.5), atol=0.05, rtol=0)
@@ -139,13 +132,10 @@ def test_missing_extras_are_named_with_the_command_that_installs_them(tmp_path, 
 
 
 @pytest.mark.slow
-def test_zero_terminal_snr_obeys_the_caption_more_closely_than_the_stock_schedule():
-    # Not "and the stock schedule does not": with these settings it comes within 0.4, too (docs/demo-record.md).
-    variants = [row for row in demo.variants() if row.key in ("stock_v", "ztsnr_v")]
-    stock, fixed = demo.compare(demo.Settings(), lambda work, name: iter(work), variants)
+def test_the_stock_schedule_is_grey_and_zero_terminal_snr_obeys_the_caption():
+    variants = [row for row in demo.variants() if row.key in ("stock_v", "longer_v", "ztsnr_v")]
+    _, stock, fixed = demo.compare(demo.Settings(), lambda work, name: iter(work), variants)
     asked = torch.tensor(list(demo.CAPTIONS.values()))
-    got = torch.tensor(fixed.brightness).mean(1)
-    miss, stock_miss = (got - asked).abs(), (torch.tensor(stock.brightness).mean(1) - asked).abs()
-    assert (got.diff() > 0).all(), got
-    assert (miss < 0.4).all(), got
-    assert miss.mean() < stock_miss.mean(), (miss, stock_miss)
+    got, grey = (torch.tensor(result.brightness).mean(1) for result in (fixed, stock))
+    assert ((got - asked).abs() < 0.25).all(), got
+    assert grey.abs().max() < 0.7, grey

@@ -50,7 +50,7 @@ def test_the_distance_is_the_energy_distance():
 
 @pytest.fixture(scope="module")
 def photos():
-    return lab.Photos(0)
+    return lab.photos(0)
 
 
 def test_photographs_have_the_brightness_that_was_drawn(photos):
