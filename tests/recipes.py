@@ -1,0 +1,45 @@
+"""examples/recipes, read for tests."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+from sdxl_fixes.dataset import load_toml
+
+FOLDER = Path(__file__).resolve().parent.parent / "examples" / "recipes"
+KOHYA = {
+    "big_v_ztsnr": "sdxl_train.py",
+    "one_card_v_ztsnr": "sdxl_train.py",
+    "lora_v_ztsnr": "sdxl_train_network.py",
+    "epsilon": "sdxl_train.py",
+}
+DIFFUSERS = {
+    "big_v_ztsnr": "train_text_to_image_sdxl.py",
+    "lora_v_ztsnr": "train_text_to_image_lora_sdxl.py",
+    "epsilon": "train_text_to_image_sdxl.py",
+}
+
+
+def keys(recipe):
+    """A kohya recipe's settings, its sections put together as kohya does."""
+    return {key: value for section in load_toml(FOLDER / f"{recipe}.toml").values() for key, value in section.items()}
+
+
+def data(recipe):
+    """The data set's file of a kohya recipe."""
+    return load_toml(FOLDER / keys(recipe)["dataset_config"])
+
+
+def command(recipe, folder, *flags, **environment):
+    """What a shell recipe gives to ``accelerate launch``; it runs with a stand-in for accelerate, made in ``folder``."""
+    stand_in = folder / "accelerate"
+    stand_in.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    stand_in.chmod(stand_in.stat().st_mode | stat.S_IXUSR)
+    environment = {**os.environ, **environment, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    shell = subprocess.run(
+        ["bash", str(FOLDER / f"{recipe}.sh"), *flags], capture_output=True, text=True, cwd=folder, env=environment, check=True
+    )
+    return json.loads(shell.stdout)
