@@ -118,9 +118,9 @@ def strata():
     """Independent and stratified draws of an optimizer step, in closed form."""
     rows = []
     for n in (4, 8, 16, 64, 2048):
-        miss, spread = f"{100 * 0.9**n:.3g} % / {100 * max(0.0, 1 - n / 10):.3g} %", 1000 / math.sqrt(12 * n)
+        miss, spread = f"{100 * 0.9**n:.1f} % / {100 * max(0.0, 1 - n / 10):.1f} %", 1000 / math.sqrt(12 * n)
         rows.append([n, miss, f"{spread:.3g} / {spread / n:.3g}"])
-    return table(["draws in a step", "no draw in the last tenth", "spread of the mean timestep"], rows)
+    return table(["samples in a step", "chance of none in the last tenth", "spread of their mean timestep"], rows)
 
 
 def shares():
