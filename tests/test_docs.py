@@ -174,7 +174,7 @@ def test_stratified_draws_are_as_even_as_the_page_says(draws):
 @pytest.mark.parametrize("page", PAGES)
 def test_the_page_fits_and_points_to_its_evidence(page):
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 85
+    assert len(text.splitlines()) <= 90
     evidence = text.split("\n## Evidence\n")[1].strip().splitlines()
     assert len(evidence) == 1
     if page in EVIDENCE:
