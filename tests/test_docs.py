@@ -163,6 +163,24 @@ def test_the_closed_form_of_the_leak_is_the_one_that_the_schedulers_page_measure
         assert (float(lost), float(spreads.split(",")[1])) == pytest.approx((-100 * leak_of(64, sigma)[0], leak_of(64, sigma)[1]), abs=0.06)
 
 
+def said(page):
+    return " ".join((DOCS / f"{page}.md").read_text(encoding="utf-8").split())
+
+
+def test_the_numbers_in_the_sentences_are_the_codes():
+    ends = said("zero-terminal-snr")
+    assert f"{SDXL.residual_signal:.4f}$: {100 * SDXL.residual_signal:.2f} % of the image" in ends
+    assert f"--height 1024`: {SDXL.for_resolution(1024, 1024).terminal_sigma:.1f}." in ends
+    assert f"the loss of 512 x 512, {100 * leak_of(32, SDXL.terminal_sigma)[0]:.0f} %," in ends
+    left = torch.from_numpy(SDXL.alphas_cumprod.copy()).to(torch.bfloat16)  # diffusers' add_noise on bfloat16 latents
+    multipliers = ((1 - left) ** 0.5).tolist()
+    values = f"the noise's multiplier takes {len(set(multipliers))} values in 1000 timesteps, and is 0 at {multipliers.count(0)}"
+    assert values in ends and values in said("recipes")
+    means = [MinSNR(5, floor).table(ZTSNR, "v_prediction").mean() for floor in (False, True)]
+    assert "mean weight rises from {:.3f} to {:.3f}".format(*means) in said("min-snr")
+    assert f"terminal step gets {MinSNR(5).table(SDXL, 'v_prediction')[-1]:.4f} by mistake" in said("min-snr")
+
+
 @pytest.mark.parametrize("draws", [4, 16])
 def test_stratified_draws_are_as_even_as_the_page_says(draws):
     sampler = TimestepSampler(SDXL, stratified=True)

@@ -10,6 +10,7 @@ import shutil
 
 import pytest
 import recipes
+from recipes import ADAFACTOR, FULL, KEPT, LORA, LORA_32, RECOMPUTED, TEXT_ENCODERS, UNET
 
 from sdxl_fixes import NoiseSchedule
 from sdxl_fixes.flags import FLAGS, Settings, add_flags
@@ -19,10 +20,6 @@ from sdxl_fixes.kohya.flags import add_arguments
 PAGE = recipes.FOLDER.parent.parent / "docs" / "recipes.md"
 FILES = sorted(recipes.FOLDER.iterdir())
 
-# Counted on the meta device with sd-scripts v0.10.1's SDXL U-Net and transformers' text encoders; see the page.
-UNET, TEXT_ENCODERS, LORA_32, ADAFACTOR = 2_567_463_684, 817_720_320, 85_114_880, 244_330_500  # numbers
-KEPT, RECOMPUTED = 0.551, 0.852  # GB of bfloat16 for a 1024 x 1024 image: inputs of all checkpointed blocks, inside the largest
-FULL, LORA = 26.9, 20.2  # TFLOP of a sample with gradient checkpointing: forward 6.76, again 6.76, backward 13.4; LoRA: no weight gradients
 CARDS = {"H100 SXM": 989, "RTX 4090": 165}  # dense bfloat16, TFLOP/s
 MFU = 0.25
 
@@ -123,6 +120,19 @@ def test_the_shell_recipe_accumulates_as_often_as_there_are_cards(gpus, images, 
     assert command[-2:] == ["--seed", "7"]
     steps, warm_up = (int(command[command.index(f"--{flag}") + 1]) for flag in ("max_train_steps", "lr_warmup_steps"))
     assert steps == recipes.keys("big_v_ztsnr")["max_train_steps"] and warm_up == round(100_000 / 2048)
+
+
+def test_the_numbers_in_the_pages_sentences_are_the_counted_ones():
+    text = " ".join(PAGE.read_text(encoding="utf-8").split())
+    assert f"{UNET / 1e9:.3f} billion parameters" in text and f"text encoders {TEXT_ENCODERS / 1e9:.3f} billion x 2" in text
+    assert f"Adafactor's state {ADAFACTOR / 1e9:.3f} billion x 4; a LoRA of rank 32 {LORA_32 / 1e9:.3f} billion x 16" in text
+    assert f"checkpointing {KEPT:.2f} GB of block inputs and {RECOMPUTED:.2f} GB inside the largest block" in text
+    assert f"$F={FULL}$ TFLOP" in text and f"LoRA {LORA}:" in text
+    assert f"H100 SXM {CARDS['H100 SXM']}, RTX 4090 {CARDS['RTX 4090']} TFLOP/s" in text
+    recomputing, not_recomputing = (300 / 32 * flop / CARDS["H100 SXM"] for flop in (FULL, FULL * 3 / 4))  # bigASP v2.5's samples/s
+    assert f"$u={100 * MFU:.0f}$ %" in text and recomputing == pytest.approx(MFU, abs=0.006)
+    assert f"({100 * not_recomputing:.0f} % if not)" in text
+    assert f"{12 * UNET / 1e9:.0f} GB" in text
 
 
 def test_the_pages_excerpts_are_lines_of_the_files():

@@ -75,3 +75,19 @@ def test_the_recipe_trains(recipe, assets, tmp_path):
     pairs = [step for step in trace["timesteps"] if len(step) == 2]  # of cached prompts, leftovers are smaller batches
     assert pairs and [sorted(t // 500 for t in step) for step in pairs] == [[0, 1]] * len(pairs)  # stratified
     assert (tmp_path / "out" / f"{recipe}.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_pages_estimates_start_from_what_the_real_unet_holds_and_computes():
+    process = subprocess.run([sys.executable, str(HERE / "count_unet.py")], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-3000:]
+    found = json.loads(process.stdout.splitlines()[-1])
+    assert [found[name] for name in ("unet", "text_encoders", "lora_32", "adafactor")] == [
+        *(recipes.UNET, recipes.TEXT_ENCODERS, recipes.LORA_32, recipes.ADAFACTOR)
+    ]
+    assert [found[name] / 1e9 for name in ("whole", "kept", "recomputed")] == pytest.approx(
+        [recipes.WHOLE, recipes.KEPT, recipes.RECOMPUTED], rel=0.01
+    )
+    forward, backward = found["forward"] / 1e12, found["backward"] / 1e12
+    assert forward == pytest.approx(recipes.FORWARD, abs=0.01) and forward + backward == pytest.approx(recipes.FULL, abs=0.05)
+    assert 2 * forward + (backward - forward) / 2 == pytest.approx(recipes.LORA, abs=0.05)
