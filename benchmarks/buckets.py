@@ -38,10 +38,15 @@ def inputs(count: int) -> tuple[Any, Any]:
     aspect = FORMATS[rng.choice(len(FORMATS), count, p=SHARES)] * rng.lognormal(0, 0.04, count)
     side = rng.uniform(900, 2000, count)
     sizes = np.stack([side * np.sqrt(aspect), side / np.sqrt(aspect)], axis=1).astype(np.int64)
+    return sizes, -(-tokens(count, rng) // 75)
+
+
+def tokens(count: int, rng: Any) -> Any:
+    """Tokens per prompt: words from N(45, 30), at least 1, of 1.35 tokens each."""
     words = rng.normal(45, 30, count)
     while (low := words < 1).any():
         words[low] = rng.normal(45, 30, low.sum())
-    return sizes, np.maximum(1, -(-np.ceil(1.35 * words + 1.5) // 75)).astype(np.int64)
+    return np.ceil(1.35 * words + 1.5).astype(np.int64)
 
 
 def ours(count: int, batch_size: int) -> dict[str, Any]:

@@ -5,12 +5,12 @@ python benchmarks/chunk_buckets.py     about 8 minutes on two cores; writes docs
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import buckets
 import digits
 import lab
 import numpy as np
@@ -33,19 +33,17 @@ LAYOUTS = {
 # ---------------------------------------------------------------- prompts
 
 
-def lengths(count: int, rng: np.random.Generator) -> np.ndarray[Any, Any]:
-    """Tokens per prompt: N(45, 30) words of at least 1, 1.35 tokens each, three chunks at most."""
-    return np.clip(np.round(1.35 * np.maximum(1, rng.normal(45, 30, count))), 1, 3 * CHUNK).astype(np.int64)
-
-
 class Prompts:
     """For every image a prompt of fillers, with the word that names its class somewhere in it. Tokens are frozen random vectors."""
 
-    def __init__(self, classes: torch.Tensor, seed: int) -> None:
+    def __init__(self, classes: torch.Tensor, seed: int, late: bool = False) -> None:
+        """``late``: prompts whose word comes after the first chunk."""
         rng = np.random.default_rng(seed)
-        self.lengths = lengths(len(classes), rng)
+        drawn = np.minimum(buckets.tokens(20 * len(classes), rng), 3 * CHUNK)
+        self.lengths = drawn[drawn > CHUNK * late][: len(classes)]
         self.chunks = -(-self.lengths // CHUNK)
-        self.place = (rng.random(len(classes)) * self.lengths).astype(np.int64)
+        first = CHUNK * late
+        self.place = first + (rng.random(len(classes)) * (self.lengths - first)).astype(np.int64)
         tokens = rng.integers(digits.CLASSES, digits.CLASSES + FILLERS, (len(classes), 3 * CHUNK))
         tokens[np.arange(len(classes)), self.place] = classes.numpy()
         pad = digits.CLASSES + FILLERS  # as BOS, EOS and padding
@@ -67,7 +65,7 @@ class Prompts:
     def batches(self, layout: str, seed: int) -> Iterator[Any]:
         """Indices of one batch after the other, without end."""
         if layout == "buckets":
-            sampler = ChunkBucketBatchSampler(np.zeros(len(self.chunks), int), self.chunks, batch_size=BATCH, seed=seed, leftovers="drop")
+            sampler = ChunkBucketBatchSampler(np.zeros(len(self.chunks), int), self.chunks, batch_size=BATCH, seed=seed)
             while True:
                 yield from sampler
         rng = np.random.default_rng(seed)
@@ -101,31 +99,31 @@ def work(job: lab.Job, folder: Path) -> dict[str, Any]:
     prompts = Prompts(data.classes, job.seed)
     torch.manual_seed(job.seed)
     objective, batches = Objective(ZERO, "v_prediction"), prompts.batches(layout, job.seed)
-    network, tokens = Reader(), 0
+    network, tokens, samples = Reader(), 0, 0
 
     def batch(generator: torch.Generator) -> tuple[torch.Tensor, tuple[Any, ...]]:
-        nonlocal tokens
+        nonlocal tokens, samples
         index = torch.from_numpy(np.asarray(next(batches)))
         context = prompts.context(index, layout)
-        tokens += context.shape[0] * context.shape[1]
+        tokens, samples = tokens + context.shape[0] * context.shape[1], samples + len(index)
         return data.images[index], (context,)
 
     network = digits.train_network(network, objective, batch, job.seed, digits.STEPS)
-    asked = torch.arange(500) % digits.CLASSES
-    test = Prompts(asked, job.seed + 500)
-    generated = torch.empty(len(asked), 1, digits.SIDE, digits.SIDE)
-    for chunks in (1, 2, 3):
-        index = torch.from_numpy(np.flatnonzero(test.chunks == chunks))
-        if len(index):
-            generated[index] = digits.sample(network, ZERO, "v_prediction", "dpmpp_2m", 25, job.seed, (test.context(index, layout),))
-    right = digits.agrees(generated, data, asked)
-    late = torch.from_numpy(test.place >= CHUNK)
-    return {
-        "distance": digits.distance(generated, data.held_out),
-        "agreement": float(right[~late].double().mean()),
-        "late": float(right[late].double().mean()),
-        "tokens": tokens / (digits.STEPS * BATCH),
-    }
+    result = {"tokens": tokens / samples, "samples": samples}
+    for name, count in (("any", 600), ("late", 300)):
+        asked = torch.arange(count) % digits.CLASSES
+        test = Prompts(asked, job.seed + 500, late=name == "late")
+        generated = torch.empty(count, 1, digits.SIDE, digits.SIDE)
+        for chunks in (1, 2, 3):
+            index = torch.from_numpy(np.flatnonzero(test.chunks == chunks))
+            if len(index):
+                generated[index] = digits.sample(network, ZERO, "v_prediction", "dpmpp_2m", 25, job.seed, (test.context(index, layout),))
+        right = digits.agrees(generated, data, asked)
+        if name == "any":
+            result["distance"] = digits.distance(generated, data.held_out)
+            right = right[torch.from_numpy(test.place < CHUNK)]
+        result[name] = float(right.double().mean())
+    return result
 
 
 # ---------------------------------------------------------------- the real SDXL's arithmetic
@@ -133,10 +131,7 @@ def work(job: lab.Job, folder: Path) -> dict[str, Any]:
 
 def arithmetic() -> dict[int, tuple[float, float]]:
     """:func:`flops`, counted once."""
-    path = lab.RESULTS / "sdxl-flops.json"
-    if not path.exists():
-        path.write_text(json.dumps(flops(), indent=0) + "\n")
-    return {int(tokens): tuple(counts) for tokens, counts in json.loads(path.read_text()).items()}  # type: ignore[misc]
+    return {int(tokens): tuple(counts) for tokens, counts in lab.cached("sdxl-flops", flops).items()}  # type: ignore[misc]
 
 
 def flops() -> dict[int, tuple[float, float]]:
@@ -180,7 +175,7 @@ def flops() -> dict[int, tuple[float, float]]:
 
 def page(found: dict[str, list[Any]]) -> list[str]:
     counted = arithmetic()
-    chunks = -(-lengths(10**6, np.random.default_rng(0)) // CHUNK)
+    chunks = np.minimum(-(-buckets.tokens(10**6, np.random.default_rng(0)) // CHUNK), 3)
     shares = {n: float((chunks == n).mean()) for n in (1, 2, 3)}
     lines = [
         "# Chunk buckets, measured",
@@ -190,7 +185,7 @@ def page(found: dict[str, list[Any]]) -> list[str]:
         "## Arithmetic of the real SDXL",
         "",
         "Operations per sample at 1024 x 1024, counted by torch on models of SDXL's size without weights: the U-Net forward and backward",
-        "(three times forward) and both text encoders forward (frozen, not cached). Prompts as in docs/buckets.md: "
+        "(three times forward) and both text encoders forward (frozen, not cached). Prompts as in [buckets.md](../buckets.md): "
         + ", ".join(f"{100 * share:.0f} % of {n}" for n, share in shares.items())
         + " chunks.",
         "",
@@ -201,34 +196,41 @@ def page(found: dict[str, list[Any]]) -> list[str]:
     for tokens in (77, 154, 231):
         unet, text = counted[tokens]
         lines.append(f"| {tokens} tokens | {3 * unet:.2f} | {text:.2f} | {total[tokens] / total[77]:.3f} |")
-    unet = sum(share * 3 * counted[77 * n][0] for n, share in shares.items())
-    text = sum(share * counted[77 * n][1] for n, share in shares.items())
-    lines.append(f"| chunk buckets, on average | {unet:.2f} | {text:.2f} | {(unet + text) / total[77]:.3f} |")
+    mean_unet, mean_text = (sum(share * counted[77 * n][part] for n, share in shares.items()) for part in (0, 1))
+    lines.append(f"| chunk buckets, on average | {3 * mean_unet:.2f} | {mean_text:.2f} | {(3 * mean_unet + mean_text) / total[77]:.3f} |")
     lines.append(f"| all padded to 227 tokens | {3 * counted[227][0]:.2f} | {counted[227][1]:.2f} | {total[227] / total[77]:.3f} |")
     lines += [
         "",
-        f"So padding everything costs {100 * (total[227] / (unet + text) - 1):.1f} % more arithmetic than buckets do: less than the",
+        f"So padding everything costs {100 * (total[227] / (3 * mean_unet + mean_text) - 1):.1f} % more arithmetic than buckets",
+        "do: less than the",
         "share of padding suggests, since most of SDXL's work does not depend on the prompt. Times are not arithmetic: a real",
-        "trainer's are in [docs/buckets.md](../buckets.md).",
+        "trainer's are in [buckets.md](../buckets.md).",
         "",
-        "## Quality at equal samples",
+        "## Quality at equal steps",
         "",
         "Digits from the word that names them, somewhere among fillers in a prompt of up to 225 tokens (method in `benchmarks/digits.py`",
-        f"and this file), {digits.STEPS} steps of {BATCH} samples, v-prediction, zero terminal SNR; mean and 95 % interval over seeds",
-        f"{', '.join(map(str, lab.SEEDS))}. Energy distance x 1000 to held-out digits; share of samples of the class that was asked, for",
-        "words in the first chunk and after it. Changes are against *longest*, bold where the interval excludes 0.",
+        f"and this file), {digits.STEPS} steps of {BATCH} samples (chunk buckets have one smaller batch per chunk count and epoch),",
+        f"v-prediction, zero terminal SNR; {lab.about('chunk-buckets')}. Every",
+        "layout is sampled as a UI would: prompts in their own length, except *padded* and *cut*, which are sampled as trained. Energy",
+        "distance x 1000 to held-out digits; share of samples of the class that was asked, for words in the first chunk, and for",
+        "prompts with",
+        "the word after it. Changes are against *longest*, bold where the interval excludes 0.",
         "",
-        "| layout | tokens per sample | distance | change | right, word in chunk 1, % | change | right, word after it, % | change |",
-        "|---|---|---|---|---|---|---|---|",
+        "| layout | tokens per sample | samples | distance | change | right, in chunk 1, % | change | right, after it, % | change |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
+    real = lab.cached("digits", digits.reference)
+    lines.append(
+        f"| *real digits* | | | {1000 * real['distance']:.1f} | | {100 * real['agreement']:.1f} | | {100 * real['agreement']:.1f} | |"
+    )
     base = found["longest"]
     for layout, results in found.items():
-        cells = [f"{np.mean([r['tokens'] for r in results]):.0f}"]
-        for what, scale in (("distance", 1000), ("agreement", 100), ("late", 100)):
+        cells = [f"{np.mean([r[what] for r in results]):.0f}" for what in ("tokens", "samples")]
+        for what, scale in (("distance", 1000), ("any", 100), ("late", 100)):
             change = [scale * (r[what] - b[what]) for r, b in zip(results, base, strict=True)]
             cells += [lab.show([scale * r[what] for r in results], 1), "" if layout == "longest" else lab.change(change, 1)]
         lines.append(f"| {layout} | {' | '.join(cells)} |")
-    return [*lines, "", *(f"- *{layout}*: {text}" for layout, text in LAYOUTS.items())]
+    return [*lines, "", *(f"- *{layout}*: {meaning}" for layout, meaning in LAYOUTS.items())]
 
 
 KEYS = list(LAYOUTS)

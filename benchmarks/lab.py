@@ -8,13 +8,14 @@ it says. So a model that sees the brightness in its input learns to read it ther
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def base(seed: int, work: Path, prediction_type: str = "epsilon") -> Any:
     from safetensors.torch import load_file, save_file
 
     unet = demo.build_unet(replace(SETTINGS, seed=seed))
-    path = work / f"{prediction_type}-{seed}.safetensors"
+    path = work / f"{prediction_type}-{seed}-{hashlib.sha256(repr(SETTINGS).encode()).hexdigest()[:8]}.safetensors"
     if path.exists():
         unet.load_state_dict(load_file(path))
         return unet
@@ -79,10 +80,15 @@ def brightness(pictures: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def held_out(photos: demo.Photos, objective: Objective, unet: Any, count: int = 24) -> dict[str, float]:
+def held_out_photos(photos: demo.Photos) -> tuple[torch.Tensor, torch.Tensor]:
+    """24 latents and their captions."""
+    return photos.draw(24, torch.Generator().manual_seed(10**6))
+
+
+def held_out(photos: demo.Photos, objective: Objective, unet: Any) -> dict[str, float]:
     """Validation loss on exposures that were not trained on (of the same crops), at ten timesteps."""
     captions = demo.embed_captions(0)
-    latents, caption = photos.draw(count, torch.Generator().manual_seed(10**6))
+    latents, caption = held_out_photos(photos)
 
     def predict(noisy: torch.Tensor, t: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         return unet(noisy, t, **captions.conditioning(caption[image])).sample  # type: ignore[no-any-return]
@@ -95,7 +101,7 @@ def adapt(
 ) -> tuple[Any, list[dict[str, Any]]]:
     """Finetune the stock checkpoint of ``from_type`` for another objective, as the demo does. Returns the network and the measurements
     after the steps ``at`` (0: before training)."""
-    unet, crops = base(job.seed, work, from_type).eval(), photos(job.seed)
+    unet, crops = base(job.seed, work, from_type).train(), photos(job.seed)
     curve: list[dict[str, Any]] = []
 
     def measure(step: int) -> None:
@@ -112,6 +118,28 @@ def adapt(
         if step in at:
             measure(step)
     return unet.eval(), curve
+
+
+def cached(name: str, make: Callable[[], Any]) -> Any:
+    """What ``make`` returns, as JSON; computed once and kept beside the results."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        with replacing(path) as file:
+            file.write_text(json.dumps(make(), indent=0) + "\n")
+    return json.loads(path.read_text())
+
+
+def reference() -> list[dict[str, Any]]:
+    """Of the photographs themselves, for each seed: "contrast", and what predicting the mean of a caption's photographs would score as
+    "terminal" error."""
+    return list(cached("photographs", lambda: [_reference(photos(seed)) for seed in SEEDS]))
+
+
+def _reference(crops: demo.Photos) -> dict[str, Any]:
+    latents, caption = crops.draw(3000, torch.Generator().manual_seed(10**6 + 1))
+    means = torch.stack([latents[caption == number].mean(0) for number in range(len(ASKED))])
+    shown, asked = held_out_photos(crops)
+    return {"contrast": float(demo.unfold(latents).flatten(1).std(1).mean()), "terminal": float((shown - means[asked]).square().mean())}
 
 
 # ---------------------------------------------------------------- running
@@ -141,40 +169,37 @@ def arguments(doc: str) -> argparse.Namespace:
 
 
 def run(
-    name: str, work: Callable[[Job, Path], dict[str, Any]], keys: Sequence[str], args: argparse.Namespace, bases: Sequence[str] = ()
-) -> dict[str, list[Any]]:
-    """Run what is not in benchmarks/results/NAME.json yet, and return all of it: variant -> one result per seed. ``bases`` are the
-    prediction types of the stock checkpoints that the runs start from."""
+    name: str, work: Callable[[Job, Path], dict[str, Any]], keys: Sequence[str], args: argparse.Namespace, bases: Sequence[str]
+) -> None:
+    """Run what is not in benchmarks/results/NAME.json yet. ``bases`` are the prediction types of the stock checkpoints that the runs
+    start from. One process at a time: it writes the whole file after every run."""
     path = RESULTS / f"{name}.json"
-    done: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    done: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"versions": _versions(), "settings": repr(SETTINGS)}
+    if done["settings"] != repr(SETTINGS):
+        raise SystemExit(f"{path} was made with {done['settings']}, this is {SETTINGS!r}: move it away to start anew")
     todo = [Job(key, seed) for seed in args.seeds for key in keys if args.only is None or key in args.only]
-    todo = [] if args.pages else [job for job in todo if job.name not in done]
+    todo = [job for job in todo if job.name not in done]
+    if not todo:
+        return
     RESULTS.mkdir(exist_ok=True)
-    done.setdefault("versions", _versions())
-    if todo:
-        with multiprocessing.get_context("spawn").Pool(args.jobs, _one_thread) as pool:
-            for _ in pool.starmap(_prepare, [(seed, args.work, kind) for seed in args.seeds for kind in bases]):
-                pass
-            for number, (job, result) in enumerate(pool.imap_unordered(_Timed(work, args.work), todo), 1):
-                done[job.name] = result
-                with replacing(path) as file:
-                    file.write_text(json.dumps(dict(sorted(done.items())), indent=0) + "\n")
-                print(f"{number}/{len(todo)} {job.name}: {result['seconds']:.0f} s", flush=True)
-    with replacing(path) as file:
-        file.write_text(json.dumps(dict(sorted(done.items())), indent=0) + "\n")
-    return finished(name, keys, args.seeds)
+    with multiprocessing.get_context("spawn").Pool(args.jobs, _one_thread) as pool:
+        pool.starmap(_prepare, [(seed, args.work, kind) for seed in sorted({job.seed for job in todo}) for kind in bases])
+        for number, (job, result) in enumerate(pool.imap_unordered(_Timed(work, args.work), todo), 1):
+            done[job.name] = result
+            with replacing(path) as file:
+                file.write_text(json.dumps(dict(sorted(done.items())), indent=0) + "\n")
+            print(f"{number}/{len(todo)} {job.name}: {result['seconds']:.0f} s", flush=True)
 
 
 def _prepare(seed: int, work: Path, prediction_type: str) -> None:
     base(seed, work, prediction_type)
 
 
-def finished(name: str, keys: Sequence[str], seeds: Sequence[int] = SEEDS) -> dict[str, list[Any]]:
-    """The finished runs of an experiment: variant -> one result per seed."""
+def finished(name: str, keys: Sequence[str]) -> dict[str, list[Any]]:
+    """The finished runs of an experiment: variant -> one result per seed, in the order of SEEDS; variants that lack one are left out."""
     path = RESULTS / f"{name}.json"
     done = json.loads(path.read_text()) if path.exists() else {}
-    found = {key: [done[f"{key}/{seed}"] for seed in seeds if f"{key}/{seed}" in done] for key in keys}
-    return {key: results for key, results in found.items() if results}
+    return {key: [done[f"{key}/{seed}"] for seed in SEEDS] for key in keys if all(f"{key}/{seed}" in done for seed in SEEDS)}
 
 
 class _Timed:
@@ -184,9 +209,9 @@ class _Timed:
         self.work, self.folder = work, folder
 
     def __call__(self, job: Job) -> tuple[Job, dict[str, Any]]:
-        start = time.perf_counter()
+        start = time.process_time()
         result = self.work(job, self.folder)
-        return job, {**result, "seconds": round(time.perf_counter() - start, 1)}
+        return job, {**result, "seconds": round(time.process_time() - start, 1)}
 
 
 def _one_thread() -> None:
@@ -220,7 +245,7 @@ def change(values: Sequence[float], digits: int = 2) -> str:
 
 def about(name: str) -> str:
     """What the numbers of an experiment's page are."""
-    return f"mean and 95 % interval over seeds {', '.join(map(str, SEEDS))} ({versions(name)})"
+    return f"mean and 95 % interval over training seeds {', '.join(map(str, SEEDS))} ({versions(name)})"
 
 
 def versions(name: str) -> str:
@@ -229,13 +254,14 @@ def versions(name: str) -> str:
 
 
 def _versions() -> str:
-    import diffusers
+    return ", ".join(
+        f"{package} {metadata.version(package)}" for package in ("torch", "diffusers", "numpy", "scikit-image", "scikit-learn")
+    )
 
-    return f"torch {torch.__version__.split('+')[0]}, diffusers {diffusers.__version__}, {os.cpu_count()} CPU cores"
 
-
-def text(found: dict[str, list[Any]], page: Callable[[dict[str, list[Any]]], list[str]]) -> str:
-    """A page: a function of the results alone."""
+def text(name: str, keys: Sequence[str], page: Callable[[dict[str, list[Any]]], list[str]]) -> str:
+    """A page: a function of the recorded results alone."""
+    found = finished(name, keys)
     seconds = sum(result["seconds"] for results in found.values() for result in results)
     return "\n".join([*page(found), "", f"{sum(map(len, found.values()))} runs, {seconds / 60:.0f} minutes of one core.", ""])
 
@@ -248,16 +274,25 @@ def experiment(
     page: Callable[[dict[str, list[Any]]], list[str]],
     plot: Callable[[dict[str, list[Any]]], Any] | None = None,
     bases: Sequence[str] = (),
+    after: Sequence[str] = (),
 ) -> None:
-    """The main of an experiment: runs what is missing, then writes docs/evidence/NAME.md and NAME.png."""
+    """The main of an experiment: runs what is missing, then writes docs/evidence/NAME.md and NAME.png. ``after`` names the experiments
+    whose results its page shows, too."""
     args = arguments(doc or "")
-    found = run(name, work, keys, args, bases)
+    missing = [other for other in after if not (RESULTS / f"{other}.json").exists()]
+    wrong = [key for key in args.only or () if key not in keys]
+    if missing or wrong:
+        raise SystemExit(f"run benchmarks/{missing[0]}.py first" if missing else f"--only {wrong[0]!r}: expected some of {', '.join(keys)}")
+    if not args.pages:
+        run(name, work, keys, args, bases)
     DOCS.mkdir(parents=True, exist_ok=True)
-    (DOCS / f"{name}.md").write_text(text(found, page), encoding="utf-8")
+    with replacing(DOCS / f"{name}.md") as file:
+        file.write_text(text(name, keys, page), encoding="utf-8")
     if plot is not None:
         import matplotlib
 
         matplotlib.use("Agg")
-        figure = plot(found)
+        figure = plot(finished(name, keys))
         figure.tight_layout()
-        figure.savefig(DOCS / f"{name}.png", dpi=80)
+        with replacing(DOCS / f"{name}.png") as file:
+            figure.savefig(file, dpi=80, format="png")

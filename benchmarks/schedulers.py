@@ -24,12 +24,12 @@ from sdxl_fixes.schedulers import SAMPLERS, config_for
 STOCK = NoiseSchedule.sdxl()
 SCHEDULES = {
     "14.6": STOCK,
-    "100 beta_end": STOCK.with_terminal_sigma(100),
-    "300 beta_end": STOCK.with_terminal_sigma(300),
+    "100 beta_end": STOCK.with_terminal_sigma(100, "beta_end"),
+    "300 beta_end": STOCK.with_terminal_sigma(300, "beta_end"),
     "300 rescale": STOCK.with_terminal_sigma(300, "rescale"),
     "300 last": STOCK.with_terminal_sigma(300, "last"),
     "4096 tail": STOCK.with_terminal_sigma(4096, "tail"),
-    "20000 beta_end": STOCK.with_terminal_sigma(20000),
+    "20000 beta_end": STOCK.with_terminal_sigma(20000, "beta_end"),
     "20000 rescale": STOCK.with_terminal_sigma(20000, "rescale"),
     "inf (ZTSNR)": STOCK.zero_terminal_snr(),
     "flow, shift 3": NoiseSchedule.flow(3.0),
@@ -41,6 +41,7 @@ def stock(name: str, schedule: NoiseSchedule, prediction_type: str, spacing: str
     """diffusers' class, told the schedule as well as it can be."""
     cls, settings = SAMPLERS[name]
     config = {**config_for(cls._stock, schedule, prediction_type, settings), "timestep_spacing": spacing}
+    config |= {"steps_offset": 1} if spacing == "leading" else {}  # as SDXL's own config has them
     return cls._stock.from_config(config)
 
 

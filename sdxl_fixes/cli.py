@@ -59,7 +59,7 @@ def _schedule(args: argparse.Namespace) -> int:
     base = makers[args.base]() if args.file is None else _read(args.file)
     schedule = Settings.from_args(args).schedule(base)
     if args.width is not None:
-        schedule = schedule.for_resolution(args.width, args.height, method=args.terminal_sigma_method or "beta_end")
+        schedule = schedule.for_resolution(args.width, args.height, method=args.terminal_sigma_method or "rescale")
     if args.plot is not None:
         plot(schedule, args.plot)
     print(as_json(schedule) if args.json else as_text(schedule))

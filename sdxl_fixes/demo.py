@@ -271,7 +271,8 @@ def _start_as_identity(unet: Any) -> None:
 def train(
     unet: Any, objective: Objective, photos: Photos, captions: Captions, seed: int, rates: Iterable[float], batch: int = Settings.batch
 ) -> Iterator[float]:
-    """AdamW, a step for each learning rate; yields the losses. Photos, captions, noise and timesteps depend on the seed alone."""
+    """AdamW, a step for each learning rate; yields the losses. Photos, captions, noise and timesteps depend on the seed alone, as long
+    as the objective draws the same numbers in the same order (input perturbation and stratified timesteps do not)."""
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1.0)
     generator = torch.Generator().manual_seed(seed)
     for rate in rates:

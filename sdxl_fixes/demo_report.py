@@ -87,7 +87,7 @@ def verdicts(numbers: dict[str, Any]) -> list[str]:
     pairs = (
         ("With v-prediction, finetuning with zero terminal SNR instead of the stock schedule", "longer_v", "ztsnr_v"),
         ("With v-prediction, finetuning to a terminal sigma of 300 instead of the stock schedule", "longer_v", "fixed_v"),
-        ("With epsilon-prediction, finetuning to a terminal sigma of 300", "stock_epsilon", "fixed_epsilon"),
+        ("With epsilon-prediction, finetuning to a terminal sigma of 300 afterwards", "stock_epsilon", "fixed_epsilon"),
         ("With the stock schedule, v- instead of epsilon-prediction", "stock_epsilon", "stock_v"),
         ("With a terminal sigma of 300, v- instead of epsilon-prediction", "fixed_epsilon", "fixed_v"),
     )
@@ -95,7 +95,7 @@ def verdicts(numbers: dict[str, Any]) -> list[str]:
     for what, before, after in pairs:
         old, new = runs[before]["miss"], runs[after]["miss"]
         change = "hardly changes" if abs(new - old) < 0.05 else ("lowers" if new < old else "raises")
-        sentences.append(f"{what} {change} the mean distance between brightness asked and got: {old:.2f} before, {new:.2f} after.")
+        sentences.append(f"{what} {change} the mean distance between brightness asked and got: {old:.2f} without, {new:.2f} with.")
     for row in runs.values():
         misses = [abs(got - cell["asked"]) for cell in row["captions"] for got in cell["each"]]
         near = sum(miss < NEAR for miss in misses)

@@ -27,7 +27,7 @@ SCHEDULE_FLAGS: dict[str, dict[str, Any]] = {
     "terminal_sigma": dict(type=float, help="end the noise schedule at this sigma instead of SDXL's 14.6 (inf: zero terminal SNR)"),
     "terminal_sigma_method": dict(
         choices=TERMINAL_SIGMA_METHODS,
-        help="how --terminal_sigma is reached: beta_end moves the whole schedule (default), rescale mostly its end, "
+        help="how --terminal_sigma is reached: rescale moves mostly the end (default), beta_end the whole schedule, "
         "tail only timesteps from --terminal_sigma_start, last only timestep 999",
     ),
     "terminal_sigma_start": dict(type=int, help="first timestep that --terminal_sigma_method tail may move (default 750)"),
@@ -127,7 +127,7 @@ class Settings:
         start, sigma = NoiseSchedule.sdxl() if base is None else base, self.terminal_sigma
         if sigma is None:
             return start.zero_terminal_snr() if self.zero_terminal_snr else start
-        method = self.terminal_sigma_method or ("rescale" if sigma == math.inf else "beta_end")
+        method = self.terminal_sigma_method or "rescale"
         name = f"--terminal_sigma {sigma:g}" + (f" --terminal_sigma_method {method}" if self.terminal_sigma_method else "")
         return _checked(name, lambda: start.with_terminal_sigma(sigma, method, self.terminal_sigma_start))
 

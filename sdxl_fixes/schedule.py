@@ -21,7 +21,7 @@ Array = npt.NDArray[np.float64]
 
 RECORD_FORMAT = "sdxl_fixes.schedule"
 RECORD_VERSION = 1
-TERMINAL_SIGMA_METHODS = ("beta_end", "rescale", "tail", "last")
+TERMINAL_SIGMA_METHODS = ("rescale", "beta_end", "tail", "last")
 # where a diffusers config keeps what its own keys cannot say; private keys pass through every diffusers class unread and without a warning
 EXACT_KEY = "_sdxl_fixes"
 # diffusers' name of each beta schedule that we know -> the maker of the same betas
@@ -197,12 +197,12 @@ class NoiseSchedule:
         schedule that ends there already is returned as it is."""
         return self if self.residual_signal == 0 else self._rescaled(0.0, {"change": "zero_terminal_snr"})
 
-    def with_terminal_sigma(self, sigma: float, method: str = "beta_end", start: int | None = None) -> NoiseSchedule:
+    def with_terminal_sigma(self, sigma: float, method: str = "rescale", start: int | None = None) -> NoiseSchedule:
         """The same schedule, ending at another sigma. ``method`` says what else may move:
 
-        - ``beta_end``: the schedule's own law with beta_end solved for; one number, obeyed by every sampler; moves the middle too.
-          Needs a linear or scaled_linear schedule and a finite sigma.
         - ``rescale``: Lin's rescale (arXiv:2305.08891 Alg. 1) aimed at ``sigma`` instead of infinity; moves the end most.
+        - ``beta_end``: the schedule's own law with beta_end solved for; one number, obeyed by every sampler; moves the middle too, so
+          that a trained model has more to learn anew (docs/evidence/leak.md). Needs a linear or scaled_linear schedule, a finite sigma.
         - ``tail``: nothing below timestep ``start`` (default: three quarters of T) moves; above it the same shift of
           sqrt(alphas_cumprod) fades in as a square, so that sigma stays smooth and rising.
         - ``last``: the last timestep only.
@@ -237,7 +237,7 @@ class NoiseSchedule:
             )
         return NoiseSchedule(betas, (*self.recipe, step | ({"start": start} if method == "tail" else {})))._checked_end(sigma)
 
-    def for_resolution(self, width: int, height: int, base: int = 512, method: str = "beta_end") -> NoiseSchedule:
+    def for_resolution(self, width: int, height: int, base: int = 512, method: str = "rescale") -> NoiseSchedule:
         """The terminal sigma for a canvas of width x height pixels: it doubles with every doubling of the canvas's length, from this
         schedule's own at base x base (arXiv:2409.15997 section 2: 14.6 made for 512 becomes 29 at 1024). Infinite stays infinite."""
         if not (width > 0 and height > 0 and base > 0):

@@ -16,7 +16,7 @@ CASES = {
     "v": (Sampling(SDXL, "v_prediction"), "v-prediction on SDXL's schedule"),
     "v + ZTSNR": (Sampling(SDXL.zero_terminal_snr(), "v_prediction"), "v-prediction with zero terminal SNR, as NoobAI's v-pred models"),
     "eps + ZTSNR": (Sampling(SDXL.zero_terminal_snr(), "epsilon"), "epsilon with zero terminal SNR"),
-    "eps 300": (Sampling(SDXL.with_terminal_sigma(300), "epsilon"), "epsilon, `--terminal_sigma 300` (by beta_end)"),
+    "eps 300": (Sampling(SDXL.with_terminal_sigma(300), "epsilon"), "epsilon, `--terminal_sigma 300`"),
     "any betas": (
         Sampling(SDXL.with_terminal_sigma(300, "tail"), "v_prediction"),
         "any other table, here v with `--terminal_sigma_method tail`",

@@ -59,7 +59,7 @@ def test_plot_is_a_png_and_nothing_half_written_stays(tmp_path, monkeypatch, cap
         (["--width", "1024"], "--width and --height belong together"),
         (["--width", "8", "--height", "8", "--zero_terminal_snr"], "leave --terminal_sigma and --zero_terminal_snr out"),
         (["--from", "nowhere.json"], "nowhere.json"),
-        (["--base", "cosine", "--terminal_sigma", "300"], "use 'rescale', 'tail' or 'last'"),
+        (["--base", "cosine", "--terminal_sigma", "300", "--terminal_sigma_method", "beta_end"], "use 'rescale', 'tail' or 'last'"),
         (["--from", "x.json", "--base", "flow"], "give one of them"),
     ],
 )

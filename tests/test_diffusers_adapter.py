@@ -104,7 +104,10 @@ def test_uninstall_puts_everything_back(train):
     assert before == after and SESSION.run is None
 
 
-@pytest.mark.parametrize(("flags", "table"), [(("--zero_terminal_snr",), abar("ztsnr")), (("--terminal_sigma", "300"), abar(0.02817676))])
+@pytest.mark.parametrize(
+    ("flags", "table"),
+    [(("--zero_terminal_snr",), abar("ztsnr")), (("--terminal_sigma", "300", "--terminal_sigma_method", "beta_end"), abar(0.02817676))],
+)
 def test_noise_and_target_are_of_the_schedule(train, flags, table):
     for step in train(*flags, *V):
         left = table[step["timesteps"]].reshape(-1, 1, 1, 1)

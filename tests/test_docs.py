@@ -127,7 +127,7 @@ def shares():
     """Terminal share: where it goes, and what it weighs."""
     made = {
         "zero terminal SNR": ZTSNR,
-        "300, beta_end": SDXL.with_terminal_sigma(300),
+        "300, beta_end": SDXL.with_terminal_sigma(300, "beta_end"),
         "300, rescale": SDXL.with_terminal_sigma(300, "rescale"),
     }
     rows = []

@@ -37,7 +37,10 @@ V_ZERO = dict(v_parameterization=True, zero_terminal_snr=True)
 ADVICE = {
     "v": (Sampling(SDXL, "v_prediction"), "give --v_parameterization\n"),
     "v ztsnr": (Sampling(SDXL.zero_terminal_snr(), "v_prediction"), "give --v_parameterization --zero_terminal_snr\n"),
-    "eps 300": (Sampling(SDXL.with_terminal_sigma(300), "epsilon"), "give --terminal_sigma 300 --terminal_sigma_method beta_end\n"),
+    "eps 300": (
+        Sampling(SDXL.with_terminal_sigma(300, "beta_end"), "epsilon"),
+        "give --terminal_sigma 300 --terminal_sigma_method beta_end\n",
+    ),
     "v tail": (
         Sampling(SDXL.with_terminal_sigma(100, "tail", 700), "v_prediction"),
         "--terminal_sigma 100 --terminal_sigma_method tail --terminal_sigma_start 700\n",

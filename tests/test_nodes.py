@@ -34,7 +34,7 @@ SDXL = NoiseSchedule.sdxl()
 SCHEDULES = [
     SDXL,
     SDXL.zero_terminal_snr(),
-    SDXL.with_terminal_sigma(300),
+    SDXL.with_terminal_sigma(300, "beta_end"),
     SDXL.with_terminal_sigma(300, "tail"),
     SDXL.with_terminal_sigma(20000, "rescale"),
     NoiseSchedule.cosine(),

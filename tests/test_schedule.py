@@ -159,7 +159,7 @@ def test_zero_terminal_snr_twice_changes_nothing():
     ],
 )
 def test_beta_end_is_the_published_number(sigma, beta_end):
-    schedule = NoiseSchedule.sdxl().with_terminal_sigma(sigma)
+    schedule = NoiseSchedule.sdxl().with_terminal_sigma(sigma, "beta_end")
     assert schedule.to_config()["beta_end"] == pytest.approx(beta_end, abs=5.1e-9)
     assert schedule.to_config()["beta_start"] == 0.00085
     assert sigmas_of(schedule.betas)[-1] == pytest.approx(sigma, rel=1e-10)
@@ -167,12 +167,12 @@ def test_beta_end_is_the_published_number(sigma, beta_end):
 
 def test_beta_end_moves_the_middle_as_published():
     s = NoiseSchedule.sdxl()
-    middle = [x.sigmas[499] for x in (s, s.with_terminal_sigma(100), s.with_terminal_sigma(300))]
+    middle = [x.sigmas[499] for x in (s, s.with_terminal_sigma(100, "beta_end"), s.with_terminal_sigma(300, "beta_end"))]
     np.testing.assert_allclose(middle, [1.613, 2.388, 2.901], atol=6e-4)
 
 
 def test_beta_end_of_a_linear_law_stays_linear():
-    schedule = NoiseSchedule.linear().with_terminal_sigma(300)
+    schedule = NoiseSchedule.linear().with_terminal_sigma(300, "beta_end")
     assert schedule.terminal_sigma == pytest.approx(300, rel=1e-10)
     np.testing.assert_allclose(np.diff(schedule.betas, 2), 0, atol=1e-15)
 
@@ -263,7 +263,7 @@ def test_short_schedules_reach_their_sigma(method, steps):
 def test_a_sigma_below_the_stock_one_is_reached_by_rescale():
     s = NoiseSchedule.sdxl()
     assert s.with_terminal_sigma(0.03, "rescale").terminal_sigma == pytest.approx(0.03, rel=1e-9)
-    assert s.with_terminal_sigma(10).terminal_sigma == pytest.approx(10, rel=1e-10)
+    assert s.with_terminal_sigma(10, "beta_end").terminal_sigma == pytest.approx(10, rel=1e-10)
 
 
 def test_resolution_rule_doubles_sigma_with_the_length_of_the_canvas():
@@ -339,7 +339,7 @@ EXAMPLES = [
     NoiseSchedule.cosine(),
     NoiseSchedule.flow(3.0),
     NoiseSchedule.sdxl().zero_terminal_snr(),
-    NoiseSchedule.sdxl().with_terminal_sigma(300),
+    NoiseSchedule.sdxl().with_terminal_sigma(300, "beta_end"),
     NoiseSchedule.sdxl().with_terminal_sigma(300, "tail", start=800),
     NoiseSchedule.linear().with_terminal_sigma(math.inf, "last"),
     NoiseSchedule.from_betas([0.1, 0.2]),
@@ -376,7 +376,7 @@ def test_a_saved_scheduler_folder_gives_the_equal_schedule_back(name, schedule, 
 
 
 def test_config_names_the_law_where_there_is_one():
-    law = NoiseSchedule.sdxl().with_terminal_sigma(300).to_config()
+    law = NoiseSchedule.sdxl().with_terminal_sigma(300, "beta_end").to_config()
     assert law["beta_schedule"] == "scaled_linear" and law["trained_betas"] is None
     assert "prediction_type" not in law
     assert len(NoiseSchedule.sdxl().with_terminal_sigma(300, "tail").to_config()["trained_betas"]) == 1000
@@ -487,14 +487,20 @@ def test_repr_tells_how_it_was_made():
         (lambda: NoiseSchedule.cosine(s=-1), "s >= 0"),
         (lambda: NoiseSchedule.flow(0), "shift must be a positive number, got 0"),
         (lambda: NoiseSchedule.flow(math.inf), "shift must be a positive number"),
-        (lambda: NoiseSchedule.sdxl().with_terminal_sigma(math.nan), "must be above the schedule's first sigma, 0.02917, got nan"),
+        (
+            lambda: NoiseSchedule.sdxl().with_terminal_sigma(math.nan, "beta_end"),
+            "must be above the schedule's first sigma, 0.02917, got nan",
+        ),
         (lambda: NoiseSchedule.sdxl().with_terminal_sigma(0.029, "rescale"), "must be above the schedule's first sigma, 0.02917"),
-        (lambda: NoiseSchedule.sdxl().with_terminal_sigma(-300), "above the schedule's first sigma"),
-        (lambda: NoiseSchedule.sdxl().with_terminal_sigma(300, "middle"), "unknown .*method 'middle': expected one of beta_end, rescale"),
-        (lambda: NoiseSchedule.sdxl().with_terminal_sigma(math.inf), "no beta_end gives an infinite terminal sigma"),
-        (lambda: NoiseSchedule.sdxl().with_terminal_sigma(0.03), "no beta_end from 0.00085 to 1 gives terminal sigma 0.03"),
-        (lambda: NoiseSchedule.cosine().with_terminal_sigma(300), "needs an unchanged linear or scaled_linear schedule"),
-        (lambda: NoiseSchedule.sdxl().zero_terminal_snr().with_terminal_sigma(300), "needs an unchanged linear or scaled_linear schedule"),
+        (lambda: NoiseSchedule.sdxl().with_terminal_sigma(-300, "beta_end"), "above the schedule's first sigma"),
+        (lambda: NoiseSchedule.sdxl().with_terminal_sigma(300, "middle"), "unknown .*method 'middle': expected one of rescale, beta_end"),
+        (lambda: NoiseSchedule.sdxl().with_terminal_sigma(math.inf, "beta_end"), "no beta_end gives an infinite terminal sigma"),
+        (lambda: NoiseSchedule.sdxl().with_terminal_sigma(0.03, "beta_end"), "no beta_end from 0.00085 to 1 gives terminal sigma 0.03"),
+        (lambda: NoiseSchedule.cosine().with_terminal_sigma(300, "beta_end"), "needs an unchanged linear or scaled_linear schedule"),
+        (
+            lambda: NoiseSchedule.sdxl().zero_terminal_snr().with_terminal_sigma(300, "beta_end"),
+            "needs an unchanged linear or scaled_linear schedule",
+        ),
         (lambda: NoiseSchedule.sdxl().with_terminal_sigma(5, "last"), "would make sigma fall again before the end"),
         (lambda: NoiseSchedule.sdxl().with_terminal_sigma(2, "tail"), "would make sigma fall again before the end"),
         (lambda: NoiseSchedule.sdxl().with_terminal_sigma(300, "rescale", start=3), "start belongs to method 'tail', not to 'rescale'"),

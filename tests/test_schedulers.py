@@ -25,11 +25,11 @@ STOCK = NoiseSchedule.sdxl()
 ZERO = STOCK.zero_terminal_snr()
 SCHEDULES = {
     "14.6": STOCK,
-    "100": STOCK.with_terminal_sigma(100),
-    "300": STOCK.with_terminal_sigma(300),
+    "100": STOCK.with_terminal_sigma(100, "beta_end"),
+    "300": STOCK.with_terminal_sigma(300, "beta_end"),
     "300 rescale": STOCK.with_terminal_sigma(300, "rescale"),
     "4096 tail": STOCK.with_terminal_sigma(4096, "tail"),
-    "20000": STOCK.with_terminal_sigma(20000),
+    "20000": STOCK.with_terminal_sigma(20000, "beta_end"),
     "20000 rescale": STOCK.with_terminal_sigma(20000, "rescale"),
     "inf": ZERO,
     "inf tail": STOCK.with_terminal_sigma(math.inf, "tail"),
@@ -199,7 +199,7 @@ def test_settings_of_dpm_solver_are_diffusers(extra):
 @pytest.mark.parametrize("name", ["euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "ddpm"])
 @pytest.mark.parametrize("sigma", [100, 300])
 def test_a_named_schedule_in_trailing_steps_is_diffusers(name, sigma):
-    schedule = STOCK.with_terminal_sigma(sigma)
+    schedule = STOCK.with_terminal_sigma(sigma, "beta_end")
     ours = schedule.scheduler(name, "v_prediction", "trailing")
     cls, extra = SAMPLERS[name]
     theirs = cls._stock(**{**extra, **schedule.to_config("v_prediction")})

@@ -14,7 +14,7 @@ from sdxl_fixes.spacing import SPACINGS, timesteps
 STOCK = NoiseSchedule.sdxl()
 SCHEDULES = {
     "stock": STOCK,
-    "beta_end 300": STOCK.with_terminal_sigma(300),
+    "beta_end 300": STOCK.with_terminal_sigma(300, "beta_end"),
     "rescale 20000": STOCK.with_terminal_sigma(20000, "rescale"),
     "tail 4096": STOCK.with_terminal_sigma(4096, "tail"),
     "last 20000": STOCK.with_terminal_sigma(20000, "last"),

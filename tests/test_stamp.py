@@ -169,16 +169,16 @@ def test_sources(tmp_path, capsys):
     """A scheduler config, a record, a stamped file and a diffusers folder, instead of flags."""
     config, record, folder = tmp_path / "scheduler_config.json", tmp_path / "record.json", tmp_path / "folder"
     config.write_text(json.dumps({**SDXL.to_config("v_prediction"), "rescale_betas_zero_snr": True}))
-    record.write_text(metadata(SDXL.with_terminal_sigma(300), "epsilon")[RECORD_KEY])
+    record.write_text(metadata(SDXL.with_terminal_sigma(300, "beta_end"), "epsilon")[RECORD_KEY])
     stamped = model(tmp_path / "s.safetensors")
     stamp_file(stamped, Sampling(NoiseSchedule.flow(3), "flow_prediction"))
     (folder / "scheduler").mkdir(parents=True)
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SDXL.with_terminal_sigma(100).to_config("sample")))
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SDXL.with_terminal_sigma(100, "beta_end").to_config("sample")))
     expected = {
         config: Sampling(ZERO, "v_prediction"),
-        record: Sampling(SDXL.with_terminal_sigma(300), "epsilon"),
+        record: Sampling(SDXL.with_terminal_sigma(300, "beta_end"), "epsilon"),
         stamped: Sampling(NoiseSchedule.flow(3), "flow_prediction"),
-        folder: Sampling(SDXL.with_terminal_sigma(100), "sample"),
+        folder: Sampling(SDXL.with_terminal_sigma(100, "beta_end"), "sample"),
     }
     for source, sampling in expected.items():
         path = model(tmp_path / "m.safetensors")
@@ -274,7 +274,7 @@ def test_yaml_is_a_config_that_says_v(tmp_path):
 def test_room_of_our_own_saves_is_used(tmp_path):
     path = model(tmp_path / "m.safetensors", metadata={ROOM_KEY: " " * 32768, "format": "pt"})
     size = path.stat().st_size
-    stamp_file(path, Sampling(SDXL.with_terminal_sigma(300), "epsilon"))
+    stamp_file(path, Sampling(SDXL.with_terminal_sigma(300, "beta_end"), "epsilon"))
     assert path.stat().st_size == size and ROOM_KEY not in read_header(path).metadata
 
 
@@ -282,7 +282,7 @@ def test_inspect_speaks_text_json_and_markdown(tmp_path, capsys):
     path = model(tmp_path / "m.safetensors")
     assert main(["inspect", str(path)]) == 0 and "does not say how it was trained" in capsys.readouterr().out
     assert main(["inspect", str(path), "--markdown"]) == 2 and "stamp it first" in capsys.readouterr().err
-    stamp_file(path, Sampling(SDXL.with_terminal_sigma(300), "epsilon"))
+    stamp_file(path, Sampling(SDXL.with_terminal_sigma(300, "beta_end"), "epsilon"))
     assert main(["inspect", str(path)]) == 0
     text = capsys.readouterr().out
     assert all(ui in text for ui in UIS) and "WRONG: install the node" in text

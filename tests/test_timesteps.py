@@ -161,7 +161,7 @@ def test_importance_weights_keep_every_expected_loss():
 
 
 def test_default_terminal_start_is_where_sigma_passes_stock_sdxls():
-    for schedule in (ZTSNR, SDXL.with_terminal_sigma(300), SDXL.with_terminal_sigma(300, "last")):
+    for schedule in (ZTSNR, SDXL.with_terminal_sigma(300, "beta_end"), SDXL.with_terminal_sigma(300, "last")):
         sampler = TimestepSampler(schedule, terminal_share=0.5)
         favoured = sampler.weights(torch.arange(1000)) < 1
         assert favoured.tolist() == (schedule.sigmas > 14.61465).tolist() and favoured.any()

@@ -12,7 +12,12 @@ from sdxl_fixes.diffusers import with_schedule
 
 SDXL = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 STOCK = NoiseSchedule.sdxl()
-FINITE = [STOCK, STOCK.with_terminal_sigma(300), STOCK.with_terminal_sigma(300, "tail"), NoiseSchedule.cosine(num_timesteps=500)]
+FINITE = [
+    STOCK,
+    STOCK.with_terminal_sigma(300, "beta_end"),
+    STOCK.with_terminal_sigma(300, "tail"),
+    NoiseSchedule.cosine(num_timesteps=500),
+]
 NAMES = [
     "DDPMScheduler",
     "DDIMScheduler",
@@ -75,7 +80,7 @@ def test_the_given_scheduler_stays_as_it_was():
 
 def test_settings_that_are_none_of_the_schedules_business_are_kept():
     scheduler = diffusers.EulerDiscreteScheduler(**SDXL, prediction_type="v_prediction", use_karras_sigmas=True, steps_offset=1)
-    changed = with_schedule(scheduler, STOCK.with_terminal_sigma(300))
+    changed = with_schedule(scheduler, STOCK.with_terminal_sigma(300, "beta_end"))
     assert changed.config.use_karras_sigmas and changed.config.steps_offset == 1
     assert changed.config.prediction_type == "v_prediction"  # None keeps it
 
