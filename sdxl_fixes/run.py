@@ -152,7 +152,9 @@ def describe_loss(run: Run) -> str:
 
 
 def describe_weighting(run: Run) -> str:
-    return "finite at SNR 0" + (", terminal steps kept" if run.settings.min_snr_floor else "")
+    if all(weighting.table(run.schedule, run.prediction_type)[-1] > 0 for weighting in run.weightings):
+        return "finite at SNR 0" + (", terminal steps kept" if run.settings.min_snr_floor else "")
+    return "finite, but 0 at the last timestep, which is then not learnt; min-SNR with --min_snr_floor learns it (docs/evidence/min-snr.md)"
 
 
 def describe_timesteps(run: Run) -> str:

@@ -253,6 +253,15 @@ def test_the_report_names_what_is_on(train, capsys):
     assert "  loss       off  no flag asks for it (--loss_type huber, smooth_l1, l1)" in report
 
 
+def test_the_report_warns_of_a_step_that_is_not_learnt(train, capsys):
+    lost = "0 at the last timestep, which is then not learnt"
+    for flags, said in ((("--snr_gamma", "5"), True), (("--snr_gamma", "5", "--min_snr_floor"), False)):
+        train("--zero_terminal_snr", *flags, *V)
+        assert (lost in capsys.readouterr().err) == said
+    train("--snr_gamma", "5", *V)
+    assert lost not in capsys.readouterr().err
+
+
 def test_the_launcher_says_what_it_cannot_run(monkeypatch, tmp_path):
     for words, sentence in (
         (["--help"], "usage: python -m sdxl_fixes.diffusers"),
