@@ -58,10 +58,12 @@ def bounded(schedule: NoiseSchedule) -> Any:
     return network
 
 
-def ideal(schedule: NoiseSchedule, canvas: int = lab.CANVAS) -> tuple[float, float]:
-    """How much of the asked brightness a perfect model keeps, and its spread, by the closed form of docs/zero-terminal-snr.md."""
-    s, a = canvas * lab.SPREAD, schedule.residual_signal
-    return 1 - s * a / math.sqrt(a * a * s * s + 1 - a * a), 1 / math.sqrt(a * a * s * s + 1 - a * a)
+def ideal(schedule: NoiseSchedule, scale: float = lab.CANVAS * lab.SPREAD) -> tuple[float, float]:
+    """How much of the asked brightness a perfect model keeps, and its spread, by the closed form of docs/zero-terminal-snr.md; ``scale``
+    is the standard deviation of the brightness as one coordinate of an orthonormal basis."""
+    alpha = schedule.residual_signal
+    end = math.sqrt(alpha**2 * scale**2 + 1 - alpha**2)
+    return 1 - scale * alpha / end, 1 / end
 
 
 def page(found: dict[str, list[Any]]) -> list[str]:

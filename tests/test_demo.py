@@ -14,7 +14,7 @@ pytest.importorskip("tqdm")
 
 from sdxl_fixes import demo
 
-TINY = demo.Settings(steps=2, finetuning_steps=2, batch=2, crops=4, samples=1, sampling_steps=2, widths=(128, 32))
+TINY = demo.Settings(steps=2, finetuning_steps=3, batch=2, crops=4, samples=1, sampling_steps=2, widths=(128, 32))
 FILES = {"demo.png", "report.html", "results.json"}
 
 
@@ -44,7 +44,7 @@ def test_writes_the_three_files_and_no_other(tiny):
     assert {file.name for file in output.iterdir()} == FILES
     assert json.loads((output / "results.json").read_text()) == numbers
     assert [row["key"] for row in numbers["runs"]] == ["stock_epsilon", "fixed_epsilon", "stock_v", "longer_v", "fixed_v", "ztsnr_v"]
-    assert all(len(row["losses"]) == TINY.steps for row in numbers["runs"])
+    assert [len(row["losses"]) for row in numbers["runs"]] == [2, 3, 2, 3, 3, 3]
     assert (output / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -72,19 +72,32 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tiny, tmp_
     assert other[0].losses != numbers["runs"][0]["losses"]
 
 
+def test_a_finetune_does_not_depend_on_the_finetunes_before_it(tiny):
+    numbers, _ = tiny
+    alone = demo.compare(TINY, lambda work, name: iter(work), [row for row in demo.variants() if row.key in ("stock_v", "ztsnr_v")])
+    assert alone[1].losses == next(row["losses"] for row in numbers["runs"] if row["key"] == "ztsnr_v")
+
+
 def test_verdicts_follow_the_numbers():
     from sdxl_fixes.demo_report import verdicts
 
-    def numbers(stock, fixed):
-        row = {"stock_epsilon": stock, "fixed_epsilon": fixed, "stock_v": stock, "longer_v": stock, "fixed_v": fixed, "ztsnr_v": fixed}
-        cells = {key: [{"asked": asked, "each": [asked + miss, asked - miss]} for asked in (-1.0, 0.0, 1.0)] for key, miss in row.items()}
-        return {"runs": [{"key": key, "label": key, "miss": miss, "captions": cells[key]} for key, miss in row.items()]}
+    def numbers(**misses):
+        cells = {
+            key: [{"asked": asked, "each": [asked + miss, asked - miss]} for asked in (-1.0, 0.0, 1.0)] for key, miss in misses.items()
+        }
+        return {"runs": [{"key": key, "label": key, "miss": miss, "captions": cells[key]} for key, miss in misses.items()]}
 
-    assert "lowers" in verdicts(numbers(1.0, 0.1))[0]
-    assert "raises" in verdicts(numbers(0.1, 1.0))[0]
-    assert "hardly changes" in verdicts(numbers(0.11, 0.1))[0]
-    assert "stock_v: 0 of 6 pictures" in " ".join(verdicts(numbers(1.0, 0.1)))
-    assert "stock_v: 6 of 6 pictures" in " ".join(verdicts(numbers(0.1, 1.0)))
+    said = verdicts(numbers(stock_epsilon=0.9, fixed_epsilon=8.0, stock_v=0.6, longer_v=0.7, fixed_v=0.72, ztsnr_v=0.1))
+    expected = (
+        (" lowers ", "0.70 without", "0.10 with"),
+        (" hardly changes ", "0.70 without", "0.72 with"),
+        (" raises ", "0.90 without", "8.00 with"),
+        (" lowers ", "0.90 without", "0.60 with"),
+        (" lowers ", "8.00 without", "0.72 with"),
+    )
+    for sentence, words in zip(said[:5], expected, strict=True):
+        assert all(word in sentence for word in words), sentence
+    assert "longer_v: 0 of 6 pictures" in " ".join(said) and "ztsnr_v: 6 of 6 pictures" in " ".join(said)
 
 
 def test_folding_is_a_rotation():
