@@ -52,7 +52,7 @@ def test_dreambooth_with_prior_preservation(run, made, script):  # noqa: F811
     without = run("unpatched", script, *flags, folder="a")[1]
     process, trace = run("module", script, *flags, "--stable_loss_steps", "1", "--stable_loss_images", "4", folder="b")
     assert trace == without and printed(process)[3][2] == 4
-    assert list(printed(process))[0] == (1 if flags else 2)  # a batch of two is one of four
+    assert min(printed(process)) == (1 if flags else 2)  # a batch of two is one of four
 
 
 def test_a_trained_text_encoder_is_said(run):  # noqa: F811
