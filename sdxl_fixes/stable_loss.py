@@ -64,6 +64,8 @@ class StableLoss:
     def called(self, network: torch.nn.Module, noisy: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
         """``network`` (unwrapped) is called with ``noisy``, timesteps (not given here) and the conditioning. Returns whether this was a
         training step's call. Raises RuntimeError for a call whose conditioning cannot be kept."""
+        if torch.compiler.is_compiling():  # a graph cannot keep images: the run will say that this was not reached
+            return False
         latents, self._noised = self._noised, None
         if latents is None or not torch.is_grad_enabled():
             return False

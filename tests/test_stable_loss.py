@@ -278,6 +278,22 @@ class Tracker:
         self.logged.append((step, values))
 
 
+@pytest.mark.parametrize("flags", [{}, {"stable_loss_steps": 1}])
+def test_a_compiled_network_stays_one_graph_and_is_not_kept(kohya, flags):
+    loss, network = kohya(**flags), Network().eval()
+    latents, text, ids = (part[None] for part in examples(1)[0])
+
+    def forward(*args):
+        return kohya_adapter.called(Network.forward, network, *args)[0]
+
+    compiled = torch.compile(forward, backend="eager", fullgraph=True)
+    if loss:
+        loss.noised(latents)
+    arguments = latents, torch.zeros(1), text, {"time_ids": ids}
+    assert torch.equal(compiled(*arguments), network(*arguments)[0]) and SESSION.patches.calls == {}
+    assert loss is None or not loss.kept
+
+
 @pytest.mark.parametrize("network_trainer", [False, True])
 def test_kohyas_trainers_log_after_every_second_optimizer_step(kohya, network_trainer):
     extra = dict(network_module="networks.lora", network_train_unet_only=False, cache_text_encoder_outputs=False)
