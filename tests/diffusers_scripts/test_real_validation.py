@@ -60,17 +60,6 @@ def test_a_trained_text_encoder_is_said(run):  # noqa: F811
     assert "their text embeddings stay as first seen, though the text encoder is trained" in process.stderr and printed(process)
 
 
-def test_the_number_is_of_the_images_whatever_the_batch_and_order(run):  # noqa: F811
-    """All six images; the order is another for every batch size and seed, the cached latents are not."""
-    found = []
-    for size, seed, steps in ((1, 7, 12), (2, 7, 6), (3, 8, 6)):
-        flags = ("--train_batch_size", str(size), "--learning_rate", "0", "--stable_loss_steps", "6", "--stable_loss_images", "6")
-        process, _ = run("module", "t2i", "--checked_caches", *flags, "--seed", str(seed), "--center_crop", steps=steps)
-        found.append(printed(process))
-    losses = [numbers[max(numbers)] for numbers in found]
-    assert all(n == 6 for *_, n in losses) and [loss for loss, *_ in losses] == pytest.approx([losses[0][0]] * 3, rel=1e-5)
-
-
 def test_two_processes_share_the_images(run):  # noqa: F811
     for script in ("t2i", "t2i_lora"):
         without = run("unpatched", script, launcher=TWO, folder="a")[1]
@@ -87,12 +76,13 @@ def test_the_tracker_gets_every_number_at_its_step(run, tmp_path):  # noqa: F811
 
 @pytest.mark.parametrize("script", ["t2i", "t2i_lora"])
 def test_a_resumed_run_goes_on_with_the_images_of_the_first(run, script, tmp_path):  # noqa: F811
+    """The resumed run has another seed, batch size and hence order, and the same weights."""
     flags = ("--learning_rate", "0", "--checkpointing_steps", "2")
-    again = (*flags, "--resume_from_checkpoint", "latest", "--seed", "8")
+    again = (*flags, "--resume_from_checkpoint", "latest", "--seed", "8", "--train_batch_size", "3")
     first = printed(run("module", script, *STABLE, *flags, steps=2)[0])
     process, trace = run("module", script, *STABLE, *again, steps=6)
     resumed = printed(process)
-    assert list(resumed) == [4, 6] and {loss for loss, *_ in resumed.values()} == {first[2][0]}
+    assert list(resumed) == [4, 6] and [loss for loss, *_ in resumed.values()] == pytest.approx([first[2][0]] * 2, rel=1e-5)
     run("unpatched", script, *flags, steps=2, folder="without")
     assert trace == run("unpatched", script, *again, steps=6, folder="without")[1]
 
