@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from sdxl_fixes import MinSNR, NoiseSchedule, Objective
+from sdxl_fixes import Debiased, MinSNR, NoiseSchedule, Objective, ScheduledHuber
 from sdxl_fixes.diffusers import validation as diffusers_adapter
 from sdxl_fixes.diffusers.anchors import missing
 from sdxl_fixes.flags import FlagError, Settings
@@ -260,6 +260,7 @@ def kohya(tmp_path):
 def train_as_kohya(network, data, args, accelerator, steps):
     """One example a micro-step, two micro-steps an optimizer step; returns what upstream's functions were given."""
     given = []
+    kohya_adapter.step_done(lambda *received: given.append(received), "pipe", accelerator, args, 0, 0, "rest")  # --sample_at_first
     for step in range(1, steps + 1):
         for example in data[2 * step - 2 : 2 * step]:
             latents, text, ids = (part[None] for part in example)
@@ -305,7 +306,7 @@ def test_kohyas_trainers_log_after_every_second_optimizer_step(kohya, network_tr
     accelerator.trackers = [Tracker("tensorboard"), Tracker("wandb")]
     accelerator.log = lambda values, step: direct.append((step, values))
     given = train_as_kohya(network, examples(), argparse.Namespace(**flags), accelerator, 4)
-    assert len(given) == 8 + 5 and len(loss.kept) == 4 and SESSION.patches.calls == {"validation": 8}
+    assert len(given) == 8 + 6 and len(loss.kept) == 4 and SESSION.patches.calls == {"validation": 8}
     if network_trainer:  # as it logs its own loss: wandb's steps are its calls
         assert [step for step, _ in accelerator.trackers[0].logged] == [2, 4] and not direct
         assert [(step, values["global_step"]) for step, values in accelerator.trackers[1].logged] == [(None, 2), (None, 4)]
@@ -313,6 +314,14 @@ def test_kohyas_trainers_log_after_every_second_optimizer_step(kohya, network_tr
         assert [step for step, _ in direct] == [2, 4] and "stable_loss/loss_unweighted/t999" in direct[0][1]
     stands = "their text embeddings stay as first seen" in SESSION.run.report(PatchSet(()), SESSION.run.on, set(SESSION.run.on))
     assert stands == network_trainer
+
+
+def test_the_loss_is_that_of_the_flags(kohya):
+    flags = dict(min_snr_gamma=5.0, debiased_estimation_loss=True, v_parameterization=True, zero_terminal_snr=True, loss_type="huber")
+    objective = kohya(stable_loss_steps=2, **flags).validation.objective
+    weights = [weighting.table(ZERO, "v_prediction") for weighting in (MinSNR(5), Debiased())]
+    assert objective.weighting.table(objective.schedule, objective.prediction_type).tolist() == (weights[0] * weights[1]).tolist()
+    assert objective.schedule == ZERO and objective.loss_function == ScheduledHuber() and objective.perturbation is None
 
 
 def test_nothing_is_kept_without_the_flag(kohya):
