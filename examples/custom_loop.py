@@ -3,6 +3,7 @@
     python examples/custom_loop.py --output_dir out --zero_terminal_snr --loss_type huber --min_snr_gamma 5 --stratified_timesteps
     accelerate launch --num_processes 2 examples/custom_loop.py --output_dir out ...        (more processes)
     python examples/custom_loop.py --output_dir out --steps 12 --resume ...                 (go on where it stopped, exactly)
+    python examples/custom_loop.py --output_dir out --stable_loss_steps 2 --log_with tensorboard ...       (and a validation loss)
 
 Everything random is a function of (seed, step, process), so a resumed run repeats the uninterrupted one bit for bit.
 """
@@ -19,6 +20,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 
 from sdxl_fixes.flags import Settings, add_flags
+from sdxl_fixes.validation import Validation
 
 PREDICTION_TYPE = "v_prediction"
 TEXT, POOLED = 80, 48  # widths of the text embeddings, the pooled one and the six time ids make the conditioning
@@ -33,7 +35,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output_dir")
-    add_flags(parser)  # schedule, loss, weights, noise and timesteps
+    parser.add_argument("--log_with", help="tensorboard, wandb, ...: a tracker that accelerate knows")
+    add_flags(parser)  # schedule, loss, weights, noise, timesteps, and the validation loss every --stable_loss_steps
     return parser.parse_args()
 
 
@@ -56,9 +59,9 @@ def make_unet() -> UNet2DConditionModel:
     )
 
 
-def make_data(count: int = 24) -> dict[str, torch.Tensor]:
+def make_data(count: int = 24, seed: int = 0) -> dict[str, torch.Tensor]:
     """Stands for your cached latents and embeddings: flat latents of a brightness that the embeddings tell."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     brightness = torch.linspace(-1.5, 1.5, count)
     return {
         "latents": brightness.reshape(-1, 1, 1, 1) + 0.1 * torch.randn(count, 4, 8, 8, generator=generator),
@@ -77,16 +80,23 @@ def my_samples(step: int, count: int, args: argparse.Namespace, accelerator: Acc
     return order[first : first + args.batch_size]
 
 
+def predict(unet: torch.nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    conditions = {"text_embeds": batch["pooled"], "time_ids": batch["time_ids"]}
+    return unet(noisy, timesteps, batch["text"], added_cond_kwargs=conditions, return_dict=False)[0]
+
+
 def main() -> None:
     args = parse_args()
-    accelerator = Accelerator()
-    objective = Settings.from_args(args).objective(
-        PREDICTION_TYPE, seed=args.seed, rank=accelerator.process_index, world_size=accelerator.num_processes
-    )
+    accelerator = Accelerator(log_with=args.log_with, project_dir=args.output_dir)
+    accelerator.init_trackers("custom_loop")
+    settings = Settings.from_args(args)
+    objective = settings.objective(PREDICTION_TYPE, seed=args.seed, rank=accelerator.process_index, world_size=accelerator.num_processes)
     torch.manual_seed(args.seed)
     unet = make_unet()
     unet, optimizer = accelerator.prepare(unet, torch.optim.AdamW(unet.parameters(), lr=args.learning_rate))
     data = {name: tensor.to(accelerator.device) for name, tensor in make_data().items()}
+    held_out = {name: tensor.to(accelerator.device) for name, tensor in make_data(settings.stable_loss_images or 8, seed=1).items()}
+    validation, network = Validation(objective), accelerator.unwrap_model(unet)
 
     checkpoint, first_step = args.output_dir / "checkpoint", 0
     if args.resume:
@@ -95,7 +105,7 @@ def main() -> None:
         objective.timesteps.load_state_dict(state["timesteps"])  # where the stratified draws stand
         first_step = state["step"]
 
-    losses = []
+    losses, validated = [], {}
     for step in range(first_step, args.steps):
         samples = torch.from_numpy(my_samples(step, len(data["latents"]), args, accelerator)).to(accelerator.device)
         batch = {name: tensor[samples] for name, tensor in data.items()}
@@ -103,14 +113,24 @@ def main() -> None:
         generator.manual_seed((args.seed * 1_000_003 + step) * accelerator.num_processes + accelerator.process_index)
 
         drawn = objective.draw(batch["latents"], generator=generator)  # noisy latents, timesteps, target: one schedule
-        conditions = {"text_embeds": batch["pooled"], "time_ids": batch["time_ids"]}
-        prediction = unet(drawn.noisy, drawn.timesteps, batch["text"], added_cond_kwargs=conditions, return_dict=False)[0]
-        loss = objective.loss(prediction, drawn)
+        loss = objective.loss(predict(unet, drawn.noisy, drawn.timesteps, batch), drawn)
 
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(accelerator.gather(loss.detach().reshape(1)).mean().item())
+        accelerator.log({"loss": losses[-1]}, step=step + 1)
+
+        if settings.stable_loss_steps and (step + 1) % settings.stable_loss_steps == 0:
+            numbers = validation(  # of the same images, noise and timesteps every time; the training's random numbers stay as they are
+                lambda noisy, timesteps, image: predict(network, noisy, timesteps, {name: held_out[name][image] for name in held_out}),
+                held_out["latents"],
+                models=(network,),
+                batch_size=args.batch_size,
+                accelerator=accelerator,  # every process takes its share
+            )
+            validated[step + 1] = numbers["loss"]
+            accelerator.log({f"validation/{name}": number for name, number in numbers.items()}, step=step + 1)
 
         if (step + 1) % args.checkpoint_every == 0:
             accelerator.save_state(str(checkpoint))
@@ -119,11 +139,12 @@ def main() -> None:
                 (checkpoint / "progress.json").write_text(json.dumps(progress))
             accelerator.wait_for_everyone()
 
+    accelerator.end_training()
     if accelerator.is_main_process:
-        accelerator.unwrap_model(unet).save_pretrained(args.output_dir / "unet")
+        network.save_pretrained(args.output_dir / "unet")
         # samples the trained schedule, also in stock diffusers; a pipeline's save_pretrained writes the same file
         objective.schedule.scheduler("ddim", PREDICTION_TYPE).save_pretrained(args.output_dir / "scheduler")
-        (args.output_dir / "losses.json").write_text(json.dumps({"first_step": first_step, "losses": losses}))
+        (args.output_dir / "losses.json").write_text(json.dumps({"first_step": first_step, "losses": losses, "validation": validated}))
         print(f"steps {first_step} to {args.steps}: losses {' '.join(f'{loss:.4f}' for loss in losses)}")
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sdxl_fixes import __version__, stamp_cli, ui_install
+from sdxl_fixes import __version__, samples_cli, stamp_cli, ui_install
 from sdxl_fixes.flags import SCHEDULE_FLAGS, Settings, add_flags
 from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.schedule_report import as_json, as_text, plot
@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     _add_kohya(commands)
     stamp_cli.add_commands(commands)
     ui_install.add_commands(commands)
+    samples_cli.add_commands(commands)
     _add_demo(commands)
     _add_buckets(commands)
     args = parser.parse_args(argv)

@@ -62,7 +62,13 @@ TIMESTEP_FLAGS: dict[str, dict[str, Any]] = {
         type=float, help="draw this share of the timesteps above SDXL's last sigma, 14.6, weighted so that the expected loss is unchanged"
     ),
 }
-FLAGS = {**SCHEDULE_FLAGS, **LOSS_FLAGS, **WEIGHTING_FLAGS, **NOISE_FLAGS, **TIMESTEP_FLAGS}
+VALIDATION_FLAGS: dict[str, dict[str, Any]] = {
+    "stable_loss_steps": dict(
+        type=int, help="every so many optimizer steps, log the loss on the same images, noise and timesteps: one that can be compared"
+    ),
+    "stable_loss_images": dict(type=int, help="how many images --stable_loss_steps takes, over all processes (default 16)"),
+}
+FLAGS = {**SCHEDULE_FLAGS, **LOSS_FLAGS, **WEIGHTING_FLAGS, **NOISE_FLAGS, **TIMESTEP_FLAGS, **VALIDATION_FLAGS}
 
 
 def add_flags(parser: argparse.ArgumentParser, names: tuple[str, ...] = tuple(FLAGS)) -> None:
@@ -95,6 +101,8 @@ class Settings:
     noise_offset: float | None = None
     stratified_timesteps: bool = False
     terminal_timestep_share: float | None = None
+    stable_loss_steps: int | None = None
+    stable_loss_images: int | None = None
 
     def __post_init__(self) -> None:
         if self.terminal_sigma is None:
@@ -109,6 +117,12 @@ class Settings:
             raise FlagError(f"--huber_l2_gradient belongs to --loss_type huber or smooth_l1, not {self.loss_type}: leave it out")
         if self.min_snr_floor and not self.min_snr_gamma:
             raise FlagError("--min_snr_floor needs --min_snr_gamma: give the gamma (5 is usual), or leave it out")
+        for name in ("stable_loss_steps", "stable_loss_images"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise FlagError(f"--{name} {value}: expected 1 or more, or leave it out")
+        if self.stable_loss_images and not self.stable_loss_steps:
+            raise FlagError("--stable_loss_images needs --stable_loss_steps: give the optimizer steps between two losses, or leave it out")
         self.schedule(), self.loss(), self.weightings(), self.perturbation(), self.offset(), self.timesteps()  # each checks its own
 
     @classmethod

@@ -122,7 +122,7 @@ def _mismatch(patch: Patch) -> str | None:
     try:
         owner, name = _resolve(patch.target)
         found = _parameters(getattr(owner, name))
-    except (ImportError, AttributeError, TypeError) as error:
+    except (ImportError, AttributeError, TypeError, RuntimeError) as error:  # RuntimeError: diffusers' failed lazy import
         return f"{patch.target}: expected a function with parameters ({', '.join(patch.parameters)}), found none ({error})"
     return patch.mismatch(found)
 

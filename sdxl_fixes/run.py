@@ -9,7 +9,7 @@ import runpy
 import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ from sdxl_fixes import __version__
 from sdxl_fixes.checkpoint import markers
 from sdxl_fixes.flags import FLAGS, FlagError, Settings
 from sdxl_fixes.loss import Loss, ScheduledHuber
-from sdxl_fixes.objective import EPSILON_AT_ZERO_SNR
+from sdxl_fixes.objective import EPSILON_AT_ZERO_SNR, Objective
 from sdxl_fixes.patching import PatchSet
 from sdxl_fixes.schedule import NoiseSchedule
+from sdxl_fixes.stable_loss import IMAGES, StableLoss
 from sdxl_fixes.tables import Table
 from sdxl_fixes.timesteps import TimestepSampler
-from sdxl_fixes.weighting import Weighting
+from sdxl_fixes.validation import Validation
+from sdxl_fixes.weighting import Product, Weighting
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Run:
     on: frozenset[str]
     timesteps: TimestepSampler | None = None
     weightings: tuple[Weighting, ...] = ()
+    stable_loss: StableLoss | None = None
     step: dict[str, Any] = field(default_factory=dict)  # passed from one patch to the next within a training step
 
     @classmethod
@@ -83,6 +86,7 @@ class Run:
         prediction_type: str,
         schedule: NoiseSchedule,
         weightings: tuple[Weighting, ...] = (),
+        resumed: bool = False,
         **timestep_range: int | None,
     ) -> Run:
         """Decide from the trainer's parsed arguments, and print the report. Raises FlagError (before any model is loaded) for
@@ -107,7 +111,10 @@ class Run:
             accumulation=getattr(args, "gradient_accumulation_steps", None) or 1,
             **timestep_range,
         )
-        run = cls(trainer, args, settings, schedule, prediction_type, frozenset(wanted & allowed), sampler, weightings)
+        on = frozenset(wanted & allowed)
+        run = cls(trainer, args, settings, schedule, prediction_type, on, sampler, weightings)
+        if "validation" in on:
+            run = replace(run, stable_loss=run._stable_loss(resumed))
         if os.environ.get("RANK", "0") == "0":
             print(run.report(patches, allowed, wanted), file=sys.stderr, flush=True)
         return run
@@ -128,6 +135,21 @@ class Run:
             else:
                 lines.append(f"  {name:<10} off  no flag asks for it ({fix.flags})")
         return "\n".join(lines)
+
+    def _stable_loss(self, resumed: bool) -> StableLoss:
+        weighting = Product(self.weightings) if self.weightings else None
+        with warnings.catch_warnings():  # of epsilon at zero SNR, which was said
+            warnings.simplefilter("ignore", UserWarning)
+            objective = Objective(self.schedule, self.prediction_type, self.settings.loss(), weighting)
+        return StableLoss(
+            Validation(objective),
+            self.settings.stable_loss_steps or 1,
+            self.settings.stable_loss_images or IMAGES,
+            int(os.environ.get("RANK", "0")),
+            int(os.environ.get("WORLD_SIZE", "1")),
+            getattr(self.args, "output_dir", None),
+            resumed,
+        )
 
     def sample_weights(self, timesteps: torch.Tensor) -> torch.Tensor | None:
         """What the step will multiply each sample's loss by: the weights of all flags and of the timestep sampler, [B]; None for 1."""
@@ -159,6 +181,16 @@ def describe_weighting(run: Run) -> str:
 
 def describe_timesteps(run: Run) -> str:
     return f"stratified={run.settings.stratified_timesteps}, terminal share {run.settings.terminal_timestep_share or 0:g}"
+
+
+def wants_stable_loss(args: argparse.Namespace, settings: Settings) -> bool:
+    return bool(settings.stable_loss_steps)
+
+
+def describe_validation(run: Run, trained_text: bool = False) -> str:
+    images = run.settings.stable_loss_images or IMAGES
+    embeddings = "; their text embeddings stay as first seen, though the text encoder is trained" if trained_text else ""
+    return f"stable loss of the first {images} images, every {run.settings.stable_loss_steps} steps{embeddings}"
 
 
 def describe_previews(run: Run) -> str:

@@ -7,6 +7,7 @@ import html
 import io
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,14 @@ class SampleTable:
 
     def add(self, checkpoint: str, prompt: str, image: Any) -> None:
         """Put ``image`` (a PIL image) into the table, in place of an older one, and write the file."""
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        self.cells.setdefault(str(checkpoint), {})[str(prompt)] = base64.b64encode(buffer.getvalue()).decode()
+        self.update([(checkpoint, prompt, image)])
+
+    def update(self, samples: Iterable[tuple[str, str, Any]]) -> None:
+        """Many at once: (checkpoint, prompt, image)."""
+        for checkpoint, prompt, image in samples:
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG")
+            self.cells.setdefault(str(checkpoint), {})[str(prompt)] = base64.b64encode(buffer.getvalue()).decode()
         self._write()
 
     def _write(self) -> None:

@@ -8,21 +8,23 @@ loss; on a few that are, a stable training loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from sdxl_fixes.loss import l2
+from sdxl_fixes.loss import ScheduledHuber, l2
 from sdxl_fixes.objective import Objective
 
 
 class Validation:
     """Loss of a network on fixed images, noise and timesteps.
 
-    objective  what is trained: its schedule, prediction type, loss and weights (its perturbation and timestep sampler are not used)
+    objective  what is trained: its schedule, prediction type, loss and weights (its perturbation and timestep sampler are not used, nor
+               Huber's l2_gradient="batch", a factor that depends on the batch)
     points     timesteps per image, evenly over the range, the last one among them
     seed       of the noise
     """
@@ -31,10 +33,12 @@ class Validation:
         steps = len(objective.schedule)
         if not 1 <= points <= steps:
             raise ValueError(f"points must lie in 1..{steps}, the trained timesteps, got {points}")
-        self.objective, self.seed = objective, int(seed)
+        self.objective, self.seed = copy(objective), int(seed)
+        loss = objective.loss_function
+        if isinstance(loss, ScheduledHuber) and loss.l2_gradient == "batch":
+            self.objective.loss_function = replace(loss, l2_gradient=None)
         self.timesteps: list[int] = (np.round(steps * np.arange(1, points + 1) / points).astype(int) - 1).tolist()
 
-    @torch.no_grad()
     def __call__(
         self,
         predict: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
@@ -50,42 +54,60 @@ class Validation:
         each timestep, "loss_unweighted/t999". With an accelerate ``accelerator`` every process takes its share and all return the same
         numbers, for ``accelerator.log(numbers, step)``.
         """
-        rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-        work = [(image, t) for t in self.timesteps for image in range(len(latents))][rank::processes]
+        share = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+        sums = self.sums(predict, latents, models, batch_size, share=share)
+        return self.means(sums if accelerator is None else accelerator.reduce(sums, "sum"), len(latents))
+
+    @torch.no_grad()
+    def sums(
+        self,
+        predict: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        latents: torch.Tensor,
+        models: Iterable[torch.nn.Module] = (),
+        batch_size: int = 8,
+        numbers: Sequence[int] | None = None,
+        share: tuple[int, int] = (0, 1),
+    ) -> torch.Tensor:
+        """The losses summed over images, float32, [2, points]: as trained, and squared errors. Sums of images of several shapes, or of
+        several processes, may be added, and :meth:`means` made of them. ``numbers`` tell the images' noise (None: their places);
+        ``share`` (k, n) does every n-th evaluation from the k-th."""
+        numbers = range(len(latents)) if numbers is None else numbers
+        work = [(image, t) for t in self.timesteps for image in range(len(latents))][share[0] :: share[1]]
         sums = torch.zeros(2, len(self.timesteps), device=latents.device)
-        training = [(model, model.training) for model in models]
+        modes = [(module, module.training) for model in models for module in model.modules()]  # parts may differ from the whole
         devices = [latents.device] if latents.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             try:
-                for model, _ in training:
-                    model.eval()
+                for module, _ in modes:
+                    module.training = False
                 for start in range(0, len(work), batch_size):
-                    images, timesteps = (torch.tensor(column) for column in zip(*work[start : start + batch_size], strict=True))
-                    losses = self._losses(predict, latents, images.to(latents.device), timesteps.to(latents.device), work[start:])
-                    where = torch.tensor([self.timesteps.index(int(t)) for t in timesteps], device=latents.device)
-                    sums.index_add_(1, where, losses)
+                    chunk = work[start : start + batch_size]
+                    noise = torch.stack([self.noise(numbers[image], t, latents.shape[1:]) for image, t in chunk])
+                    images, timesteps = (torch.tensor(column, device=latents.device) for column in zip(*chunk, strict=True))
+                    where = torch.tensor([self.timesteps.index(t) for _, t in chunk], device=latents.device)
+                    sums.index_add_(1, where, self._losses(predict, latents, images, timesteps, noise))
             finally:
-                for model, was in training:
-                    model.train(was)
-        if accelerator is not None:
-            sums = accelerator.reduce(sums, "sum")
-        weighted, plain = (sums / max(1, len(latents))).tolist()
-        numbers = {"loss": float(np.mean(weighted)), "loss_unweighted": float(np.mean(plain))}
-        return numbers | {f"loss_unweighted/t{t}": value for t, value in zip(self.timesteps, plain, strict=True)}
+                for module, mode in modes:
+                    module.training = mode
+        return sums
+
+    def means(self, sums: torch.Tensor, images: int) -> dict[str, float]:
+        """The numbers of :meth:`__call__`, of the sums over ``images``."""
+        weighted, plain = (sums / max(1, images)).tolist()
+        found = {"loss": float(np.mean(weighted)), "loss_unweighted": float(np.mean(plain))}
+        return found | {f"loss_unweighted/t{t}": value for t, value in zip(self.timesteps, plain, strict=True)}
 
     def _losses(
-        self, predict: Any, latents: torch.Tensor, images: torch.Tensor, timesteps: torch.Tensor, work: list[tuple[int, int]]
+        self, predict: Any, latents: torch.Tensor, images: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor:
         """[2, B]: as trained, and squared error."""
-        x0 = latents[images]
-        noise = torch.stack([self.noise(image, t, latents.shape[1:]) for image, t in work[: len(images)]])
-        step = self.objective.draw(x0, training=False, index=timesteps, noise=noise)
+        step = self.objective.draw(latents[images], training=False, index=timesteps, noise=noise)
         prediction = predict(step.noisy, step.timesteps, images)
         plain = l2(prediction.float() - step.target.float()).flatten(1).mean(1)
         trained = self.objective.loss(prediction, replace(step, importance=None), reduction="none")
         return torch.stack((trained, plain))
 
     def noise(self, image: int, timestep: int, shape: tuple[int, ...] | torch.Size) -> torch.Tensor:
-        """The noise of one image at one timestep, float32 on the CPU."""
+        """The noise of one image, by its number, at one timestep: float32 on the CPU."""
         seed = int(np.random.SeedSequence([self.seed, image, timestep]).generate_state(1, np.uint64)[0] >> 1)
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -10,6 +10,7 @@ float64 at a schedule's timesteps.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -133,6 +134,16 @@ class PlusVLike(Weighting):
     def __call__(self, snr: Array, prediction_type: str) -> Array:
         snr = np.minimum(snr, self.snr_limit)
         return 1 + self.amount / np.maximum(snr / (snr + 1), 1 / self.cap)
+
+
+@dataclass(frozen=True)
+class Product(Weighting):
+    """Several weightings of one loss: kohya multiplies all that its flags ask for."""
+
+    parts: tuple[Weighting, ...]
+
+    def __call__(self, snr: Array, prediction_type: str) -> Array:
+        return functools.reduce(np.multiply, (part(snr, prediction_type) for part in self.parts), np.ones_like(snr))
 
 
 def _error_ratio(snr: Array, prediction_type: str) -> Array:

@@ -47,9 +47,28 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path, loop)
     assert saved == NoiseSchedule.sdxl().zero_terminal_snr()
 
 
+def test_the_validation_loss_changes_nothing_and_a_resumed_run_has_the_same(tmp_path, loop):
+    validating = ("--steps", "6", "--stable_loss_steps", "3")
+    plain, validated = loop(tmp_path / "plain", "--steps", "6"), loop(tmp_path / "validated", *validating)
+    assert validated["losses"] == plain["losses"] and plain["validation"] == {}
+    assert list(validated["validation"]) == ["3", "6"] and validated["validation"]["6"] < validated["validation"]["3"]
+    loop(tmp_path / "parts", "--steps", "4")
+    assert loop(tmp_path / "parts", *validating, "--resume")["validation"] == {"6": validated["validation"]["6"]}
+
+
+def test_the_validation_loss_reaches_the_tracker(tmp_path, loop):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    written = loop(tmp_path / "run", "--steps", "2", "--stable_loss_steps", "1", "--log_with", "tensorboard")["validation"]
+    events = event_accumulator.EventAccumulator(str(tmp_path / "run" / "custom_loop")).Reload()
+    logged = {str(event.step): event.value for event in events.Scalars("validation/loss")}
+    assert logged == pytest.approx(written, rel=1e-6) and list(logged) == ["1", "2"]
+
+
 @pytest.mark.slow
 def test_two_processes_resume_bit_for_bit_and_share_the_strata(tmp_path, loop):
     two = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    whole = loop(tmp_path / "whole", "--steps", "6", launcher=two)
+    validating = ("--steps", "6", "--stable_loss_steps", "6")
+    whole = loop(tmp_path / "whole", *validating, launcher=two)
     loop(tmp_path / "parts", "--steps", "3", launcher=two)
-    assert loop(tmp_path / "parts", "--steps", "6", "--resume", launcher=two)["losses"] == whole["losses"][3:]
+    resumed = loop(tmp_path / "parts", *validating, "--resume", launcher=two)
+    assert resumed["losses"] == whole["losses"][3:] and resumed["validation"] == whole["validation"]

@@ -232,6 +232,9 @@ def test_a_run_that_saved_no_record_says_so_at_its_end(train):
         (("--max_token_length", "75"), "expected more than the 75 tokens"),
         (("--snr_gamma", "5", "--do_edm_style_training"), "so weighting cannot be had there"),
         (("--loss_type", "huber", "--do_edm_style_training"), "so loss cannot be had there"),
+        (("--stable_loss_steps", "5", "--do_edm_style_training"), "so validation cannot be had there"),
+        (("--stable_loss_steps", "5"), "the fix 'validation', which your flags ask for, does not fit this diffusers example"),
+        (("--stable_loss_images", "5"), "--stable_loss_images needs --stable_loss_steps"),
         (("--zero_terminal_snr", *V, "--do_edm_style_training"), "EDM-style training needs a finite sigma"),
     ],
 )

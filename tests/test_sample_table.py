@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from sdxl_fixes.cli import main
 from sdxl_fixes.sample_table import SampleTable
 
 Image = pytest.importorskip("PIL.Image", reason="install Pillow (it comes with the demo extra) to run")
@@ -70,3 +71,32 @@ def test_a_failed_write_leaves_the_old_table(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         SampleTable(path).add("2", "a cat", picture(2))
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["samples.html"]
+
+
+def previews(folder, **greys):
+    folder.mkdir(exist_ok=True)
+    for name, grey in greys.items():
+        picture(grey).save(folder / f"{name}.png")
+
+
+def test_kohya_s_previews_become_a_table(tmp_path, capsys):
+    folder, table, prompts = tmp_path / "sample", tmp_path / "table.html", tmp_path / "prompts.txt"
+    first = dict(my_model_e000010_00_20261121193000_1=10, my_model_e000002_00_20261121190000_1=20, my_model_e000002_01_20261121190001=30)
+    previews(folder, **first, my_model_e000002_01_20261121180000=99, my_model_000500_00_20261121191000_1=40, cover=1)
+    prompts.write_text("# two\n\na cat --w 64 --d 1\na dog\n")
+    assert main(["samples", str(folder), "-o", str(table), "--prompts", str(prompts)]) == 0
+    assert capsys.readouterr().out == f"{table}: 4 images, 3 checkpoints, 2 rows\n"
+    assert list(SampleTable(table).cells) == ["step 500", "epoch 2", "epoch 10"]
+    assert shown(table) == [("a cat (seed 1)", [40, 20, 10]), ("a dog", [None, 30, None])]
+    previews(folder, e000011_00_20261121200000_1=50)
+    assert main(["samples", str(folder), "-o", str(table), "--prompts", str(prompts)]) == 0
+    assert shown(table)[0] == ("a cat (seed 1)", [40, 20, 10, 50])
+
+
+def test_what_is_no_folder_of_previews_is_one_sentence(tmp_path, capsys):
+    for folder, sentence in (
+        (tmp_path / "nowhere", "there is no folder"),
+        (tmp_path, "holds no image named as sd-scripts names its previews"),
+    ):
+        assert main(["samples", str(folder), "-o", str(tmp_path / "table.html")]) == 2
+        assert sentence in capsys.readouterr().err and not (tmp_path / "table.html").exists()

@@ -131,3 +131,22 @@ def test_half_precision_latents_and_flow():
     for prediction_type in ("flow_prediction", "sample"):
         numbers = Validation(Objective(ZERO, prediction_type), points=2)(zero, LATENTS.bfloat16())
         assert all(math.isfinite(value) for value in numbers.values())
+
+
+def test_huber_s_batch_gain_does_not_make_it_depend_on_the_batch():
+    validation = Validation(Objective(ZERO, "v_prediction", ScheduledHuber(l2_gradient="batch")), points=4)
+    plain = Validation(Objective(ZERO, "v_prediction", ScheduledHuber()), points=4)
+    assert validation(zero, LATENTS, batch_size=3) == pytest.approx(validation(zero, LATENTS, batch_size=8), rel=1e-6)
+    assert validation(zero, LATENTS)["loss"] == plain(zero, LATENTS)["loss"]
+
+
+def test_parts_of_a_model_go_back_to_their_own_modes():
+    model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Dropout(0.5).eval())
+    model[1].eval()
+
+    def predict(noisy, timesteps, images):
+        assert not any(module.training for module in model.modules())
+        return noisy
+
+    Validation(Objective(ZERO, "v_prediction"), points=1)(predict, LATENTS, models=(model,))
+    assert [module.training for module in model.modules()] == [True, True, False]

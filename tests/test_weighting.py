@@ -9,7 +9,7 @@ import torch
 
 from sdxl_fixes import Debiased, MinSNR, NoiseSchedule, SoftMinSNR
 from sdxl_fixes import prediction as predictions
-from sdxl_fixes.weighting import EpsilonLike, PlusVLike
+from sdxl_fixes.weighting import EpsilonLike, PlusVLike, Product
 
 TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 SDXL, ZTSNR = NoiseSchedule.sdxl(), NoiseSchedule.sdxl().zero_terminal_snr()
@@ -167,3 +167,9 @@ def test_weights_do_not_change_the_schedule_or_their_input():
 def test_nonsense_is_refused_in_a_sentence(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_product_is_the_product():
+    schedule, parts = NoiseSchedule.sdxl(), (MinSNR(5), Debiased())
+    product = Product(parts).table(schedule, "v_prediction")
+    assert product.tolist() == [a * b for a, b in zip(*(part.table(schedule, "v_prediction") for part in parts), strict=True)]

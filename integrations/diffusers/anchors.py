@@ -7,6 +7,7 @@ import ast
 _TRAINS_BY_TIMESTEP = (("DDPMScheduler.from_pretrained",), "it does not train with a DDPMScheduler")
 _ADDS_NOISE = (("noise_scheduler.add_noise",), "it does not call noise_scheduler.add_noise")
 _MSE = (("F.mse_loss",), "it does not call F.mse_loss: its loss is written out")
+_LOGS = (("accelerator.log",), "it does not call accelerator.log")
 
 _PIPELINES = tuple(f"StableDiffusionXL{kind}Pipeline" for kind in ("", "ControlNet", "InstructPix2Pix", "Adapter"))
 
@@ -18,6 +19,12 @@ FOREIGN = {
     '"--loss_type"': "it has a --loss_type of its own",
 }
 
+# words of scripts whose U-Net is given what the stable loss cannot keep
+BESIDES = {
+    "additional_residuals=": "its U-Net is given a ControlNet's or an adapter's residuals, which depend on the noise",
+    "InstructPix2Pix": "its U-Net is given the image to edit beside the noisy latents",
+}
+
 # fix -> what the script must call or define (one of the names), and what to say if it does not
 ANCHORS: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
     "schedule": (
@@ -27,6 +34,7 @@ ANCHORS: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
     "weighting": (_TRAINS_BY_TIMESTEP, _ADDS_NOISE, _MSE),
     "noise": (_TRAINS_BY_TIMESTEP, _ADDS_NOISE),
     "timesteps": (_TRAINS_BY_TIMESTEP, _ADDS_NOISE, (("torch.randint",), "it does not draw its timesteps with torch.randint"), _MSE),
+    "validation": (_TRAINS_BY_TIMESTEP, _ADDS_NOISE, (("unet",), "it does not call unet(...)"), _LOGS),
     "prompts": ((("tokenizer",), "it does not call tokenizer(...)"), (("def encode_prompt",), "it has no encode_prompt")),
     "crops": ((("def compute_vae_encodings",), "it caches no latents, so its crop coordinates are those of the images"),),
     "caches": ((("Hasher.hash", "latents_cache.append"), "it keeps no cache"),),
@@ -39,6 +47,7 @@ def missing(source: str) -> dict[str, str]:
     """fix -> why it does not fit the script whose text is ``source``; fixes that fit are not in it. Empty for an empty source."""
     names = _names(source)
     why = {fix: [reason for any_of, reason in needs if not names & set(any_of)] for fix, needs in ANCHORS.items()}
+    why["validation"] += [reason for word, reason in BESIDES.items() if word in source]
     foreign = [reason for word, reason in FOREIGN.items() if word in source]
     if foreign:
         why |= {fix: foreign for fix in ANCHORS if fix not in ("crops", "caches")}

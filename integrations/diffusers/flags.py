@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sdxl_fixes.flags import LOSS_FLAGS, SCHEDULE_FLAGS, TIMESTEP_FLAGS, WEIGHTING_FLAGS, FlagError, add_flags
+from sdxl_fixes.flags import LOSS_FLAGS, SCHEDULE_FLAGS, TIMESTEP_FLAGS, VALIDATION_FLAGS, WEIGHTING_FLAGS, FlagError, add_flags
 from sdxl_fixes.patching import PatchSet
 from sdxl_fixes.run import add_fixes_flag
 
@@ -15,7 +15,10 @@ from .anchors import missing
 from .run import FIXES, SESSION, caller, start
 
 MARK = "--pretrained_model_name_or_path"  # the parser that has it is the script's
-SHARED = (*SCHEDULE_FLAGS, *LOSS_FLAGS, *WEIGHTING_FLAGS, "ip_noise_gamma", "ip_noise_gamma_random_strength", *TIMESTEP_FLAGS)
+SHARED = (
+    *(*SCHEDULE_FLAGS, *LOSS_FLAGS, *WEIGHTING_FLAGS),
+    *("ip_noise_gamma", "ip_noise_gamma_random_strength", *TIMESTEP_FLAGS, *VALIDATION_FLAGS),
+)
 OURS: dict[str, dict[str, Any]] = {
     "snr_gamma": dict(type=float, help="min-SNR weighting (arXiv:2303.09556); 5 is the paper's"),
     "prediction_type": dict(choices=("epsilon", "v_prediction"), help="what the model is trained to predict (default: as the base model)"),

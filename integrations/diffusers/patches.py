@@ -7,7 +7,7 @@ from typing import Any
 
 from sdxl_fixes.patching import Patch
 
-from . import buckets, caches, checkpoint, crops, flags, loss, prompts, schedule, timesteps
+from . import buckets, caches, checkpoint, crops, flags, loss, prompts, schedule, timesteps, validation
 
 _FROM = ("pretrained_model_name_or_path", "subfolder")
 _MSE = ("input", "target", "size_average", "reduce", "reduction")
@@ -47,6 +47,10 @@ PATCHES = (
           "cache keys that know the models' files and the code; cold and warm runs draw the same noise"),
     Patch("caches", "datasets:Dataset.remove_columns", ("self", "column_names"), caches.remove_columns,
           "any --image_column and --caption_column (upstream: only image and text)"),
+
+    Patch("validation", "diffusers:UNet2DConditionModel.forward", ("self", "sample", "timestep"), validation.called,
+          "the first images are kept, with their conditioning"),
+    Patch("validation", "accelerate:Accelerator.log", (), validation.log, "their loss is computed and logged after the optimizer step"),
 
     Patch("saving", "safetensors.torch:save_file", ("tensors", "filename", "metadata"), checkpoint.save_file, "the record in the metadata"),
 )

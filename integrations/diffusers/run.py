@@ -50,6 +50,12 @@ FIXES = {
         core.describe_timesteps,
         every_step=True,
     ),
+    "validation": Fix(
+        "--stable_loss_steps",
+        core.wants_stable_loss,
+        lambda run: core.describe_validation(run, any(getattr(run.args, f"train_text_encoder{end}", False) for end in ("", "_ti"))),
+        every_step=True,
+    ),
     "prompts": Fix(
         "--max_token_length",
         lambda args, settings: bool(args.max_token_length),
@@ -93,6 +99,7 @@ DIFFUSERS = Trainer(
         "float32_noising": "noise",
         "stratified_timesteps": "timesteps",
         "terminal_timestep_share": "timesteps",
+        "stable_loss_steps": "validation",
         "max_token_length": "prompts",
         "chunk_buckets": "buckets",
         "true_crop_coordinates": "crops",
@@ -151,6 +158,9 @@ def start(args: argparse.Namespace, patches: PatchSet) -> Run:
         raise FlagError(
             "--chunk_buckets does not fit the DreamBooth scripts, which make their batches of class and instance prompts: leave it out"
         )
+    prediction_type = args.prediction_type or known.base_prediction_type
+    if settings.stable_loss_steps and prediction_type not in ("epsilon", "v_prediction"):
+        raise FlagError(f"--stable_loss_steps knows the loss of epsilon and v_prediction, not of {prediction_type}: leave it out")
     if getattr(args, "timestep_bias_strategy", "none") != "none" and FIXES["timesteps"].wanted(known, settings):
         raise FlagError(
             f"--timestep_bias_strategy {args.timestep_bias_strategy} draws the timesteps its own way: leave it out, or "
@@ -161,15 +171,16 @@ def start(args: argparse.Namespace, patches: PatchSet) -> Run:
         known,
         settings,
         patches,
-        args.prediction_type or known.base_prediction_type,
+        prediction_type,
         settings.schedule(base),
         () if weighting is None else (weighting,),
+        resumed=bool(getattr(args, "resume_from_checkpoint", None)),
     )
 
 
 def refuse_edm(fixes: Collection[str]) -> None:
     """Raise FlagError if one of ``fixes`` does not apply to EDM-style training, which noises and weights its own loss by sigma."""
-    refused = [name for name in ("loss", "weighting", "noise", "timesteps") if name in fixes]
+    refused = [name for name in ("loss", "weighting", "noise", "timesteps", "validation") if name in fixes]
     if refused:
         raise FlagError(
             f"EDM-style training noises by sigma and weights its own loss by sigma, so {', '.join(refused)} cannot be had there: leave "

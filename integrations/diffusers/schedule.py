@@ -86,6 +86,8 @@ def _for_training(scheduler: Any, run: Run) -> Any:
 
     def add_noise(original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         run.step.update(timesteps=timesteps, prior=None)  # for the loss, which is not told
+        if run.stable_loss is not None:
+            run.stable_loss.noised(original_samples)
         SESSION.on("schedule"), SESSION.on("noise")
         return noising.add_noise(original_samples, noise, timesteps) if ours else upstream(original_samples, noise, timesteps)
 

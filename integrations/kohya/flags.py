@@ -6,13 +6,16 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from sdxl_fixes.flags import TIMESTEP_FLAGS, add_flags
+from sdxl_fixes.flags import TIMESTEP_FLAGS, VALIDATION_FLAGS, add_flags
 from sdxl_fixes.run import add_fixes_flag
 
 from . import buckets
 from .run import FIXES, SESSION, start
 
-OURS = ("terminal_sigma", "terminal_sigma_method", "terminal_sigma_start", "huber_l2_gradient", "min_snr_floor", *TIMESTEP_FLAGS)
+OURS = (
+    *("terminal_sigma", "terminal_sigma_method", "terminal_sigma_start", "huber_l2_gradient", "min_snr_floor"),
+    *(*TIMESTEP_FLAGS, *VALIDATION_FLAGS),
+)
 
 
 def add_arguments(original: Callable[..., Any], parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from sdxl_fixes.patching import Patch
 
-from . import buckets, checkpoint, flags, loss, noise, previews, prompts, schedule, timesteps, weighting
+from . import buckets, checkpoint, flags, loss, noise, previews, prompts, schedule, timesteps, validation, weighting
 
 _FUNCTIONS, _UTIL, _MODELS = "library.custom_train_functions", "library.train_util", "library.sdxl_model_util"
-_SDXL, _PIPELINE = "library.strategy_sdxl", "library.sdxl_lpw_stable_diffusion"
+_SDXL, _PIPELINE, _UNET = "library.strategy_sdxl", "library.sdxl_lpw_stable_diffusion", "library.sdxl_original_unet"
 _WEIGHT = ("loss", "timesteps", "noise_scheduler")
 
 # What came with v0.10.0; below it the trainers pass other values between the same functions, so nothing is patched at all.
@@ -57,6 +57,13 @@ PATCHES = (
           "caches prompts of equal chunks together", exact=True),
     Patch("buckets", f"{_PIPELINE}:SdxlStableDiffusionLongPromptWeightingPipeline.__call__", ("self", "prompt", "negative_prompt"),
           prompts.preview, "previews give prompt and negative prompt the chunks of the longer one"),
+
+    Patch("validation", f"{_UTIL}:get_noise_noisy_latents_and_timesteps", ("args", "noise_scheduler", "latents"), validation.noised,
+          "the first images are kept"),
+    Patch("validation", f"{_UNET}:SdxlUNet2DConditionModel.forward", ("self", "x", "timesteps"), validation.called,
+          "with their conditioning"),
+    Patch("validation", f"{_UTIL}:sample_images_common", ("pipe_class", "accelerator", "args", "epoch", "steps"), validation.step_done,
+          "their loss is computed and logged after the optimizer step"),
 
     Patch("previews", f"{_UTIL}:get_my_scheduler", ("sample_sampler", "v_parameterization"), previews.scheduler,
           "previews sample the trained schedule, trailing, x0 not clipped (upstream: SDXL's own, leading, clipped at 1)"),

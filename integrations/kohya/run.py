@@ -33,6 +33,13 @@ def base_sampling(args: argparse.Namespace) -> Sampling | None:
     return said_sampling(Path(name)) if name and Path(name).exists() else None
 
 
+def trains_text(args: argparse.Namespace) -> bool:
+    """Whether a text encoder is trained, so that embeddings change."""
+    if hasattr(args, "network_module"):
+        return not (args.network_train_unet_only or args.cache_text_encoder_outputs)
+    return bool(getattr(args, "train_text_encoder", False))
+
+
 FIXES = {
     "schedule": Fix(
         "--zero_terminal_snr, --terminal_sigma", lambda args, settings: settings.changes_schedule, core.describe_schedule, every_step=True
@@ -64,6 +71,12 @@ FIXES = {
         lambda run: f"aspect x chunk, prompts of at most {run.args.max_token_length} tokens, {run.args.chunk_layout or '75n+2'} vectors",
         every_step=True,
     ),
+    "validation": Fix(
+        "--stable_loss_steps",
+        core.wants_stable_loss,
+        lambda run: core.describe_validation(run, trains_text(run.args)),
+        every_step=True,
+    ),
     "previews": Fix("--zero_terminal_snr, --terminal_sigma", lambda args, settings: settings.changes_schedule, core.describe_previews),
     "saving": Fix(
         "--zero_terminal_snr, --terminal_sigma, --v_parameterization; or a base model that has a schedule record or marker",
@@ -82,6 +95,7 @@ KOHYA = Trainer(
         "stratified_timesteps": "timesteps",
         "terminal_timestep_share": "timesteps",
         "chunk_buckets": "buckets",
+        "stable_loss_steps": "validation",
     },
 )
 SESSION = Session()
@@ -98,6 +112,7 @@ def start(args: argparse.Namespace, patches: PatchSet) -> Run:
         "v_prediction" if getattr(args, "v_parameterization", False) else "epsilon",
         settings.schedule(),
         weightings(args, settings),
+        resumed=bool(getattr(args, "resume", None)),
         min_timestep=getattr(args, "min_timestep", None) or 0,
         max_timestep=getattr(args, "max_timestep", None),
     )

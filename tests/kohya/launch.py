@@ -2,7 +2,7 @@
 
 HOW is unpatched, install (sdxl_fixes.kohya.install(), then the script) or module (what ``python -m sdxl_fixes.kohya`` does).
 TRACE.json receives the losses that the script reports, the timesteps and the contexts' sizes [B, length] given to the U-Net, the prompts
-that were encoded, and the scheduler's tables.
+that were encoded, and the scheduler's tables (of rank 0, if there are several processes).
 """
 
 import functools
@@ -98,6 +98,7 @@ if __name__ == "__main__":
                 sdxl_fixes.kohya.install()
             runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
-        Path(out).write_text(json.dumps(record))
+        if os.environ.get("RANK", "0") == "0":
+            Path(out).write_text(json.dumps(record))
         if "STEP_TIMES" in os.environ:
             Path(os.environ["STEP_TIMES"]).write_text(json.dumps(times))

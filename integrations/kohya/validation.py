@@ -1,0 +1,58 @@
+"""What kohya's trainers do that the stable training loss needs to see, and where its numbers go."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .run import SESSION
+
+
+def noised(
+    original: Callable[..., Any], args: argparse.Namespace, noise_scheduler: Any, latents: torch.Tensor, *rest: Any, **kwargs: Any
+) -> Any:
+    """Upstream's noising of clean latents."""
+    if SESSION.run is not None and SESSION.run.stable_loss is not None:
+        SESSION.run.stable_loss.noised(latents)
+    return original(args, noise_scheduler, latents, *rest, **kwargs)
+
+
+def called(original: Callable[..., Any], self: Any, x: torch.Tensor, timesteps: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """The U-Net's call; what follows the timesteps is its conditioning."""
+    if SESSION.run is not None and SESSION.run.stable_loss is not None:
+        if SESSION.run.stable_loss.called(self, x, *args, **kwargs):
+            SESSION.on("validation")
+    return original(self, x, timesteps, *args, **kwargs)
+
+
+def step_done(
+    original: Callable[..., Any],
+    pipe_class: Any,
+    accelerator: Any,
+    args: argparse.Namespace,
+    epoch: int | None,
+    steps: int,
+    *rest: Any,
+    **kwargs: Any,
+) -> Any:
+    """The place of the previews, where both trainers come once after every optimizer step (then without an epoch), in every process and
+    with the weights of a schedule-free optimizer that previews are made with."""
+    if epoch is None and SESSION.run is not None and SESSION.run.stable_loss is not None:
+        if numbers := SESSION.run.stable_loss.step(steps, accelerator):
+            _log(accelerator, args, numbers, steps)
+    return original(pipe_class, accelerator, args, epoch, steps, *rest, **kwargs)
+
+
+def _log(accelerator: Any, args: argparse.Namespace, numbers: dict[str, float], step: int) -> None:
+    """To the trackers as the script writes its own loss: the network trainer counts wandb's steps by calls, and tells the step beside."""
+    if not hasattr(args, "network_module"):
+        accelerator.log(numbers, step=step)
+        return
+    for tracker in accelerator.trackers:
+        if tracker.name == "wandb":
+            tracker.log({**numbers, "global_step": step})
+        else:
+            tracker.log(numbers, step=step)
