@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from sdxl_fixes.loss import HUBER_KINDS, HUBER_SCHEDULES, LOSS_TYPES, Loss, ScheduledHuber
@@ -73,6 +74,50 @@ def add_flags(parser: argparse.ArgumentParser, names: tuple[str, ...] = tuple(FL
             group.add_argument(f"--{name}", **FLAGS[name])
 
 
+def declared(parser: argparse.ArgumentParser, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What ``parser`` says of those of the flags ``names`` that it has, in the form of FLAGS; those that take a kind of value which
+    :func:`read_values` does not know are left out."""
+    known = {action.dest: action for action in parser._actions if action.nargs in (None, 0) and action.type in (None, *_EXPECTED)}
+    return {
+        name: dict(action="store_true" if known[name].nargs == 0 else None, type=known[name].type, choices=known[name].choices)
+        for name in names
+        if name in known
+    }
+
+
+def read_values(args: argparse.Namespace, flags: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The values that ``args`` has of ``flags`` (declared as in FLAGS; None is none), as the command line would have read them: they may
+    come from a TOML file, which argparse does not check. Raises FlagError for a value that the command line would not take."""
+    given = {name: getattr(args, name, None) for name in flags}
+    return {name: _read(name, value, flags[name]) for name, value in given.items() if value is not None}
+
+
+_EXPECTED: dict[Any, str] = {int: "a whole number", float: "a number", str: "text in quotes"}
+
+
+def _read(name: str, value: Any, flag: Mapping[str, Any]) -> Any:
+    kind, choices = flag.get("type") or str, flag.get("choices")
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    read = None
+    if flag.get("action") == "store_true":
+        read = value if isinstance(value, bool) else None
+        expected = "true or false, without quotes"
+    else:
+        expected = _EXPECTED[kind] if choices is None else f"one of {', '.join(str(choice) for choice in choices if choice is not None)}"
+        if isinstance(value, str):
+            try:
+                read = kind(value)
+            except ValueError:
+                pass
+        elif number and kind is float:
+            read = value
+        elif number and kind is int and (isinstance(value, Integral) or float(value).is_integer()):
+            read = int(value)
+    if read is None or (choices is not None and read not in choices):
+        raise FlagError(f"--{name}: expected {expected}, got {value!r}: correct it, or leave the flag out")
+    return read
+
+
 @dataclass(frozen=True)
 class Settings:
     """The flags' values, checked. Raises FlagError, in one sentence, for a value or a combination that makes no sense."""
@@ -114,8 +159,7 @@ class Settings:
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Settings:
         """Settings from parsed arguments; flags that ``args`` lacks keep their defaults, as do those given as None."""
-        given = {f.name: getattr(args, f.name, None) for f in fields(cls)}
-        return cls(**{name: value for name, value in given.items() if value is not None})
+        return cls(**read_values(args, FLAGS))
 
     @property
     def changes_schedule(self) -> bool:
