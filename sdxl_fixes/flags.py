@@ -6,7 +6,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, TypeVar
 
 from sdxl_fixes.loss import HUBER_KINDS, HUBER_SCHEDULES, LOSS_TYPES, Loss, ScheduledHuber
@@ -92,30 +92,31 @@ def read_values(args: argparse.Namespace, flags: Mapping[str, Mapping[str, Any]]
     return {name: _read(name, value, flags[name]) for name, value in given.items() if value is not None}
 
 
-_EXPECTED: dict[Any, str] = {int: "a whole number", float: "a number", str: "text in quotes"}
+_EXPECTED: dict[Any, str] = {bool: "true or false, without quotes", int: "a whole number", float: "a number", str: "text in quotes"}
 
 
 def _read(name: str, value: Any, flag: Mapping[str, Any]) -> Any:
-    kind, choices = flag.get("type") or str, flag.get("choices")
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    read = None
-    if flag.get("action") == "store_true":
-        read = value if isinstance(value, bool) else None
-        expected = "true or false, without quotes"
-    else:
-        expected = _EXPECTED[kind] if choices is None else f"one of {', '.join(str(choice) for choice in choices if choice is not None)}"
-        if isinstance(value, str):
-            try:
-                read = kind(value)
-            except ValueError:
-                pass
-        elif number and kind is float:
-            read = value
-        elif number and kind is int and (isinstance(value, Integral) or float(value).is_integer()):
-            read = int(value)
+    kind, choices = bool if flag.get("action") == "store_true" else flag.get("type") or str, flag.get("choices")
+    read = _of_kind(kind, value)
     if read is None or (choices is not None and read not in choices):
+        named = None if choices is None else ", ".join(str(choice) for choice in choices if choice is not None)
+        expected = f"one of {named}" if named else _EXPECTED[kind]
         raise FlagError(f"--{name}: expected {expected}, got {value!r}: correct it, or leave the flag out")
     return read
+
+
+def _of_kind(kind: Any, value: Any) -> Any:
+    """``value``, or what its text says; None if that is not of ``kind``. A number stays as it is, except that 900.0 is a whole one."""
+    if kind is bool or isinstance(value, bool):
+        return value if kind is bool and isinstance(value, bool) else None
+    if isinstance(value, str):
+        try:
+            return kind(value)
+        except ValueError:
+            return None
+    if isinstance(value, Real) and kind is int:
+        return round(value) if value % 1 == 0 else None
+    return value if isinstance(value, Real) and kind is float else None
 
 
 @dataclass(frozen=True)
