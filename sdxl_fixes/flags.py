@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Real
 from typing import Any, TypeVar
 
 from sdxl_fixes.loss import HUBER_KINDS, HUBER_SCHEDULES, LOSS_TYPES, Loss, ScheduledHuber
@@ -79,6 +80,56 @@ def add_flags(parser: argparse.ArgumentParser, names: tuple[str, ...] = tuple(FL
             group.add_argument(f"--{name}", **FLAGS[name])
 
 
+def declared(parser: argparse.ArgumentParser, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What ``parser`` says of those of the flags ``names`` that it has, in the form of FLAGS; those that take a kind of value which
+    :func:`read_values` does not know are left out."""
+    known = {action.dest: action for action in parser._actions if action.nargs in (None, 0) and action.type in (None, *_EXPECTED)}
+    return {
+        name: dict(action="store_true" if known[name].nargs == 0 else None, type=known[name].type, choices=known[name].choices)
+        for name in names
+        if name in known
+    }
+
+
+def read_values(args: argparse.Namespace, flags: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The values that ``args`` has of ``flags`` (declared as in FLAGS; None is none), as the command line would have read them: they may
+    come from a TOML file, which argparse does not check. Raises FlagError for a value that the command line would not take."""
+    given = {name: getattr(args, name, None) for name in flags if not _off(getattr(args, name, None))}
+    return {name: _read(name, value, flags[name]) for name, value in given.items()}
+
+
+def _off(value: Any) -> bool:
+    """Not given, or false: also for a number, as trainers' own ``if`` takes it."""
+    return value is None or value is False
+
+
+_EXPECTED: dict[Any, str] = {bool: "true or false, without quotes", int: "a whole number", float: "a number", str: "text in quotes"}
+
+
+def _read(name: str, value: Any, flag: Mapping[str, Any]) -> Any:
+    kind, choices = bool if flag.get("action") == "store_true" else flag.get("type") or str, flag.get("choices")
+    read = _of_kind(kind, value)
+    if read is None or (choices is not None and read not in choices):
+        named = None if choices is None else ", ".join(str(choice) for choice in choices if choice is not None)
+        expected = f"one of {named}" if named else _EXPECTED[kind]
+        raise FlagError(f"--{name}: expected {expected}, got {value!r}: correct it, or leave the flag out")
+    return read
+
+
+def _of_kind(kind: Any, value: Any) -> Any:
+    """``value``, or what its text says; None if that is not of ``kind``. A number stays as it is, except that 900.0 is a whole one."""
+    if kind is bool or isinstance(value, bool):
+        return bool(value) if kind is bool and value in (True, False) else None  # 1 and 0 are the same, and trainers take them
+    if isinstance(value, str):
+        try:
+            return kind(value)
+        except ValueError:
+            return None
+    if isinstance(value, Real) and kind is int:
+        return round(value) if value % 1 == 0 else None
+    return value if isinstance(value, Real) and kind is float else None
+
+
 @dataclass(frozen=True)
 class Settings:
     """The flags' values, checked. Raises FlagError, in one sentence, for a value or a combination that makes no sense."""
@@ -128,8 +179,7 @@ class Settings:
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Settings:
         """Settings from parsed arguments; flags that ``args`` lacks keep their defaults, as do those given as None."""
-        given = {f.name: getattr(args, f.name, None) for f in fields(cls)}
-        return cls(**{name: value for name, value in given.items() if value is not None})
+        return cls(**read_values(args, FLAGS))
 
     @property
     def changes_schedule(self) -> bool:

@@ -272,7 +272,8 @@ def run_script(script: Path, install: Callable[[], None], session: Session) -> N
         install()
         runpy.run_path(str(script), run_name="__main__")
     except FlagError as error:
-        sys.exit(f"sdxl-fixes: {error}")
+        print(f"sdxl-fixes: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)  # argparse's own status for wrong flags
     except RuntimeError as error:
         if str(error).startswith("sdxl-fixes: "):
             sys.exit(str(error))

@@ -2,6 +2,8 @@
 real ones (tests/diffusers_scripts/record.py). Expected values are worked out in float64 from diffusers' own tables."""
 
 import argparse
+import contextlib
+import io
 import json
 import math
 import runpy
@@ -76,11 +78,14 @@ def train(base, tmp_path, monkeypatch):
     sdxl_fixes.diffusers.uninstall()
 
 
-def refusal(train, *flags, **kwargs):
-    with pytest.raises(SystemExit) as error:
+def refusal(train, *flags, status=1, **kwargs):
+    """The sentence that ends the process: python itself prints a message that it exits with, and its status is 1 then."""
+    printed = io.StringIO()
+    with pytest.raises(SystemExit) as error, contextlib.redirect_stderr(printed):
         train(*flags, **kwargs)
-    assert str(error.value).startswith("sdxl-fixes: ") and "\n" not in str(error.value)
-    return str(error.value)
+    said = printed.getvalue().splitlines()[-1] if status == 2 else error.value.code
+    assert error.value.code == (2 if status == 2 else said) and said.startswith("sdxl-fixes: ") and "\n" not in said
+    return said
 
 
 def same(one, other):
@@ -239,14 +244,14 @@ def test_a_run_that_saved_no_record_says_so_at_its_end(train):
     ],
 )
 def test_wrong_flags_are_one_sentence_before_any_training(train, tmp_path, flags, sentence):
-    assert sentence in refusal(train, *flags)
+    assert sentence in refusal(train, *flags, status=2)
     assert not (tmp_path / "out" / "steps.pt").exists()
 
 
 def test_an_edm_model_keeps_its_sigmas(train, base):
     model = base()
     (model / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}')
-    assert "is an EDM model with sigmas of its own" in refusal(train, "--terminal_sigma", "300", model=model)
+    assert "is an EDM model with sigmas of its own" in refusal(train, "--terminal_sigma", "300", model=model, status=2)
 
 
 def test_the_report_names_what_is_on(train, capsys):

@@ -81,6 +81,23 @@ def test_launcher_runs_the_script_with_its_own_arguments(checkout):
     assert process.stdout == "trained ['--learning_rate', '1']\n" and process.returncode == 0
 
 
+@pytest.mark.parametrize(("value", "status"), [(True, 0), ("false", 2)])
+def test_launcher_refuses_a_config_files_value_in_one_sentence_and_with_status_2(checkout, value, status):
+    util, empty = checkout / "library" / "train_util.py", "def read_config_from_file(args, parser): pass"
+    assert empty in util.read_text()
+    reading = empty.replace("pass", f"args.zero_terminal_snr = {value!r}; return args")
+    util.write_text(util.read_text().replace(empty, reading))
+    (checkout / "sdxl_train.py").write_text(
+        "import argparse, sys; from library import train_util; parser = argparse.ArgumentParser(); parser.add_argument('--config_file')\n"
+        "parser.add_argument('--zero_terminal_snr', action='store_true')\n"
+        "print(train_util.read_config_from_file(parser.parse_args(), parser).zero_terminal_snr)\n"
+    )
+    process = launcher("sdxl_train.py", "--config_file", "my.toml", cwd=checkout)
+    said = "sdxl-fixes: --config_file my.toml: --zero_terminal_snr: expected true or false, without quotes, got 'false': correct it, "
+    said += "or leave the flag out\n"
+    assert (process.returncode, process.stdout, process.stderr) == ((2, "", said) if status else (0, "True\n", ""))
+
+
 @pytest.fixture
 def environment(tmp_path, monkeypatch):
     """A fresh environment's python, whose site-packages the opt-in writes to, with a stand-in launcher in it."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sdxl_fixes.flags import FlagError
+from sdxl_fixes.flags import FlagError, read_values
 from sdxl_fixes.prompts import CHUNK
 
 from .run import SESSION
@@ -40,8 +40,9 @@ class Options:
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Options | None:
         """None without ``--chunk_buckets``. Raises FlagError for flags that leave nothing to do."""
-        layout, length = getattr(args, "chunk_layout", None), getattr(args, "max_token_length", None) or CHUNK
-        if not getattr(args, "chunk_buckets", False):
+        given = read_values(args, {**FLAGS, "max_token_length": dict(type=int)})
+        layout, length = given.get("chunk_layout"), given.get("max_token_length", CHUNK)
+        if not given.get("chunk_buckets"):
             if layout is not None:
                 raise FlagError("--chunk_layout needs --chunk_buckets: give both, or leave it out")
             return None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
-from sdxl_fixes.flags import TIMESTEP_FLAGS, VALIDATION_FLAGS, add_flags
+from sdxl_fixes.flags import FLAGS, TIMESTEP_FLAGS, VALIDATION_FLAGS, FlagError, add_flags, declared, read_values
 from sdxl_fixes.run import add_fixes_flag
 
 from . import buckets
@@ -16,6 +19,14 @@ OURS = (
     *("terminal_sigma", "terminal_sigma_method", "terminal_sigma_start", "huber_l2_gradient", "min_snr_floor"),
     *(*TIMESTEP_FLAGS, *VALIDATION_FLAGS),
 )
+NAMES = (*FLAGS, *buckets.FLAGS, "fixes")  # what a misspelt key may have meant
+READ = (  # kohya's own that we read beside them
+    *("v_parameterization", "v_pred_like_loss", "scale_v_pred_loss_like_noise_pred", "cache_text_encoder_outputs", "weighted_captions"),
+    *("max_token_length", "min_timestep", "max_timestep", "seed", "gradient_accumulation_steps"),
+    *("dataset_class", "pretrained_model_name_or_path", "output_dir", "resume"),
+    *("train_text_encoder", "network_module", "network_train_unet_only"),
+)
+ALIKE = 0.85  # difflib's ratio; noise_offset_type, which kohya_ss writes and sd-scripts ignores, has 0.83 with noise_offset
 
 
 def add_arguments(original: Callable[..., Any], parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
@@ -27,6 +38,36 @@ def add_arguments(original: Callable[..., Any], parser: argparse.ArgumentParser,
         group.add_argument(f"--{name}", **options)
     add_fixes_flag(parser, FIXES)
     return result
+
+
+def read_config(original: Callable[..., Any], args: argparse.Namespace, parser: argparse.ArgumentParser, *rest: Any, **kwargs: Any) -> Any:
+    """Upstream puts a TOML file's values past argparse, and ignores a key that it does not know."""
+    file = getattr(args, "config_file", None)
+    args = original(args, parser, *rest, **kwargs)
+    if file:
+        # not its choices: from a file upstream takes a max_token_length of 75 or 300 as well, and kohya_ss writes 75
+        theirs = {name: {**flag, "choices": None} for name, flag in declared(parser, READ).items()}
+        try:
+            values = read_values(args, {**declared(parser, NAMES), **theirs})
+        except FlagError as error:
+            raise FlagError(f"--config_file {file}: {error}") from error
+        for name, value in values.items():
+            setattr(args, name, value)
+        _warn_of_misspelt(file, args, parser)
+    return args
+
+
+def _warn_of_misspelt(file: str, args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Only of keys that look like a flag of ours: files written for several programs may hold others."""
+    known = [action.dest for action in parser._actions]
+    for key in vars(args).keys() - set(known):
+        nearest = difflib.get_close_matches(key.strip("-").replace("-", "_").lower(), known, n=1, cutoff=ALIKE)
+        if nearest and nearest[0] in NAMES and os.environ.get("RANK", "0") == "0":
+            print(
+                f"sdxl-fixes: WARNING: --config_file {file}: the trainer has no flag {key!r} and ignores it: did you mean {nearest[0]}?",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def verify(original: Callable[..., Any], args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:

@@ -16,6 +16,8 @@ NEEDED = Patch("run", f"{_UTIL}:get_huber_threshold_if_needed", ("args", "timest
 # fmt: off
 PATCHES = (
     Patch("run", f"{_FUNCTIONS}:add_custom_train_arguments", ("parser",), flags.add_arguments, "adds the flags"),
+    Patch("run", f"{_UTIL}:read_config_from_file", ("args", "parser"), flags.read_config,
+          "a TOML file's values are read as on the command line (upstream takes any), misspelt keys of ours are named"),
     Patch("run", f"{_UTIL}:verify_training_args", ("args",), flags.verify, "checks the flags before any model is loaded"),
     Patch("run", f"{_UTIL}:LossRecorder.add", ("self",), flags.step_done, "stops after the first step if a fix was never reached"),
 

@@ -1,0 +1,32 @@
+"""parse_config.py FILE.toml ...: what the trainer's reading of a --config_file and our patch make of each, as JSON; nothing is trained.
+
+A file's answer is its Namespace, or the sentence that refuses it.
+"""
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+sys.path.insert(0, os.environ["SD_SCRIPTS"])
+
+
+def read(file):
+    sys.argv = ["sdxl_train.py", "--config_file", file]
+    parser = setup_parser()
+    try:
+        return vars(train_util.read_config_from_file(parser.parse_args(), parser))
+    except FlagError as error:
+        return str(error)
+
+
+if __name__ == "__main__":
+    import sdxl_fixes.kohya
+    from sdxl_fixes.flags import FlagError
+
+    sdxl_fixes.kohya.install()
+    setup_parser = runpy.run_path(str(Path(os.environ["SD_SCRIPTS"]) / "sdxl_train.py"), run_name="config")["setup_parser"]
+    from library import train_util
+
+    print(json.dumps([read(file) for file in sys.argv[1:]], default=str))
