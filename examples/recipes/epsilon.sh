@@ -7,5 +7,5 @@ accelerate launch --num_processes 1 -m sdxl_fixes.diffusers train_text_to_image_
     --max_token_length 225 --chunk_buckets --proportion_empty_prompts 0.05 \
     --train_batch_size 4 --mixed_precision bf16 --gradient_checkpointing --use_8bit_adam \
     --learning_rate 1e-5 --max_train_steps 25000 --lr_scheduler constant_with_warmup --lr_warmup_steps 250 \
-    --snr_gamma 5 --ip_noise_gamma 0.1 --ip_noise_gamma_random_strength --stratified_timesteps \
+    --snr_gamma 5 --stratified_timesteps --float32_noising \
     --seed 42 --output_dir output "$@"
