@@ -230,10 +230,25 @@ def page(found: dict[str, list[Any]]) -> list[str]:
             change = [scale * (r[what] - b[what]) for r, b in zip(results, base, strict=True)]
             cells += [lab.show([scale * r[what] for r in results], 1), "" if layout == "longest" else lab.change(change, 1)]
         lines.append(f"| {layout} | {' | '.join(cells)} |")
-    return [*lines, "", *(f"- *{layout}*: {meaning}" for layout, meaning in LAYOUTS.items())]
+    meanings = [f"- *{layout}*: {meaning}" for layout, meaning in LAYOUTS.items()]
+    return [*lines, "", *meanings, "", "![Right samples by layout](chunk-buckets.png)"]
+
+
+def plot(found: dict[str, list[Any]]) -> Any:
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 3.5))
+    for number, (what, label) in enumerate((("any", "word in chunk 1"), ("late", "word after it"))):
+        points = [lab.interval([100 * r[what] for r in results]) for results in found.values()]
+        means, halves = zip(*points, strict=True)
+        axis.bar([place + 0.3 * (number - 0.5) for place in range(len(found))], means, 0.28, yerr=halves, capsize=3, label=label)
+    axis.set_xticks(range(len(found)), list(found))
+    axis.set_ylabel("of the class that was asked, %")
+    axis.legend(fontsize=8)
+    return figure
 
 
 KEYS = list(LAYOUTS)
 
 if __name__ == "__main__":
-    lab.experiment("chunk-buckets", __doc__, work, KEYS, page)
+    lab.experiment("chunk-buckets", __doc__, work, KEYS, page, plot)

@@ -60,10 +60,25 @@ def page(found: dict[str, list[Any]]) -> list[str]:
             if not all(math.isfinite(m["kept"]) for m in measured):
                 cells = ["not finite"] * 3
             lines.append(f"| {name}, {kind} | {' | '.join(cells)} |")
-    return lines
+    return [*lines, "", "![Brightness kept, by sampler](generation.png)"]
+
+
+def plot(found: dict[str, list[Any]]) -> Any:
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 3.5))
+    for number, kind in enumerate(KINDS):
+        points = [lab.interval([result[f"{name}: {kind}"]["kept"] for result in found["zero SNR"]]) for name in SAMPLERS]
+        means, halves = zip(*points, strict=True)
+        axis.bar([place + 0.27 * (number - 1) for place in range(len(SAMPLERS))], means, 0.25, yerr=halves, capsize=2, label=kind)
+    axis.axhline(1, color="grey", linewidth=0.5)
+    axis.set_xticks(range(len(SAMPLERS)), list(SAMPLERS), fontsize=8)
+    axis.set(ylabel="brightness kept (1 is right)", ylim=(0.5, 1.45))
+    axis.legend(fontsize=8)
+    return figure
 
 
 KEYS = ["zero SNR"]
 
 if __name__ == "__main__":
-    lab.experiment("generation", __doc__, work, KEYS, page, bases=("v_prediction",))
+    lab.experiment("generation", __doc__, work, KEYS, page, plot, bases=("v_prediction",))

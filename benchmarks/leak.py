@@ -163,7 +163,7 @@ def plot(found: dict[str, list[Any]]) -> Any:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-    shown = ["stock", "100 beta_end", "300 beta_end", "300 last", "zero SNR"]
+    shown = ["stock", "300 beta_end", "300 rescale", "300 last", "zero SNR"]
     groups = ((axes[0], [f"v > v, {name}" for name in shown], SHORT), (axes[1], [PREDICTION_RUNS[i] for i in (0, 3, 4)], LONG))
     for axis, keys, at in groups:
         for key in keys:
@@ -171,7 +171,7 @@ def plot(found: dict[str, list[Any]]) -> Any:
             axis.errorbar([s * lab.BATCH for s in at], *zip(*points, strict=True), label=key, marker="o", markersize=3, capsize=3)
         axis.axhline(1, color="grey", linewidth=0.5)
         axis.set_xlabel("finetuning samples")
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="center right")
     axes[0].set_ylabel("brightness kept (1 is right)")
     axes[0].set_title("from a stock v checkpoint", fontsize=10)
     axes[1].set_title("from a stock epsilon checkpoint", fontsize=10)

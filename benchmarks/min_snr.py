@@ -86,10 +86,23 @@ def page(found: dict[str, list[Any]]) -> list[str]:
         cells += [lab.show([100 * r["agreement"] for r in results], 1)]
         cells += [lab.show([r[f"loss_unweighted/t{t}"] for r in results], 3) for t in shown]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+    return [*lines, "", "![Error of v by timestep](min-snr.png)"]
+
+
+def plot(found: dict[str, list[Any]]) -> Any:
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4))
+    shown = range(99, 1000, 100)
+    for name in WEIGHTS:
+        points = [lab.interval([r[f"loss_unweighted/t{t}"] for r in found[f"digits: {name}"]]) for t in shown]
+        axis.errorbar(shown, *zip(*points, strict=True), label=name, marker="o", markersize=3, capsize=3)
+    axis.set(xlabel="timestep", ylabel="error of v on held-out digits")
+    axis.legend(fontsize=8)
+    return figure
 
 
 KEYS = [*(f"photos: {name}" for name in list(WEIGHTS)[1:]), *(f"digits: {name}" for name in WEIGHTS)]
 
 if __name__ == "__main__":
-    lab.experiment("min-snr", __doc__, work, KEYS, page, bases=("v_prediction",), after=("leak",))
+    lab.experiment("min-snr", __doc__, work, KEYS, page, plot, bases=("v_prediction",), after=("leak",))

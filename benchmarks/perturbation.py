@@ -76,10 +76,31 @@ def page(found: dict[str, list[Any]]) -> list[str]:
                     else:
                         cells.append(lab.change([1000 * (r[what] - p[what]) for r, p in zip(results, plain, strict=True)], 1))
                 lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+    return [*lines, "", "![Change by 0.1, over no perturbation](perturbation.png)"]
+
+
+def plot(found: dict[str, list[Any]]) -> Any:
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for prediction_type, style in zip(TYPES, ("--", "-"), strict=True):
+        for number, sampler in enumerate(SAMPLERS):
+            plain, changed = (found[f"{prediction_type}: {name}"] for name in ("none", ".1"))
+            ratios = [[r[f"{sampler} {n}"] / p[f"{sampler} {n}"] - 1 for r, p in zip(changed, plain, strict=True)] for n in STEPS]
+            points = [lab.interval([100 * ratio for ratio in row]) for row in ratios]
+            label = f"{prediction_type}, {sampler}"
+            axis.errorbar(
+                STEPS, *zip(*points, strict=True), label=label, color=f"C{number}", linestyle=style, marker="o", markersize=3, capsize=3
+            )
+    axis.axhline(0, color="grey", linewidth=0.5)
+    axis.set(xlabel="steps", ylabel="change of the energy distance by 0.1, %", xscale="log", ylim=(-30, 40))
+    axis.set_xticks(STEPS, [str(steps) for steps in STEPS])
+    axis.minorticks_off()
+    axis.legend(fontsize=7)
+    return figure
 
 
 KEYS = [f"{kind}: {name}" for kind in TYPES for name in PERTURBATIONS]
 
 if __name__ == "__main__":
-    lab.experiment("perturbation", __doc__, work, KEYS, page)
+    lab.experiment("perturbation", __doc__, work, KEYS, page, plot)
