@@ -110,7 +110,7 @@ def _grid(results: list[Result], columns: int, dpi: int = 110) -> bytes:
     """Rows are runs, columns captions; ``columns`` samples side by side in each cell, labelled with brightness asked and got."""
     from sdxl_fixes.demo import CAPTIONS, GREY, UNIT
 
-    figure = _figure(9, 1.75 * len(results) + 0.4)
+    figure = _figure(9, (2.6 / columns + 0.45) * len(results) + 0.3)
     axes = figure.subplots(len(results), len(CAPTIONS), squeeze=False)
     for row, result in enumerate(results):
         for column, (caption, asked) in enumerate(CAPTIONS.items()):
