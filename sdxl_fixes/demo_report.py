@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import math
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -122,7 +123,7 @@ def _grid(results: list[Result], columns: int, dpi: int = 110) -> bytes:
             axis.set_title(f'"{caption}"\n{title}' if row == 0 else title, fontsize=9)
             axis.set_xticks([])
             axis.set_yticks([])
-        axes[row][0].set_ylabel(result.variant.label.replace(", ", ",\n"), fontsize=9)
+        axes[row][0].set_ylabel(textwrap.fill(result.variant.label, 16), fontsize=7)
     return _png(figure, dpi)
 
 
