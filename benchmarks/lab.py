@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -263,7 +265,17 @@ def text(name: str, keys: Sequence[str], page: Callable[[dict[str, list[Any]]], 
     """A page: a function of the recorded results alone."""
     found = finished(name, keys)
     seconds = sum(result["seconds"] for results in found.values() for result in results)
-    return "\n".join([*page(found), "", f"{sum(map(len, found.values()))} runs, {seconds / 60:.0f} minutes of one core.", ""])
+    lines = [*page(found), "", f"{sum(map(len, found.values()))} runs, {seconds / 60:.0f} minutes of one core.", ""]
+    prose = [
+        list(group) if table else [textwrap.fill(" ".join(group), 140, break_on_hyphens=False, break_long_words=False)]
+        for table, group in itertools.groupby(lines, _stands)
+    ]
+    return "\n".join(itertools.chain.from_iterable(prose))
+
+
+def _stands(line: str) -> bool:
+    """Whether a line is a line of the page as it is, and no part of a paragraph."""
+    return line == "" or line[0] in "#|-!"
 
 
 def experiment(
