@@ -30,10 +30,10 @@ def predict(schedule: NoiseSchedule, prediction_type: str, sample: torch.Tensor,
     return prediction.target(prediction_type, x0, (sample - alpha * x0) / sigma, alpha, sigma)
 
 
-def ideal(schedule: NoiseSchedule, flow: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and spread of a perfect sampler that starts from pure noise, both over the true scale, shape [3]."""
+def ideal(schedule: NoiseSchedule, flow: bool = False, scales: tuple[float, ...] = SCALES) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and spread of a perfect sampler that starts from pure noise, both over the true scale, one for each of ``scales``."""
     alphas, sigmas, _ = schedule.levels(flow)
-    alpha, sigma, scale = float(alphas[-1]), float(sigmas[-1]), torch.tensor(SCALES, dtype=torch.float64)
+    alpha, sigma, scale = float(alphas[-1]), float(sigmas[-1]), torch.tensor(scales, dtype=torch.float64)
     start = (alpha**2 + sigma**2) ** 0.5  # spread of the initial noise
     kept = (alpha**2 * scale**2 + sigma**2) ** -0.5
     return MEAN_OVER_SCALE * (1 - alpha * scale * kept), start * kept

@@ -5,10 +5,10 @@ python benchmarks/leak.py     about 50 minutes on two cores; writes docs/evidenc
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
+import gaussian
 import lab
 import torch
 
@@ -49,21 +49,19 @@ def bounded(schedule: NoiseSchedule) -> Any:
     alpha, sigma, _ = schedule.levels()
 
     def network(x: torch.Tensor, t: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        level = float(alpha[int(t)]), float(sigma[int(t)])
-        if level[1] / level[0] <= lab.STOCK.terminal_sigma * (1 + 1e-9):
+        if schedule.sigmas[int(t)] <= lab.STOCK.terminal_sigma * (1 + 1e-9):
             return output
+        level = float(alpha[int(t)]), float(sigma[int(t)])
         x0, _ = prediction.x0_and_noise(output, "epsilon", x, *level)
         return prediction.convert(demo.fold(demo.unfold(x0).clamp(-2, 2)), "sample", "epsilon", x, *level)
 
     return network
 
 
-def ideal(schedule: NoiseSchedule, scale: float = lab.CANVAS * lab.SPREAD) -> tuple[float, float]:
-    """How much of the asked brightness a perfect model keeps, and its spread, by the closed form of docs/zero-terminal-snr.md; ``scale``
-    is the standard deviation of the brightness as one coordinate of an orthonormal basis."""
-    alpha = schedule.residual_signal
-    end = math.sqrt(alpha**2 * scale**2 + 1 - alpha**2)
-    return 1 - scale * alpha / end, 1 / end
+def ideal(schedule: NoiseSchedule) -> tuple[float, float]:
+    """How much of the asked brightness a perfect model keeps, and its spread, in closed form."""
+    mean, spread = gaussian.ideal(schedule, scales=(lab.CANVAS * lab.SPREAD,))
+    return float(mean) / gaussian.MEAN_OVER_SCALE, float(spread)
 
 
 def page(found: dict[str, list[Any]]) -> list[str]:

@@ -91,17 +91,18 @@ def test_brightness_of_what_is_right_is_right():
 
 
 @pytest.mark.parametrize("name", leak.SCHEDULES)
-def test_the_closed_form_is_the_exact_sampler_s(name):
-    """benchmarks/gaussian.py has it for N(128, 64^2), with general alpha and sigma, and its exact network can be sampled in many steps."""
+def test_the_closed_form_is_the_page_s_and_the_exact_sampler_s(name):
+    """Of docs/zero-terminal-snr.md, in sigma; and of a perfect network sampled in many steps, at the scale that gaussian.py knows."""
     schedule = leak.SCHEDULES[name]
-    mean, spread = gaussian.ideal(schedule)
-    kept, width = leak.ideal(schedule, scale=64)
-    assert kept == pytest.approx(float(mean[2]) / gaussian.MEAN_OVER_SCALE, abs=1e-12)
-    assert width == pytest.approx(float(spread[2]), abs=1e-12)
+    kept, width = leak.ideal(schedule)
+    s, end = 64 * 0.3, schedule.terminal_sigma
+    expected = (1.0, 1.0) if math.isinf(end) else (1 - s / math.hypot(s, end), math.sqrt((1 + end**2) / (s**2 + end**2)))
+    assert (kept, width) == pytest.approx(expected, rel=1e-9)
     if name not in ("300 last", "20000 beta_end"):
         mean, spread = gaussian.sampled(schedule.scheduler("dpmpp_2m", "v_prediction"), schedule, "v_prediction", 500)
-        assert kept == pytest.approx(float(mean[2]) / gaussian.MEAN_OVER_SCALE, abs=5e-3)
-        assert width == pytest.approx(float(spread[2]), abs=5e-3)
+        ideal_mean, ideal_spread = gaussian.ideal(schedule)
+        assert float(mean[2] - ideal_mean[2]) / gaussian.MEAN_OVER_SCALE == pytest.approx(0, abs=5e-3)
+        assert float(spread[2]) == pytest.approx(float(ideal_spread[2]), abs=5e-3)
 
 
 def test_bounding_holds_x0_and_leaves_the_rest():

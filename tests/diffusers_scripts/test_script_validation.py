@@ -1,8 +1,7 @@
 """--stable_loss_steps in the real scripts: training stays bit-identical, and the number depends on the images. Set DIFFUSERS_EXAMPLES."""
 
-import re
-
 import pytest
+from stable_loss_output import logged, printed
 from test_real_scripts import FIXES, TWO, made, pytestmark, run  # noqa: F401  (fixtures)
 
 MODES = {
@@ -14,23 +13,6 @@ MODES = {
     "fixes": FIXES,
 }
 STABLE = ("--stable_loss_steps", "2", "--stable_loss_images", "4")
-
-
-def printed(process):
-    """step -> (loss, unweighted loss, images)."""
-    found = re.findall(r"sdxl-fixes: step (\d+): stable loss (\S+), unweighted (\S+) \((\d+) images x 10", process.stderr)
-    return {int(step): (float(loss), float(plain), int(images)) for step, loss, plain, images in found}
-
-
-def logged(folder):
-    """tag -> {step: value}, as tensorboard reads it."""
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    found = {}
-    for file in folder.rglob("events.out.tfevents.*"):
-        events = event_accumulator.EventAccumulator(str(file)).Reload()
-        for tag in events.Tags()["scalars"]:
-            found.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
-    return found
 
 
 @pytest.mark.parametrize("mode", MODES)
