@@ -24,7 +24,7 @@ from sdxl_fixes.diffusers import buckets, caches, crops, prompts
 from sdxl_fixes.diffusers.__main__ import main as launch
 from sdxl_fixes.diffusers.anchors import missing
 from sdxl_fixes.diffusers.run import SESSION, start
-from sdxl_fixes.patching import PatchSet
+from sdxl_fixes.trainers.patching import PatchSet
 
 DATA = Path(__file__).parent / "data"
 SCRIPT = DATA / "made_up_sdxl.py"

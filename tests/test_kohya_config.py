@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_fixes import run as core
 from sdxl_fixes.flags import FLAGS, FlagError, Settings, add_flags
 from sdxl_fixes.kohya import buckets, flags
+from sdxl_fixes.trainers import run as core
 
 CONFIG = "my.toml"
 

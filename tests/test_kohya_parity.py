@@ -19,9 +19,9 @@ from sdxl_fixes.kohya import previews as kohya_previews
 from sdxl_fixes.kohya import schedule as kohya_schedule
 from sdxl_fixes.kohya import weighting as kohya_weighting
 from sdxl_fixes.kohya.run import FIXES, SESSION, start
-from sdxl_fixes.patching import PatchSet
-from sdxl_fixes.run import parse_fixes
 from sdxl_fixes.schedulers import CLASSES
+from sdxl_fixes.trainers.patching import PatchSet
+from sdxl_fixes.trainers.run import parse_fixes
 from sdxl_fixes.weighting import EpsilonLike, PlusVLike
 
 RECORD = json.loads((Path(__file__).parent / "data" / "kohya_v0.10.1.json").read_text())

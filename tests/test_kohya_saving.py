@@ -11,9 +11,9 @@ from sdxl_fixes.checkpoint import Sampling, read_record
 from sdxl_fixes.kohya import checkpoint
 from sdxl_fixes.kohya import run as kohya_run
 from sdxl_fixes.kohya.run import SESSION
-from sdxl_fixes.patching import PatchSet
 from sdxl_fixes.safetensors_header import ROOM_KEY
 from sdxl_fixes.stamp import stamp_file
+from sdxl_fixes.trainers.patching import PatchSet
 
 SDXL = NoiseSchedule.sdxl()
 

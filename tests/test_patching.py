@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from sdxl_fixes.patching import Patch, PatchSet, check_source
+from sdxl_fixes.trainers.patching import Patch, PatchSet, check_source
 
 
 @pytest.fixture

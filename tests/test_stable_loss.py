@@ -12,8 +12,8 @@ from sdxl_fixes.diffusers.anchors import missing
 from sdxl_fixes.flags import FlagError, Settings
 from sdxl_fixes.kohya import validation as kohya_adapter
 from sdxl_fixes.kohya.run import SESSION, start
-from sdxl_fixes.patching import PatchSet
-from sdxl_fixes.stable_loss import StableLoss, _number
+from sdxl_fixes.trainers.patching import PatchSet
+from sdxl_fixes.trainers.stable_loss import StableLoss, _number
 from sdxl_fixes.validation import Validation
 
 ZERO = NoiseSchedule.sdxl().zero_terminal_snr()

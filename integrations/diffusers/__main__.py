@@ -9,7 +9,7 @@ from pathlib import Path
 from sdxl_fixes.diffusers.anchors import is_sdxl_script
 from sdxl_fixes.diffusers.install import install
 from sdxl_fixes.diffusers.run import SESSION
-from sdxl_fixes.run import run_script
+from sdxl_fixes.trainers.run import run_script
 
 USAGE = "usage: python -m sdxl_fixes.diffusers PATH/TO/train_text_to_image_sdxl.py [the script's own flags and ours; --help lists both]"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sdxl_fixes.patching import PatchSet
+from sdxl_fixes.trainers.patching import PatchSet
 
 from .anchors import is_sdxl_script, missing
 from .patches import for_script

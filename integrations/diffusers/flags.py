@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_fixes.flags import LOSS_FLAGS, SCHEDULE_FLAGS, TIMESTEP_FLAGS, VALIDATION_FLAGS, WEIGHTING_FLAGS, FlagError, add_flags
-from sdxl_fixes.patching import PatchSet
-from sdxl_fixes.run import add_fixes_flag
+from sdxl_fixes.trainers.patching import PatchSet
+from sdxl_fixes.trainers.run import add_fixes_flag
 
 from .anchors import missing
 from .run import FIXES, SESSION, caller, start

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sdxl_fixes.patching import PatchSet
+from sdxl_fixes.trainers.patching import PatchSet
 
 from .patches import PATCHES
 from .run import SESSION

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sdxl_fixes.run import Run, delta_table
+from sdxl_fixes.trainers.run import Run, delta_table
 
 from .run import SESSION
 

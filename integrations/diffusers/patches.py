@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sdxl_fixes.patching import Patch
+from sdxl_fixes.trainers.patching import Patch
 
 from . import buckets, caches, checkpoint, crops, flags, loss, prompts, schedule, timesteps, validation
 

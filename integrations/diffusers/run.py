@@ -7,12 +7,12 @@ import sys
 from collections.abc import Collection
 from typing import Any
 
-from sdxl_fixes import run as core
 from sdxl_fixes.flags import FlagError, Settings
-from sdxl_fixes.patching import PatchSet
 from sdxl_fixes.prediction import check_prediction_type
-from sdxl_fixes.run import Fix, Run, Session, Trainer
 from sdxl_fixes.schedule import NoiseSchedule
+from sdxl_fixes.trainers import run as core
+from sdxl_fixes.trainers.patching import PatchSet
+from sdxl_fixes.trainers.run import Fix, Run, Session, Trainer
 
 
 def departs(args: argparse.Namespace, settings: Settings) -> bool:

@@ -11,10 +11,10 @@ import torch
 
 from sdxl_fixes.checkpoint import scheduler_config
 from sdxl_fixes.flags import FlagError
-from sdxl_fixes.noising import Noising
 from sdxl_fixes.prediction import check_prediction_type
-from sdxl_fixes.run import Run
 from sdxl_fixes.schedule import EXACT_KEY, NoiseSchedule
+from sdxl_fixes.trainers.noising import Noising
+from sdxl_fixes.trainers.run import Run
 
 from . import previews
 from .run import SESSION, refuse_edm

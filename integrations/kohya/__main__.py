@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sdxl_fixes.kohya.install import TRAINERS, install
 from sdxl_fixes.kohya.run import SESSION
-from sdxl_fixes.run import run_script
+from sdxl_fixes.trainers.run import run_script
 
 USAGE = "usage: python -m sdxl_fixes.kohya PATH/TO/sdxl_train.py [the script's own flags and ours; --help lists both]"
 SCRIPTS = [f"{name}.py" for name in TRAINERS[:2]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sdxl_fixes.patching import check_source
+from sdxl_fixes.trainers.patching import check_source
 
 from .patches import NEEDED, PATCHES
 from .run import FIXES

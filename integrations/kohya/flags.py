@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sdxl_fixes.flags import FLAGS, TIMESTEP_FLAGS, VALIDATION_FLAGS, FlagError, add_flags, declared, read_values
-from sdxl_fixes.run import add_fixes_flag
+from sdxl_fixes.trainers.run import add_fixes_flag
 
 from . import buckets
 from .run import FIXES, SESSION, start

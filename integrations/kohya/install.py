@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from sdxl_fixes.patching import PatchSet
+from sdxl_fixes.trainers.patching import PatchSet
 
 from .patches import NEEDED, PATCHES
 from .run import SESSION

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sdxl_fixes.loss import HUBER_KINDS, ScheduledHuber
-from sdxl_fixes.run import delta_table
+from sdxl_fixes.trainers.run import delta_table
 
 from .run import SESSION
 

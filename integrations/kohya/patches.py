@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sdxl_fixes.patching import Patch
+from sdxl_fixes.trainers.patching import Patch
 
 from . import buckets, checkpoint, flags, loss, noise, previews, prompts, schedule, timesteps, validation, weighting
 

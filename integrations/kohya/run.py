@@ -7,13 +7,13 @@ import os
 import sys
 from pathlib import Path
 
-from sdxl_fixes import run as core
 from sdxl_fixes.checkpoint import Sampling
 from sdxl_fixes.flags import Settings
 from sdxl_fixes.loss import HUBER_KINDS, HUBER_SCHEDULES, LOSS_TYPES
 from sdxl_fixes.model_file import said_sampling
-from sdxl_fixes.patching import PatchSet
-from sdxl_fixes.run import Fix, Run, Session, Trainer
+from sdxl_fixes.trainers import run as core
+from sdxl_fixes.trainers.patching import PatchSet
+from sdxl_fixes.trainers.run import Fix, Run, Session, Trainer
 from sdxl_fixes.weighting import EpsilonLike, PlusVLike, Weighting
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from sdxl_fixes.noising import Noising
 from sdxl_fixes.schedule import NoiseSchedule
+from sdxl_fixes.trainers.noising import Noising
 
 from .run import SESSION
 

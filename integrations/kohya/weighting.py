@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sdxl_fixes.run import Run, weight_table
+from sdxl_fixes.trainers.run import Run, weight_table
 from sdxl_fixes.weighting import Debiased, EpsilonLike, MinSNR, PlusVLike, Weighting
 
 from .run import SESSION

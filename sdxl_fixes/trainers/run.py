@@ -20,11 +20,11 @@ from sdxl_fixes.checkpoint import markers
 from sdxl_fixes.flags import FLAGS, FlagError, Settings
 from sdxl_fixes.loss import Loss, ScheduledHuber
 from sdxl_fixes.objective import EPSILON_AT_ZERO_SNR, Objective
-from sdxl_fixes.patching import PatchSet
 from sdxl_fixes.schedule import NoiseSchedule
-from sdxl_fixes.stable_loss import IMAGES, StableLoss
 from sdxl_fixes.tables import Table
 from sdxl_fixes.timesteps import TimestepSampler
+from sdxl_fixes.trainers.patching import PatchSet
+from sdxl_fixes.trainers.stable_loss import IMAGES, StableLoss
 from sdxl_fixes.validation import Validation
 from sdxl_fixes.weighting import Product, Weighting
 
