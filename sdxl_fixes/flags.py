@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -174,7 +175,8 @@ class Settings:
                 raise FlagError(f"--{name} {value}: expected 1 or more, or leave it out")
         if self.stable_loss_images and not self.stable_loss_steps:
             raise FlagError("--stable_loss_images needs --stable_loss_steps: give the optimizer steps between two losses, or leave it out")
-        self.schedule(), self.loss(), self.weightings(), self.perturbation(), self.offset(), self.timesteps()  # each checks its own
+        for check in (self.schedule, self.loss, self.weightings, self.perturbation, self.offset, self.timesteps):
+            check()  # raises for a value of its own; what it makes is kept
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Settings:
@@ -188,7 +190,14 @@ class Settings:
 
     def schedule(self, base: NoiseSchedule | None = None) -> NoiseSchedule:
         """The schedule that the flags make of ``base`` (None: SDXL's own)."""
-        start, sigma = NoiseSchedule.sdxl() if base is None else base, self.terminal_sigma
+        return self._schedule if base is None else self._changed(base)
+
+    @functools.cached_property
+    def _schedule(self) -> NoiseSchedule:
+        return self._changed(NoiseSchedule.sdxl())
+
+    def _changed(self, start: NoiseSchedule) -> NoiseSchedule:
+        sigma = self.terminal_sigma
         if sigma is None:
             return start.zero_terminal_snr() if self.zero_terminal_snr else start
         method = self.terminal_sigma_method or "rescale"

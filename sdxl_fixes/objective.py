@@ -13,6 +13,7 @@ from sdxl_fixes.noise import InputPerturbation, OffsetNoise
 from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.tables import Table
 from sdxl_fixes.timesteps import TimestepSampler
+from sdxl_fixes.trainers.step import StepLoss
 from sdxl_fixes.weighting import Weighting
 
 EPSILON_AT_ZERO_SNR = (
@@ -61,7 +62,6 @@ class Objective:
     ) -> None:
         self.schedule = schedule
         self.prediction_type = predictions.check_prediction_type(prediction_type)
-        self.loss_function = Loss("l2") if loss is None else loss
         self.weighting, self.perturbation, self.offset = weighting, perturbation, offset
         self.timesteps = TimestepSampler(schedule) if timesteps is None else timesteps
         if self.timesteps.schedule != schedule:
@@ -72,9 +72,7 @@ class Objective:
         alpha, sigma, told = schedule.levels(flow)
         self._alpha, self._sigma = Table(alpha), Table(sigma)
         self._conditioning = Table(told) if flow else None
-        delta = self.loss_function.delta(schedule)
-        self._delta = None if delta is None else Table(delta)
-        self._weight = None if weighting is None else Table(weighting.table(schedule, prediction_type))
+        self.step_loss = StepLoss(schedule, prediction_type, loss, weighting)
         self._checked = False
 
     def draw(
@@ -114,6 +112,11 @@ class Objective:
             importance=self.timesteps.weights(index),
         )
 
+    @property
+    def loss_function(self) -> Loss | ScheduledHuber:
+        """The loss of the residual."""
+        return self.step_loss.function
+
     def loss(self, prediction: torch.Tensor, step: Step, mask: torch.Tensor | None = None, reduction: str = "mean") -> torch.Tensor:
         """The weighted loss of the network's ``prediction`` for ``step``: a scalar, or shape [B] with ``reduction="none"``.
 
@@ -123,17 +126,12 @@ class Objective:
             raise ValueError(f"unknown reduction {reduction!r}: expected mean or none")
         if prediction.shape != step.target.shape:
             raise ValueError(f"prediction has shape {tuple(prediction.shape)}, the target {tuple(step.target.shape)}: they must be equal")
-        delta = None if self._delta is None else self._delta(step.index, prediction.ndim)
-        weights = self.weights(step)
-        loss = self.loss_function(prediction, step.target, delta, mask, weights).flatten(1).mean(1)  # type: ignore[arg-type]
-        if weights is not None:
-            loss = loss * weights
-        return loss.mean() if reduction == "mean" else loss
+        reduction = "sample" if reduction == "none" else reduction
+        return self.step_loss(prediction, step.target, step.index, mask, step.importance, reduction=reduction)
 
     def weights(self, step: Step) -> torch.Tensor | None:
         """What multiplies each sample's loss, the SNR weight times the importance weight: float32, [B]; None for 1."""
-        parts = [part for part in (None if self._weight is None else self._weight(step.index), step.importance) if part is not None]
-        return None if not parts else parts[0] if len(parts) == 1 else parts[0] * parts[1]
+        return self.step_loss.weights(step.index, step.importance)
 
     def _check_index(self, latents: torch.Tensor, index: torch.Tensor | None) -> None:
         if index is None:

@@ -18,6 +18,7 @@ import torch
 
 from sdxl_fixes.loss import ScheduledHuber, l2
 from sdxl_fixes.objective import Objective
+from sdxl_fixes.trainers.step import StepLoss
 
 
 class Validation:
@@ -36,7 +37,8 @@ class Validation:
         self.objective, self.seed = copy(objective), int(seed)
         loss = objective.loss_function
         if isinstance(loss, ScheduledHuber) and loss.l2_gradient == "batch":
-            self.objective.loss_function = replace(loss, l2_gradient=None)
+            alone = replace(loss, l2_gradient=None)
+            self.objective.step_loss = StepLoss(objective.schedule, objective.prediction_type, alone, objective.weighting)
         self.timesteps: list[int] = (np.round(steps * np.arange(1, points + 1) / points).astype(int) - 1).tolist()
 
     def __call__(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 from sdxl_fixes.diffusers.anchors import is_sdxl_script
 from sdxl_fixes.diffusers.install import install
 from sdxl_fixes.diffusers.run import SESSION
-from sdxl_fixes.trainers.run import run_script
+from sdxl_fixes.trainers.session import run_script
 
 USAGE = "usage: python -m sdxl_fixes.diffusers PATH/TO/train_text_to_image_sdxl.py [the script's own flags and ours; --help lists both]"
 
@@ -26,9 +25,6 @@ def main() -> None:
             f"sdxl-fixes: {script} is no SDXL training script like those of diffusers' examples: it needs main, parse_args and a pipeline"
         )
     run_script(script, install, SESSION)
-    run = SESSION.run
-    if run is not None and "saving" in run.on and not SESSION.patches.calls.get("saving") and os.environ.get("RANK", "0") == "0":
-        sys.exit("sdxl-fixes: the training is done, but no model file that was saved carries its schedule: keep the flags of this run")
 
 
 if __name__ == "__main__":

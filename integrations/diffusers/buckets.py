@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from sdxl_fixes.buckets import ChunkBucketBatchSampler
+from sdxl_fixes.errors import FixError
+from sdxl_fixes.log import world_size
 from sdxl_fixes.prompts import CHUNK, count_chunks
 
 from .prompts import COLUMN
@@ -21,7 +22,7 @@ def loader(original: Callable[..., None], self: Any, dataset: Any, *args: Any, *
     run = SESSION.run
     if run is None or not kwargs.get("shuffle") or "batch_size" not in kwargs or not SESSION.called_by_script():
         return original(self, dataset, *args, **kwargs)
-    SESSION.on("buckets")
+    SESSION.reached("buckets")
     chunks = _chunks(dataset, run.args)
     sampler = ChunkBucketBatchSampler(
         np.zeros(len(chunks), dtype=np.int64),
@@ -29,7 +30,7 @@ def loader(original: Callable[..., None], self: Any, dataset: Any, *args: Any, *
         batch_size=kwargs.pop("batch_size"),
         seed=run.args.seed or 0,
         rank=None,
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        world_size=world_size(),
     )
     del kwargs["shuffle"]
     original(self, dataset, *args, batch_sampler=sampler, **kwargs)
@@ -47,11 +48,11 @@ def _chunks(dataset: Any, args: argparse.Namespace) -> Any:
     if COLUMN in columns:
         return np.asarray(list(dataset.with_format(None)[COLUMN]))
     if getattr(args, "caption_column", None) not in columns:
-        raise RuntimeError("sdxl-fixes: --chunk_buckets finds no captions in this script's data set: leave it out")
+        raise FixError("--chunk_buckets finds no captions in this script's data set: leave it out")
     captions = list(dataset.with_format(None)[args.caption_column])
     if not all(isinstance(caption, str) for caption in captions):
-        raise RuntimeError(
-            f"sdxl-fixes: --caption_column {args.caption_column} holds several captions per image, of which the script draws one later: "
+        raise FixError(
+            f"--caption_column {args.caption_column} holds several captions per image, of which the script draws one later: "
             "leave --chunk_buckets out"
         )
     from transformers import CLIPTokenizer

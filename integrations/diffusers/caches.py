@@ -28,7 +28,7 @@ def map(original: Callable[..., Any], self: Any, function: Any = None, *args: An
     run = SESSION.run
     if run is None or "new_fingerprint" not in kwargs or not SESSION.called_by_script():
         return original(self, function, *args, **kwargs)
-    SESSION.on("caches")
+    SESSION.reached("caches")
     key = f"{kwargs['new_fingerprint']} {content_key(run.args.pretrained_model_name_or_path, SESSION.script)}"
     kwargs["new_fingerprint"] = hashlib.sha256(key.encode()).hexdigest()[:32]
     generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -45,7 +45,7 @@ def map(original: Callable[..., Any], self: Any, function: Any = None, *args: An
 def remove_columns(original: Callable[..., Any], self: Any, column_names: Any, *args: Any, **kwargs: Any) -> Any:
     """The script drops the columns "image" and "text" of its latents by name; here whatever is not latents goes."""
     if SESSION.run is not None and SESSION.called_by_script():
-        SESSION.on("caches")
+        SESSION.reached("caches")
         column_names = [name for name in self.column_names if name not in KEPT]
     return original(self, column_names, *args, **kwargs)
 

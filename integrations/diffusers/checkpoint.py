@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sdxl_fixes.checkpoint import metadata
+from sdxl_fixes.errors import FixError
 from sdxl_fixes.files import replacing
 from sdxl_fixes.schedule import NoiseSchedule
 
@@ -24,6 +25,7 @@ def save_file(original: Callable[..., Any], tensors: dict[str, torch.Tensor], *a
     and diffusers would report them as unexpected keys."""
     noise_level_counts = not any(name.startswith(_VAE) for name in tensors)
     if noise_level_counts and (run := SESSION.on("saving")):
+        SESSION.reached("saving")
         filename, given = (args[0], args[1:]) if args else (kwargs.pop("filename"), ())
         known = (given[0] if given else kwargs.pop("metadata", None)) or {}
         entries = metadata(run.schedule, run.prediction_type)
@@ -48,14 +50,14 @@ def save_state(original: Callable[..., Any], self: Any, output_dir: str | None =
 
 
 def load_state(original: Callable[..., Any], self: Any, input_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
-    """Resume, if the checkpoint was trained on the schedule that the flags describe. Raises RuntimeError otherwise."""
+    """Resume, if the checkpoint was trained on the schedule that the flags describe. Raises FixError otherwise."""
     run, file = SESSION.run, Path(input_dir or "") / RECORD
     if run is not None and input_dir is not None and file.is_file():
         state = json.loads(file.read_text(encoding="utf-8"))
         trained = NoiseSchedule.from_record(state["schedule"])
         if run.on and (trained, state["prediction_type"]) != (run.schedule, run.prediction_type):
-            raise RuntimeError(
-                f"sdxl-fixes: {input_dir} was trained with {state['prediction_type']} on {trained!r}, and the flags of this run describe "
+            raise FixError(
+                f"{input_dir} was trained with {state['prediction_type']} on {trained!r}, and the flags of this run describe "
                 f"{run.prediction_type} on {run.schedule!r}: resume with the flags that it was started with"
             )
         if run.timesteps is not None and state["timesteps"] is not None:

@@ -23,11 +23,11 @@ def examine(path: Path) -> tuple[str, bool]:
     why = missing(source)
     lines = [f"huggingface/diffusers example {path}"]
     for fix in ("run", *FIXES):
-        mine = {patch: problem for patch, problem in problems.items() if patch.fix == fix}
+        mine = {patch: problem for patch, problem in problems.items() if fix in patch.fixes}
         state = "no place" if fix in why else "REFUSED" if any(mine.values()) else "fits"
-        lines.append(f"{fix:<10} {state:<8} {why.get(fix) or (FIXES[fix].flags if fix in FIXES else 'the flags themselves')}")
+        lines.append(f"{fix:<10} {state:<8} {why.get(fix) or (FIXES[fix].text if fix in FIXES else 'the flags themselves')}")
         if fix not in why:
             lines += [
                 f"{'':<11}{'x' if problem else ' '} {problem or patch.target + ': ' + patch.purpose}" for patch, problem in mine.items()
             ]
-    return "\n".join(lines), not any(problem for patch, problem in problems.items() if patch.fix not in why)
+    return "\n".join(lines), not any(problem and set(patch.fixes) - set(why) for patch, problem in problems.items())

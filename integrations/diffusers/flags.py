@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from sdxl_fixes.flags import LOSS_FLAGS, SCHEDULE_FLAGS, TIMESTEP_FLAGS, VALIDATION_FLAGS, WEIGHTING_FLAGS, FlagError, add_flags
+from sdxl_fixes.trainers.fixes import add_fixes_flag
 from sdxl_fixes.trainers.patching import PatchSet
-from sdxl_fixes.trainers.run import add_fixes_flag
 
 from .anchors import missing
 from .run import FIXES, SESSION, caller, start
@@ -34,6 +34,7 @@ def parse_args(original: Callable[..., Any], parser: argparse.ArgumentParser, *a
     """Upstream's arguments and ours; other parsers of the process are left alone."""
     if MARK not in parser._option_string_actions:
         return original(parser, *args, **kwargs)
+    theirs = {action.dest for action in parser._actions}
     add_flags(parser, tuple(name for name in SHARED if name != "min_snr_gamma"))
     group = parser.add_argument_group("sdxl-fixes for diffusers")
     for name, options in OURS.items():
@@ -41,35 +42,31 @@ def parse_args(original: Callable[..., Any], parser: argparse.ArgumentParser, *a
             group.add_argument(f"--{name}", **options)
     add_fixes_flag(parser, FIXES)
     parsed = original(parser, *args, **kwargs)
-    begin(parsed, caller())
+    begin(parsed, caller(), {action.dest for action in parser._actions} - theirs)
     return parsed
 
 
-def begin(args: argparse.Namespace, script: dict[str, Any]) -> None:
+def begin(args: argparse.Namespace, script: dict[str, Any], ours: Collection[str]) -> None:
     """Nothing is loaded yet: decide which fixes are on, replace what they need, and take their flags away from the script."""
     from .patches import for_script
 
     SESSION.script, SESSION.training = script, False
     source = Path(script["__file__"]).read_text(encoding="utf-8") if "__file__" in script else ""  # a notebook has no file to check
     patches = SESSION.patches
-    no_place = {fix: why for fix, why in missing(source).items() if FIXES[fix].every_step}  # the others act if and when they can
-    table = PatchSet(for_script(source, script), refused={**patches.refused, **no_place})
-    table.refused |= {patch.fix: why for patch, why in table.check().items() if why is not None}
+    no_place = {fix: why for fix, why in missing(source).items() if FIXES[fix].due != "later"}  # the others act if and when they can
+    table = PatchSet(for_script(source, script), calls=SESSION.called)
+    table.refused = {**patches.refused, **no_place}
+    table.refused |= {fix: why for patch, why in table.check().items() if why is not None for fix in patch.fixes}
     try:
-        run = start(args, table)
+        run = start(args, table, ours)
     except FlagError as error:
         raise FlagError(str(error).replace("--min_snr_gamma", "--snr_gamma")) from error
     patches.undo()
     table.apply({"run", *run.on})
-    SESSION.patches, SESSION.run = table, run
+    SESSION.patches = table
+    SESSION.begin(run)
     if "weighting" in run.on:
         args.snr_gamma = None  # the script must not weight again
     if "caches" in run.on and getattr(args, "cache_latents", False):
         args.cache_latents = False
-        SESSION.on("caches")
-
-
-def step_done(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The backward pass of every training step: by now every fix that is on must have been reached."""
-    SESSION.check_reached()
-    return original(self, *args, **kwargs)
+        SESSION.reached("caches")

@@ -7,12 +7,13 @@ are empty for the whole batch are dropped before encoding or, where a script cac
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from sdxl_fixes.errors import FixError
+from sdxl_fixes.log import warn
 from sdxl_fixes.prompts import CHUNK, layout, split_ids
 
 from .run import SESSION
@@ -25,15 +26,15 @@ def tokenize(original: Callable[..., Any], tokenizer: Any, text: Any = None, *ar
     run = SESSION.run
     if run is None or kwargs.get("padding") != "max_length" or not SESSION.called_by_script():
         return original(tokenizer, text, *args, **kwargs)
-    SESSION.on("prompts")
+    SESSION.reached("prompts")
     captions, limit = [text] if isinstance(text, str) else list(text), run.args.max_token_length
     tokens = original(tokenizer, captions, add_special_tokens=False, truncation=False, verbose=False)
     ids = [row[:limit] for row in tokens["input_ids"]]
     _report_cut([len(row) for row in tokens["input_ids"]], limit)
-    run.step["chunks"] = [max(1, -(-len(row) // CHUNK)) for row in ids]
+    SESSION.chunks = [max(1, -(-len(row) // CHUNK)) for row in ids]
     special = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     if special[1] != special[0] + 1:
-        raise RuntimeError(f"sdxl-fixes: BOS and EOS of CLIP's tokenizer are neighbours, and here they are {special[0]} and {special[1]}")
+        raise FixError(f"BOS and EOS of CLIP's tokenizer are neighbours, and here they are {special[0]} and {special[1]}")
     tokens["input_ids"] = torch.stack([layout(split_ids(row), *special, -(-limit // CHUNK)) for row in ids]).flatten(1)
     tokens["attention_mask"] = torch.ones_like(tokens["input_ids"])
     return tokens
@@ -44,9 +45,9 @@ def encode(original: Callable[..., Any], model: Any, input_ids: Any = None, *arg
     run, length = SESSION.run, model.config.max_position_embeddings
     if run is None or input_ids is None or input_ids.shape[1] <= length:
         return original(model, input_ids, *args, **kwargs)
-    SESSION.on("prompts")
+    SESSION.reached("prompts")
     chunks = input_ids.reshape(len(input_ids), -1, length)
-    if run.step.get("trim", True) and not getattr(run.args, "with_prior_preservation", False):  # prior prompts are encoded apart
+    if SESSION.trim and not getattr(run.args, "with_prior_preservation", False):  # prior prompts are encoded apart
         chunks = chunks[:, : _used(chunks)]
     return _unfold(original(model, chunks.reshape(-1, length), *args, **kwargs), len(input_ids))
 
@@ -59,15 +60,15 @@ def remember(original: Callable[..., Any], self: Any, function: Any = None, *arg
 
     def with_chunks(batch: Any) -> Any:
         encoded = function(batch)
-        return {**encoded, COLUMN: run.step["chunks"]} if "prompt_embeds" in encoded else encoded
+        return {**encoded, COLUMN: SESSION.chunks} if "prompt_embeds" in encoded else encoded
 
-    run.step["trim"] = False
+    SESSION.trim = False
     try:
         mapped = original(self, with_chunks, *args, **kwargs)
     finally:
-        run.step["trim"] = True
+        SESSION.trim = True
     if COLUMN in mapped.column_names:
-        SESSION.on("prompts")  # also where the embeddings were found in the cache
+        SESSION.reached("prompts")  # also where the embeddings were found in the cache
     return mapped
 
 
@@ -108,14 +109,9 @@ def _report_cut(lengths: list[int], limit: int) -> None:
     run = SESSION.run
     if run is None or max(lengths, default=0) <= limit:
         return
-    count, longest = run.step.get("cut", (0, 0))
+    count, longest = SESSION.cut
     count += sum(length > limit for length in lengths)
     if max(lengths) > longest:
         longest = max(lengths)
-        print(
-            f"sdxl-fixes: {count} captions so far are longer than --max_token_length {limit} and were cut there; the longest has "
-            f"{longest} tokens",
-            file=sys.stderr,
-            flush=True,
-        )
-    run.step["cut"] = (count, longest)
+        warn(f"{count} captions so far are longer than --max_token_length {limit} and were cut there; the longest has {longest} tokens")
+    SESSION.cut = (count, longest)

@@ -8,19 +8,23 @@ from collections.abc import Collection
 from typing import Any
 
 from sdxl_fixes.flags import FlagError, Settings
+from sdxl_fixes.log import say, warn
 from sdxl_fixes.prediction import check_prediction_type
 from sdxl_fixes.schedule import NoiseSchedule
-from sdxl_fixes.trainers import run as core
+from sdxl_fixes.trainers.fixes import Fix, allowed, given, switch_off, without_effect
 from sdxl_fixes.trainers.patching import PatchSet
-from sdxl_fixes.trainers.run import Fix, Run, Session, Trainer
+from sdxl_fixes.trainers.report import disappointments, report
+from sdxl_fixes.trainers.run import Run, Trainer, prepare
+from sdxl_fixes.trainers.session import Session
 
 
-def departs(args: argparse.Namespace, settings: Settings) -> bool:
+def departs(args: argparse.Namespace) -> bool:
     """Whether training leaves the base model's schedule or prediction type."""
-    return settings.changes_schedule or getattr(args, "prediction_type", None) not in (None, getattr(args, "base_prediction_type", None))
+    changed = given(args, "zero_terminal_snr") or getattr(args, "terminal_sigma", None) is not None
+    return changed or getattr(args, "prediction_type", None) not in (None, getattr(args, "base_prediction_type", None))
 
 
-def caches_may_lie(args: argparse.Namespace, settings: Settings) -> bool:
+def caches_may_lie(args: argparse.Namespace) -> bool:
     """Whether what the script keeps for later may be something else than it takes it for."""
     columns = getattr(args, "caption_column", None) not in (None, "text") or getattr(args, "image_column", None) not in (None, "image")
     cached_text = hasattr(args, "proportion_empty_prompts")
@@ -28,95 +32,38 @@ def caches_may_lie(args: argparse.Namespace, settings: Settings) -> bool:
     return bool(asked) if cached_text else bool(getattr(args, "cache_latents", False))
 
 
-_SCHEDULE = "--zero_terminal_snr, --terminal_sigma, --prediction_type"
 FIXES = {
-    "schedule": Fix(_SCHEDULE, departs, core.describe_schedule, every_step=True),
-    "loss": Fix("--loss_type huber, smooth_l1, l1", lambda args, settings: settings.loss_type != "l2", core.describe_loss, every_step=True),
-    "weighting": Fix(
-        "--snr_gamma, --soft_min_snr_gamma, --debiased_estimation_loss",
-        lambda args, settings: bool(settings.weightings()),
-        core.describe_weighting,
-        every_step=True,
+    "schedule": Fix(
+        {"zero_terminal_snr": None, "terminal_sigma": None, "prediction_type": None},
+        options=("terminal_sigma_method", "terminal_sigma_start"),
+        wanted=departs,
     ),
-    "noise": Fix(
-        "--ip_noise_gamma, --float32_noising",
-        lambda args, settings: settings.perturbation() is not None or args.float32_noising,
-        lambda run: f"float32 arithmetic, {run.settings.perturbation() or 'no perturbation'}",
-        every_step=True,
-    ),
-    "timesteps": Fix(
-        "--stratified_timesteps, --terminal_timestep_share",
-        lambda args, settings: bool(settings.stratified_timesteps or settings.terminal_timestep_share),
-        core.describe_timesteps,
-        every_step=True,
-    ),
-    "validation": Fix(
-        "--stable_loss_steps",
-        core.wants_stable_loss,
-        lambda run: core.describe_validation(run, any(getattr(run.args, f"train_text_encoder{end}", False) for end in ("", "_ti"))),
-        every_step=True,
-    ),
-    "prompts": Fix(
-        "--max_token_length",
-        lambda args, settings: bool(args.max_token_length),
-        lambda run: f"captions of up to {run.args.max_token_length} tokens, 75 to a chunk",
-        every_step=True,
-    ),
-    "buckets": Fix(
-        "--chunk_buckets",
-        lambda args, settings: args.chunk_buckets,
-        lambda run: "captions of equally many chunks to a batch",
-        every_step=True,
-    ),
-    "crops": Fix(
-        "--true_crop_coordinates",
-        lambda args, settings: args.true_crop_coordinates,
-        lambda run: "the crop that was encoded",
-        every_step=True,
-    ),
-    "caches": Fix(
-        "--checked_caches; also on with --max_token_length, --true_crop_coordinates, another --caption_column, --cache_latents",
-        caches_may_lie,
-        lambda run: "what is kept belongs to what it is used for",
-        every_step=True,
-    ),
-    "previews": Fix(_SCHEDULE, departs, core.describe_previews),
-    "saving": Fix(_SCHEDULE, departs, lambda run: "the schedule's record in unet, ControlNet and LoRA files and in checkpoints"),
+    "loss": Fix({"loss_type": ("huber", "smooth_l1", "l1")}, options=("huber_schedule", "huber_c", "huber_scale", "huber_l2_gradient")),
+    "weighting": Fix(dict.fromkeys(("snr_gamma", "soft_min_snr_gamma", "debiased_estimation_loss")), options=("min_snr_floor",)),
+    "noise": Fix({"ip_noise_gamma": None, "float32_noising": None}, options=("ip_noise_gamma_random_strength",)),
+    "timesteps": Fix({"stratified_timesteps": None, "terminal_timestep_share": None}, parts={"terminal_timestep_share": "mse_loss"}),
+    "validation": Fix({"stable_loss_steps": None}, options=("stable_loss_images",)),
+    "prompts": Fix({"max_token_length": None}, due="start"),
+    "buckets": Fix({"chunk_buckets": None}, due="start"),
+    "crops": Fix({"true_crop_coordinates": None}, due="start"),
+    "caches": Fix({"checked_caches": None}, due="start", wanted=caches_may_lie),
+    "previews": Fix(due="later", wanted=departs),
+    "saving": Fix(due="later", wanted=departs),
 }
-DIFFUSERS = Trainer(
-    name="huggingface/diffusers example",
-    v_flag="--prediction_type v_prediction",
-    fixes=FIXES,
-    flag_fixes={
-        "zero_terminal_snr": "schedule",
-        "terminal_sigma": "schedule",
-        "loss_type": "loss",
-        "huber_l2_gradient": "loss",
-        "min_snr_floor": "weighting",
-        "soft_min_snr_gamma": "weighting",
-        "debiased_estimation_loss": "weighting",
-        "ip_noise_gamma": "noise",
-        "float32_noising": "noise",
-        "stratified_timesteps": "timesteps",
-        "terminal_timestep_share": "timesteps",
-        "stable_loss_steps": "validation",
-        "max_token_length": "prompts",
-        "chunk_buckets": "buckets",
-        "true_crop_coordinates": "crops",
-        "checked_caches": "caches",
-    },
-)
+TRAINING = ("loss", "weighting", "noise", "timesteps", "validation")  # fixes that have no place in EDM-style training
+DIFFUSERS = Trainer(name="huggingface/diffusers example", v_flag="--prediction_type v_prediction", fixes=FIXES)
 
 
 class ScriptSession(Session):
     """A session that knows its script: patched library functions act only for calls that come from it."""
 
     def __init__(self) -> None:
-        self.reset()
+        super().__init__("script")
 
     def reset(self) -> None:
         """No script, no run."""
-        self.patches, self.run = PatchSet(()), None
+        super().reset()
+        self.trim, self.chunks, self.cut = True, list[int](), (0, 0)  # of prompts: for prompts.py
         self.script: dict[str, Any] = {}  # the globals of the script's module
         self.training = False  # whether the script has its training scheduler
 
@@ -136,51 +83,83 @@ def caller() -> dict[str, Any]:
 SESSION = ScriptSession()
 
 
-def start(args: argparse.Namespace, patches: PatchSet) -> Run:
-    """The run that a script's parsed arguments describe. Raises FlagError, before any model is loaded, for flags that make no sense.
+def start(args: argparse.Namespace, patches: PatchSet, ours: Collection[str] = ()) -> Run:
+    """The run that a script's parsed arguments describe, after it was reported. ``ours`` are flags that the script does not have itself.
+    Raises FlagError, before any model is loaded, for flags that make no sense.
 
     The base model's scheduler config, which is read when a flag of ours is used, is the schedule that the flags change.
     """
+    may_act = allowed(args.fixes, FIXES)
+    dropped = switch_off(FIXES, may_act, ours, args)
     known = argparse.Namespace(**{**vars(args), "min_snr_gamma": args.snr_gamma})
-    settings = Settings.from_args(known)
-    asked = [name for name, fix in FIXES.items() if fix.wanted(known, settings)]
-    base, known.base_prediction_type, edm = _base(args) if asked else (None, "epsilon", False)
-    if edm and "schedule" in asked:
-        raise FlagError(f"{args.pretrained_model_name_or_path} is an EDM model with sigmas of its own: leave out {_SCHEDULE}")
+    settings = Settings.from_args(known) if may_act else Settings()
+    known.base_prediction_type = "epsilon"
+    maybe = frozenset(name for name in may_act if FIXES[name].asked(known))
+    base, known.base_prediction_type, edm = _base(args) if maybe else (None, "epsilon", False)
+    on = frozenset(name for name in may_act if FIXES[name].asked(known)) if maybe else maybe
+    if edm and "schedule" in on:
+        raise FlagError(f"{args.pretrained_model_name_or_path} is an EDM model with sigmas of its own: leave out {FIXES['schedule'].text}")
     if edm or getattr(args, "do_edm_style_training", False):
-        refuse_edm(asked)
-    weighting = settings.weighting()
-    if args.max_token_length is not None and args.max_token_length <= 75:
+        refuse_edm(on)
+    prediction_type = args.prediction_type or known.base_prediction_type
+    _check(known, on, settings, prediction_type)
+    weighting = settings.weighting() if may_act else None
+    run = prepare(
+        DIFFUSERS,
+        known,
+        on,
+        patches.refused,
+        settings,
+        settings.schedule(base),
+        prediction_type,
+        () if weighting is None else (weighting,),
+        resumed=bool(getattr(args, "resume_from_checkpoint", None)),
+    )
+    _tell(run, args.fixes, may_act, dropped)
+    return run
+
+
+def _check(args: argparse.Namespace, on: frozenset[str], settings: Settings, prediction_type: str) -> None:
+    if "prompts" in on and args.max_token_length <= 75:
         raise FlagError(f"--max_token_length {args.max_token_length}: expected more than the 75 tokens that upstream has (150, 225, ...)")
-    if args.chunk_buckets and not args.max_token_length:
+    if "buckets" in on and not args.max_token_length:
         raise FlagError("--chunk_buckets needs --max_token_length 150, 225, ...: at 75 tokens every caption is one chunk")
-    if args.chunk_buckets and hasattr(args, "instance_prompt"):
+    if "buckets" in on and hasattr(args, "instance_prompt"):
         raise FlagError(
             "--chunk_buckets does not fit the DreamBooth scripts, which make their batches of class and instance prompts: leave it out"
         )
-    prediction_type = args.prediction_type or known.base_prediction_type
-    if settings.stable_loss_steps and prediction_type not in ("epsilon", "v_prediction"):
+    if "validation" in on and prediction_type not in ("epsilon", "v_prediction"):
         raise FlagError(f"--stable_loss_steps knows the loss of epsilon and v_prediction, not of {prediction_type}: leave it out")
-    if getattr(args, "timestep_bias_strategy", "none") != "none" and FIXES["timesteps"].wanted(known, settings):
+    if "timesteps" in on and getattr(args, "timestep_bias_strategy", "none") != "none":
         raise FlagError(
             f"--timestep_bias_strategy {args.timestep_bias_strategy} draws the timesteps its own way: leave it out, or "
             "--stratified_timesteps and --terminal_timestep_share"
         )
-    return Run.start(
-        DIFFUSERS,
-        known,
-        settings,
-        patches,
-        prediction_type,
-        settings.schedule(base),
-        () if weighting is None else (weighting,),
-        resumed=bool(getattr(args, "resume_from_checkpoint", None)),
-    )
+
+
+def _tell(run: Run, fixes: str | None, may_act: frozenset[str], dropped: list[str]) -> None:
+    args, prompts = run.args, []
+    if "prompts" in run.on:
+        prompts.append(f"captions of up to {args.max_token_length} tokens, 75 to a chunk")
+    if "buckets" in run.on:
+        prompts.append("captions of equally many chunks to a batch")
+    prompts += ["true crop coordinates"] if "crops" in run.on else []
+    prompts += ["checked caches"] if "caches" in run.on else []
+    say(report(run, "", prompts, ["validation images sample the same"] if "previews" in run.on else []))
+    if dropped:
+        warn(f"--fixes {fixes}: {', '.join(f'--{flag}' for flag in dropped)} {'has' if len(dropped) == 1 else 'have'} no effect")
+    for name in FIXES:
+        if name not in may_act and FIXES[name].asked(args):
+            warn(f"--fixes {fixes}: {name} is upstream's own, though flags ask for it")
+    for line in (*without_effect(FIXES, args), *disappointments(run)) if may_act else ():
+        warn(line.replace("--min_snr_gamma", "--snr_gamma"))
+    if run.stable_loss is not None and any(getattr(args, f"train_text_encoder{end}", False) for end in ("", "_ti")):
+        warn("--stable_loss_steps: text embeddings stay as first seen, though the text encoder is trained")
 
 
 def refuse_edm(fixes: Collection[str]) -> None:
     """Raise FlagError if one of ``fixes`` does not apply to EDM-style training, which noises and weights its own loss by sigma."""
-    refused = [name for name in ("loss", "weighting", "noise", "timesteps", "validation") if name in fixes]
+    refused = [name for name in TRAINING if name in fixes]
     if refused:
         raise FlagError(
             f"EDM-style training noises by sigma and weights its own loss by sigma, so {', '.join(refused)} cannot be had there: leave "

@@ -13,7 +13,6 @@ from sdxl_fixes.checkpoint import scheduler_config
 from sdxl_fixes.flags import FlagError
 from sdxl_fixes.prediction import check_prediction_type
 from sdxl_fixes.schedule import EXACT_KEY, NoiseSchedule
-from sdxl_fixes.trainers.noising import Noising
 from sdxl_fixes.trainers.run import Run
 
 from . import previews
@@ -80,15 +79,16 @@ def _for_training(scheduler: Any, run: Run) -> Any:
     if "schedule" in run.on:
         scheduler = type(scheduler).from_config(scheduler_config(run.schedule, run.prediction_type, scheduler.config, knows_infinity=True))
         scheduler.alphas_cumprod = torch.from_numpy(run.schedule.alphas_cumprod.copy()).float()
-    noising = Noising(run.schedule, run.settings.perturbation() if "noise" in run.on else None)
+    noising = run.noising
     ours = bool({"schedule", "noise"} & run.on)
     upstream = scheduler.add_noise
 
     def add_noise(original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        run.step.update(timesteps=timesteps, prior=None)  # for the loss, which is not told
+        SESSION.step.timesteps = timesteps  # for the loss, which is not told
         if run.stable_loss is not None:
             run.stable_loss.noised(original_samples)
-        SESSION.on("schedule"), SESSION.on("noise")
+        for mark in ("schedule", "noise"):
+            SESSION.reached(mark)
         return noising.add_noise(original_samples, noise, timesteps) if ours else upstream(original_samples, noise, timesteps)
 
     scheduler.add_noise = add_noise
@@ -108,5 +108,11 @@ def _sigma_space(scheduler: Any, run: Run) -> Any:
             "--zero_terminal_snr, or train without --do_edm_style_training"
         )
     made = with_schedule(scheduler, run.schedule, run.prediction_type)
-    SESSION.on("schedule")
+    upstream = made.add_noise
+
+    def add_noise(*args: Any, **kwargs: Any) -> Any:
+        SESSION.reached("schedule")
+        return upstream(*args, **kwargs)
+
+    made.add_noise = add_noise
     return made

@@ -15,5 +15,5 @@ def randint(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
     if not SESSION.called_by_script():
         return original(*args, **kwargs)
-    SESSION.on("timesteps")
+    SESSION.reached("timesteps")
     return run.timesteps.draw(args[2][0], kwargs.get("device", "cpu"))

@@ -14,7 +14,7 @@ def called(original: Callable[..., Any], self: Any, sample: torch.Tensor, timest
     """The U-Net's call; what follows the timestep is its conditioning."""
     if SESSION.run is not None and SESSION.run.stable_loss is not None:
         if SESSION.run.stable_loss.called(self, sample, *args, **kwargs):
-            SESSION.on("validation")
+            SESSION.reached("validation")
     return original(self, sample, timestep, *args, **kwargs)
 
 

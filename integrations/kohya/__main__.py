@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from sdxl_fixes.kohya.install import TRAINERS, install
+from sdxl_fixes.kohya.install import install
 from sdxl_fixes.kohya.run import SESSION
-from sdxl_fixes.trainers.run import run_script
+from sdxl_fixes.kohya.scripts import REFUSED, SCRIPTS
+from sdxl_fixes.trainers.session import run_script
 
 USAGE = "usage: python -m sdxl_fixes.kohya PATH/TO/sdxl_train.py [the script's own flags and ours; --help lists both]"
-SCRIPTS = [f"{name}.py" for name in TRAINERS[:2]]
 
 
 def main() -> None:
@@ -18,6 +18,8 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(USAGE)
     script = Path(sys.argv[1])
+    if script.name in REFUSED:
+        sys.exit(f"sdxl-fixes: {script.name} cannot be fixed: {REFUSED[script.name]}; start it with plain python")
     if script.name not in SCRIPTS:
         sys.exit(f"sdxl-fixes: {script.name} is not one of the trainers that the fixes are made for: {', '.join(SCRIPTS)}")
     if not script.is_file():

@@ -18,6 +18,7 @@ def model_spec(original: Callable[..., dict[str, str]], *args: Any, **kwargs: An
     """Upstream's metadata with the schedule's record and the prediction type that UIs understand, and room for a later stamp."""
     spec = original(*args, **kwargs)
     if run := SESSION.on("saving"):
+        SESSION.reached("saving")
         for key, value in metadata(run.schedule, run.prediction_type).items():
             if value is None:
                 spec.pop(key, None)

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from sdxl_fixes.flags import FLAGS, TIMESTEP_FLAGS, VALIDATION_FLAGS, FlagError, add_flags, declared, read_values
-from sdxl_fixes.trainers.run import add_fixes_flag
+from sdxl_fixes.log import warn
+from sdxl_fixes.trainers.fixes import add_fixes_flag
 
-from . import buckets
+from . import chunk_flags
 from .run import FIXES, SESSION, start
 
 OURS = (
     *("terminal_sigma", "terminal_sigma_method", "terminal_sigma_start", "huber_l2_gradient", "min_snr_floor"),
     *(*TIMESTEP_FLAGS, *VALIDATION_FLAGS),
 )
-NAMES = (*FLAGS, *buckets.FLAGS, "fixes")  # what a misspelt key may have meant
+ALL_OURS = (*OURS, *chunk_flags.FLAGS)
+NAMES = (*FLAGS, *chunk_flags.FLAGS, "fixes")  # what a misspelt key may have meant
 READ = (  # kohya's own that we read beside them
     *("v_parameterization", "v_pred_like_loss", "scale_v_pred_loss_like_noise_pred", "cache_text_encoder_outputs", "weighted_captions"),
     *("max_token_length", "min_timestep", "max_timestep", "seed", "gradient_accumulation_steps"),
-    *("dataset_class", "pretrained_model_name_or_path", "output_dir", "resume"),
-    *("train_text_encoder", "network_module", "network_train_unet_only"),
+    *("dataset_class", "pretrained_model_name_or_path", "output_dir", "resume", "masked_loss"),
+    *("train_text_encoder", "network_module", "network_train_unet_only", "network_weights", "save_model_as"),
 )
 ALIKE = 0.85  # difflib's ratio; noise_offset_type, which kohya_ss writes and sd-scripts ignores, has 0.83 with noise_offset
 
@@ -34,7 +34,7 @@ def add_arguments(original: Callable[..., Any], parser: argparse.ArgumentParser,
     result = original(parser, *args, **kwargs)
     add_flags(parser, OURS)
     group = parser.add_argument_group("sdxl-fixes, prompts")
-    for name, options in buckets.FLAGS.items():
+    for name, options in chunk_flags.FLAGS.items():
         group.add_argument(f"--{name}", **options)
     add_fixes_flag(parser, FIXES)
     return result
@@ -62,22 +62,11 @@ def _warn_of_misspelt(file: str, args: argparse.Namespace, parser: argparse.Argu
     known = [action.dest for action in parser._actions]
     for key in vars(args).keys() - set(known):
         nearest = difflib.get_close_matches(key.strip("-").replace("-", "_").lower(), known, n=1, cutoff=ALIKE)
-        if nearest and nearest[0] in NAMES and os.environ.get("RANK", "0") == "0":
-            print(
-                f"sdxl-fixes: WARNING: --config_file {file}: the trainer has no flag {key!r} and ignores it: did you mean {nearest[0]}?",
-                file=sys.stderr,
-                flush=True,
-            )
+        if nearest and nearest[0] in NAMES:
+            warn(f"--config_file {file}: the trainer has no flag {key!r} and ignores it: did you mean {nearest[0]}?")
 
 
 def verify(original: Callable[..., Any], args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
-    """The first call of both trainers' train(): nothing is loaded yet."""
-    buckets.Options.from_args(args)  # checks them
-    SESSION.run = start(args, SESSION.patches)
+    """The first call of every trainer's train(): nothing is loaded yet."""
+    SESSION.begin(start(args, ALL_OURS))
     return original(args, *rest, **kwargs)
-
-
-def step_done(original: Callable[..., Any], self: Any, **kwargs: Any) -> Any:
-    """Called at the end of every training step: by now every fix that is on must have been reached."""
-    SESSION.check_reached()
-    return original(self, **kwargs)

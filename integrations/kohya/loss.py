@@ -1,4 +1,8 @@
-"""Kohya's Huber threshold and elementwise loss."""
+"""Kohya's loss of a step: what its functions are told is handed to the one :class:`StepLoss`, which knows delta, weights and masks.
+
+Kohya spreads a step's loss over four functions. Here ``conditional_loss`` returns it with the weights in it, ``apply_masked_loss``
+computes it again with the mask (a gain that follows l2's gradient depends on it), and the weighting functions find their work done.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +12,28 @@ from typing import Any
 
 import torch
 
-from sdxl_fixes.loss import HUBER_KINDS, ScheduledHuber
-from sdxl_fixes.trainers.run import delta_table
+from sdxl_fixes.errors import FixError
+from sdxl_fixes.trainers.run import Run
 
 from .run import SESSION
+
+ACTS = frozenset(("loss", "weighting", "timesteps"))
+
+
+def batch(original: Callable[..., Any], self: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """The network trainer's batch, whose loss weights (of regularisation images) it will apply after ours."""
+    run = SESSION.run
+    if run is not None and getattr(run.step_loss.function, "l2_gradient", None) == "batch":
+        SESSION.step.later = batch.get("loss_weights")
+    return original(self, batch, *args, **kwargs)
 
 
 def threshold(
     original: Callable[..., torch.Tensor | None], args: argparse.Namespace, timesteps: torch.Tensor, noise_scheduler: Any, **kwargs: Any
 ) -> torch.Tensor | None:
-    """Delta of each sample, float32, shape [B], on the timesteps' device."""
-    run = SESSION.on("loss")
-    loss = run.settings.loss() if run else None
-    if run is None or not isinstance(loss, ScheduledHuber):
-        return original(args, timesteps, noise_scheduler, **kwargs)
-    if loss.l2_gradient == "batch":
-        run.step["weights"] = run.sample_weights(timesteps)
-    table = delta_table(loss, run.schedule)
-    return None if table is None else table(timesteps)
+    """Nothing to hand on: the step's loss has the delta of every timestep. (Upstream's, with v-prediction on an accelerator, indexes a
+    table there with timesteps here and stops.)"""
+    return None if SESSION.on("loss") else original(args, timesteps, noise_scheduler, **kwargs)
 
 
 def conditional_loss(
@@ -37,29 +45,45 @@ def conditional_loss(
     huber_c: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """huber and smooth_l1 in the form that does not cancel; l2 and l1 stay upstream's."""
-    run = SESSION.on("loss") if loss_type in HUBER_KINDS else None
-    loss = run.settings.loss() if run else None
-    if huber_c is None or not isinstance(loss, ScheduledHuber):
+    """The step's loss, weights included; each element's where ``reduction`` is "none"."""
+    run = SESSION.run
+    if run is None or not run.on & ACTS:
         return original(model_pred, target, loss_type, reduction, huber_c, **kwargs)
-    values = loss(model_pred, target, huber_c, weights=run.step.pop("weights", None) if run else None)
-    return values if reduction == "none" else values.sum() if reduction == "sum" else values.mean()
+    values = None
+    if "loss" not in run.on:
+        values = original(model_pred, target, loss_type, "none", huber_c, **kwargs)
+    elif loss_type != run.settings.loss_type:
+        raise FixError(f"the trainer asks for the loss {loss_type!r}, --loss_type is {run.settings.loss_type}: give --fixes all,-loss")
+    SESSION.step.residual = (model_pred, target, values)
+    for mark in ("loss", "weighting", "conditional_loss"):
+        SESSION.reached(mark)
+    return _loss(run, None, reduction)
 
 
-def importance(
-    original: Callable[..., torch.Tensor],
-    model_pred: torch.Tensor,
-    target: torch.Tensor,
-    loss_type: str,
-    reduction: str,
-    *args: Any,
-    **kwargs: Any,
+def masked(original: Callable[..., torch.Tensor], loss: torch.Tensor, batch: Any) -> torch.Tensor:
+    """The loss of each element under the batch's mask."""
+    run = SESSION.run
+    if run is None or SESSION.step.residual is None:
+        return original(loss, batch)
+    SESSION.reached("apply_masked_loss")
+    return _loss(run, original(torch.ones_like(loss), batch), "none")
+
+
+def weighted(
+    original: Callable[..., torch.Tensor], loss: torch.Tensor, timesteps: torch.Tensor, noise_scheduler: Any, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """The loss (ours or upstream's) times the importance weight of each sample whose timestep our sampler drew."""
-    run = SESSION.on("timesteps")
-    drawn = run.step.pop("timesteps", None) if run else None
-    weights = run.timesteps.weights(drawn) if run and run.timesteps and drawn is not None else None
-    if weights is None:
-        return original(model_pred, target, loss_type, reduction, *args, **kwargs)
-    loss = original(model_pred, target, loss_type, "none", *args, **kwargs) * weights.reshape(-1, *[1] * (model_pred.ndim - 1))
-    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+    """Upstream's place for an SNR weight, which the loss has already."""
+    if SESSION.on("weighting") is None:
+        return original(loss, timesteps, noise_scheduler, *args, **kwargs)
+    SESSION.reached(original.__name__)
+    return loss
+
+
+def _loss(run: Run, mask: torch.Tensor | None, reduction: str) -> torch.Tensor:
+    step = SESSION.step
+    assert step.residual is not None
+    prediction, target, values = step.residual
+    timesteps = step.of(prediction)
+    importance = run.timesteps.weights(timesteps) if run.timesteps is not None and step.sampled else None
+    later = None if step.later is None else step.later.to(timesteps.device)
+    return run.step_loss(prediction, target, timesteps, mask, importance, later, values, reduction)

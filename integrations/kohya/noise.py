@@ -1,4 +1,4 @@
-"""Kohya's noising step: input perturbation with a strength of its own for every sample."""
+"""Kohya's noising step: the timesteps that the rest of the step is of, and input perturbation with a strength for every sample."""
 
 from __future__ import annotations
 
@@ -13,17 +13,27 @@ from sdxl_fixes.noise import InputPerturbation
 from .run import SESSION
 
 
-def noise_and_timesteps(
+def noised(
     original: Callable[..., Any], args: argparse.Namespace, noise_scheduler: Any, latents: torch.Tensor, *rest: Any, **kwargs: Any
 ) -> Any:
-    """Upstream's own function with its input perturbation switched off and ours, which it calls at the same point, in its place: the
-    random numbers are drawn in upstream's order."""
-    run = SESSION.on("noise")
-    perturbation = run.settings.perturbation() if run else None
-    if perturbation is None:
+    """Upstream's own function. If a random strength of input perturbation is asked for, its perturbation is switched off, and ours, which
+    it calls at the same point, is in its place: the random numbers are drawn in upstream's order."""
+    run, step = SESSION.run, SESSION.step
+    if run is None or not run.on:
         return original(args, noise_scheduler, latents, *rest, **kwargs)
-    plain = argparse.Namespace(**{**vars(args), "ip_noise_gamma": None})
-    return original(plain, _Perturbing(noise_scheduler, perturbation), latents, *rest, **kwargs)
+    step.sampled, step.residual = False, None
+    if run.stable_loss is not None:
+        run.stable_loss.noised(latents)
+    follows = getattr(noise_scheduler, "add_noise", None) == run.noising.add_noise
+    if follows:
+        SESSION.reached("schedule")
+    if run.perturbation is not None:
+        args = argparse.Namespace(**{**vars(args), "ip_noise_gamma": None})
+        noise_scheduler = noise_scheduler if follows else _Perturbing(noise_scheduler, run.perturbation)
+        SESSION.reached("noise")
+    result = original(args, noise_scheduler, latents, *rest, **kwargs)
+    step.timesteps = result[2]
+    return result
 
 
 class _Perturbing:

@@ -3,18 +3,61 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
 from sdxl_fixes.checkpoint import Sampling
 from sdxl_fixes.flags import Settings
+from sdxl_fixes.log import say, warn
 from sdxl_fixes.loss import HUBER_KINDS, HUBER_SCHEDULES, LOSS_TYPES
 from sdxl_fixes.model_file import said_sampling
-from sdxl_fixes.trainers import run as core
-from sdxl_fixes.trainers.patching import PatchSet
-from sdxl_fixes.trainers.run import Fix, Run, Session, Trainer
+from sdxl_fixes.trainers.fixes import Fix, allowed, given, switch_off, without_effect
+from sdxl_fixes.trainers.report import disappointments, report, schedule_flags
+from sdxl_fixes.trainers.run import Run, Trainer, prepare
+from sdxl_fixes.trainers.session import Session
 from sdxl_fixes.weighting import EpsilonLike, PlusVLike, Weighting
+
+from .chunk_flags import Options
+from .scripts import SCRIPTS, version
+
+
+def changes_schedule(args: argparse.Namespace) -> bool:
+    """Whether training leaves SDXL's own schedule."""
+    return given(args, "zero_terminal_snr") or getattr(args, "terminal_sigma", None) is not None
+
+
+def worth_saying(args: argparse.Namespace) -> bool:
+    """Whether a saved file must say how it is sampled: it is not SDXL's own way, or a base said something."""
+    return changes_schedule(args) or given(args, "v_parameterization") or bool(bases(args))
+
+
+_WEIGHTS = {
+    "min_snr_gamma": "apply_snr_weight",
+    "debiased_estimation_loss": "apply_debiased_estimation",
+    "scale_v_pred_loss_like_noise_pred": "scale_v_prediction_loss_like_noise_prediction",
+    "v_pred_like_loss": "add_v_prediction_like_loss",
+}
+FIXES = {
+    "schedule": Fix(
+        {"zero_terminal_snr": None, "terminal_sigma": None},
+        options=("terminal_sigma_method", "terminal_sigma_start"),
+    ),
+    "loss": Fix(
+        {"loss_type": HUBER_KINDS},
+        options=("huber_schedule", "huber_c", "huber_scale", "huber_l2_gradient"),
+        parts={"masked_loss": "apply_masked_loss"},
+    ),
+    "weighting": Fix(dict.fromkeys(_WEIGHTS), options=("min_snr_floor",), parts=_WEIGHTS),
+    "noise": Fix({"ip_noise_gamma_random_strength": None}, needs=("ip_noise_gamma",)),
+    "timesteps": Fix(
+        {"stratified_timesteps": None, "terminal_timestep_share": None}, parts={"terminal_timestep_share": "conditional_loss"}
+    ),
+    "buckets": Fix({"chunk_buckets": None}, options=("chunk_layout",), due="start"),
+    "validation": Fix({"stable_loss_steps": None}, options=("stable_loss_images",)),
+    "previews": Fix(due="later", wanted=changes_schedule),
+    "saving": Fix(due="later", wanted=worth_saying),
+}
+KOHYA = Trainer(name="kohya-ss/sd-scripts", v_flag="--v_parameterization", fixes=FIXES)
+SESSION = Session("sd-scripts")
 
 
 def weightings(args: argparse.Namespace, settings: Settings) -> tuple[Weighting, ...]:
@@ -27,10 +70,12 @@ def weightings(args: argparse.Namespace, settings: Settings) -> tuple[Weighting,
     return tuple(found)
 
 
-def base_sampling(args: argparse.Namespace) -> Sampling | None:
-    """What the model that is trained says about its schedule, if it says anything (a name on the Hugging Face Hub says nothing here)."""
-    name = getattr(args, "pretrained_model_name_or_path", None)
-    return said_sampling(Path(name)) if name and Path(name).exists() else None
+def bases(args: argparse.Namespace) -> dict[str, Sampling]:
+    """What the models that are trained on (the checkpoint, a LoRA that is continued) say about how they are sampled, those that say
+    anything (a name on the Hugging Face Hub says nothing here)."""
+    names = [getattr(args, name, None) for name in ("pretrained_model_name_or_path", "network_weights")]
+    said = {str(name): said_sampling(Path(name)) for name in names if name and Path(name).exists()}
+    return {name: sampling for name, sampling in said.items() if sampling is not None}
 
 
 def trains_text(args: argparse.Namespace) -> bool:
@@ -40,110 +85,87 @@ def trains_text(args: argparse.Namespace) -> bool:
     return bool(getattr(args, "train_text_encoder", False))
 
 
-FIXES = {
-    "schedule": Fix(
-        "--zero_terminal_snr, --terminal_sigma", lambda args, settings: settings.changes_schedule, core.describe_schedule, every_step=True
-    ),
-    "loss": Fix(
-        "--loss_type huber, smooth_l1", lambda args, settings: settings.loss_type in HUBER_KINDS, core.describe_loss, every_step=True
-    ),
-    "weighting": Fix(
-        "--min_snr_gamma, --debiased_estimation_loss, --v_pred_like_loss, --scale_v_pred_loss_like_noise_pred",
-        lambda args, settings: bool(weightings(args, settings)),
-        core.describe_weighting,
-        every_step=True,
-    ),
-    "noise": Fix(
-        "--ip_noise_gamma_random_strength",
-        lambda args, settings: settings.perturbation() is not None and settings.ip_noise_gamma_random_strength,
-        lambda run: repr(run.settings.perturbation()),
-        every_step=True,
-    ),
-    "timesteps": Fix(
-        "--stratified_timesteps, --terminal_timestep_share",
-        lambda args, settings: bool(settings.stratified_timesteps or settings.terminal_timestep_share),
-        core.describe_timesteps,
-        every_step=True,
-    ),
-    "buckets": Fix(
-        "--chunk_buckets",
-        lambda args, settings: bool(getattr(args, "chunk_buckets", False)),
-        lambda run: f"aspect x chunk, prompts of at most {run.args.max_token_length} tokens, {run.args.chunk_layout or '75n+2'} vectors",
-        every_step=True,
-    ),
-    "validation": Fix(
-        "--stable_loss_steps",
-        core.wants_stable_loss,
-        lambda run: core.describe_validation(run, trains_text(run.args)),
-        every_step=True,
-    ),
-    "previews": Fix("--zero_terminal_snr, --terminal_sigma", lambda args, settings: settings.changes_schedule, core.describe_previews),
-    "saving": Fix(
-        "--zero_terminal_snr, --terminal_sigma, --v_parameterization; or a base model that has a schedule record or marker",
-        lambda args, settings: bool(settings.changes_schedule or getattr(args, "v_parameterization", False) or base_sampling(args)),
-        core.describe_saving,
-    ),
-}
-KOHYA = Trainer(
-    name="kohya-ss/sd-scripts",
-    v_flag="--v_parameterization",
-    fixes=FIXES,
-    flag_fixes={
-        "terminal_sigma": "schedule",
-        "huber_l2_gradient": "loss",
-        "min_snr_floor": "weighting",
-        "stratified_timesteps": "timesteps",
-        "terminal_timestep_share": "timesteps",
-        "chunk_buckets": "buckets",
-        "stable_loss_steps": "validation",
-    },
-)
-SESSION = Session()
-
-
-def start(args: argparse.Namespace, patches: PatchSet) -> Run:
-    """The run that kohya's parsed arguments describe. Raises FlagError, before any model is loaded, for flags that make no sense."""
-    settings = Settings.from_args(_known(args))
-    run = Run.start(
+def start(args: argparse.Namespace, ours: tuple[str, ...] = ()) -> Run:
+    """The run that kohya's parsed arguments describe, after it was reported. ``ours`` are flags of the plugin's own. Raises FlagError,
+    before any model is loaded, for flags that make no sense and for fixes that cannot work here."""
+    may_act = allowed(getattr(args, "fixes", None), FIXES)
+    dropped = switch_off(FIXES, may_act, ours, args)
+    settings = Settings.from_args(_known(args)) if may_act else Settings()
+    asked = frozenset(name for name in may_act if FIXES[name].asked(args))
+    script = SESSION.script_name()
+    refused = {**SESSION.patches.refused, **_no_place(script, asked, args)}
+    options = Options.from_args(args) if may_act else None
+    v = given(args, "v_parameterization")
+    run = prepare(
         KOHYA,
         args,
+        asked,
+        refused,
         settings,
-        patches,
-        "v_prediction" if getattr(args, "v_parameterization", False) else "epsilon",
         settings.schedule(),
-        weightings(args, settings),
+        "v_prediction" if v else "epsilon",
+        weightings(args, settings) if may_act else (),
         resumed=bool(getattr(args, "resume", None)),
-        min_timestep=getattr(args, "min_timestep", None) or 0,
-        max_timestep=getattr(args, "max_timestep", None),
+        options=options,
+        timestep_range=(getattr(args, "min_timestep", None) or 0, getattr(args, "max_timestep", None)),
     )
-    base, trained = base_sampling(args), Sampling(run.schedule, run.prediction_type)
-    if base not in (None, trained) and os.environ.get("RANK", "0") == "0":
-        print(
-            f"  WARNING: {args.pretrained_model_name_or_path} says that it is sampled as {base}, and your flags train {trained}: "
-            f"the saved model will say what was trained; {_flags_for(base)}",
-            file=sys.stderr,
-            flush=True,
-        )
+    _tell(run, may_act, dropped)
     return run
+
+
+def _no_place(script: str | None, asked: frozenset[str], args: argparse.Namespace) -> dict[str, str]:
+    """Fixes that this script has no use for -> why."""
+    if script is None:
+        return {}
+    if script not in SCRIPTS:
+        return dict.fromkeys(asked, f"{script} is not one of the scripts that it is made for: {', '.join(SCRIPTS)}")
+    found = dict(SCRIPTS[script])
+    if given(args, "huber_l2_gradient") and args.huber_l2_gradient == "batch" and script == "sdxl_train_textual_inversion.py":
+        if getattr(args, "prior_loss_weight", 1.0) != 1.0:
+            found["loss"] = "--huber_l2_gradient batch does not see --prior_loss_weight in this script: take --huber_l2_gradient sample"
+    return found
+
+
+def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
+    args, root = run.args, SESSION.patches.root
+    prompts = []
+    if options := run.options:
+        prompts.append(f"prompts of up to {75 * options.limit} tokens in batches of equal aspect and chunks, {options.layout} vectors")
+    files = []
+    if "previews" in run.on:
+        files.append("previews sample the same")
+    known = version(root) if root is not None else ""
+    say(report(run, known, prompts, files))
+    if dropped:
+        warn(f"--fixes {args.fixes}: {', '.join(f'--{flag}' for flag in dropped)} {'has' if len(dropped) == 1 else 'have'} no effect")
+    for name in FIXES:
+        if name not in may_act and FIXES[name].asked(args):
+            warn(f"--fixes {args.fixes}: {name} is upstream's own, though flags ask for it")
+    if not may_act:
+        return
+    for line in (*without_effect(FIXES, args), *disappointments(run)):
+        warn(line)
+    if run.on and known and "not tested" in known:
+        warn(f"this sd-scripts is {known}: the fixes that are on are checked in every step, but their numbers were not compared")
+    if run.stable_loss is not None and trains_text(args):
+        warn("--stable_loss_steps: text embeddings stay as first seen, though the text encoder is trained")
+    if "saving" in run.on and getattr(args, "save_model_as", None) in ("ckpt", "pt"):
+        warn(f"--save_model_as {args.save_model_as}: such a file carries neither record nor markers: take safetensors")
+    trained = Sampling(run.schedule, run.prediction_type)
+    for name, base in bases(args).items():
+        if base != trained:
+            warn(
+                f"{name} says that it is sampled as {base}, and your flags train {trained}: the saved model will say so; {_flags_for(base)}"
+            )
 
 
 def _flags_for(base: Sampling) -> str:
     """The flags that train on as ``base`` was, or what they cannot do."""
-    words = ["--v_parameterization"] if base.prediction_type == "v_prediction" else []
-    step, sigma = base.schedule.recipe[-1], base.schedule.terminal_sigma
-    settings = Settings()
-    if base.schedule.residual_signal == 0:
-        settings, words = Settings(zero_terminal_snr=True), [*words, "--zero_terminal_snr"]
-    elif base.schedule != settings.schedule():
-        method, start = str(step.get("method", "beta_end")), step.get("start")
-        settings = Settings(terminal_sigma=float(f"{sigma:.6g}"), terminal_sigma_method=method, terminal_sigma_start=start)
-        words += [f"--terminal_sigma {sigma:.6g}", f"--terminal_sigma_method {method}"]
-        words += [] if start is None else [f"--terminal_sigma_start {start}"]
-    if base.prediction_type not in ("epsilon", "v_prediction") or settings.schedule() != base.schedule:
+    flags = schedule_flags(base.schedule)
+    if base.prediction_type not in ("epsilon", "v_prediction") or flags is None:
         return "no flags of this trainer train on as the base was trained"
-    return "to go on as the base was trained, " + (
-        f"give {' '.join(words)}" if words else "leave the schedule's flags and v_parameterization out"
-    )
+    words = " ".join(word for word in ("--v_parameterization" if base.prediction_type == "v_prediction" else "", flags) if word)
+    return "to go on as the base was trained, " + (f"give {words}" if words else "leave the schedule's flags and v_parameterization out")
 
 
 def _known(args: argparse.Namespace) -> argparse.Namespace:

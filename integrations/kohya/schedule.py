@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
 
-from sdxl_fixes.schedule import NoiseSchedule
-from sdxl_fixes.trainers.noising import Noising
+from sdxl_fixes.trainers.run import Run
 
 from .run import SESSION
 
@@ -18,19 +16,20 @@ def prepare(original: Callable[..., None], noise_scheduler: Any, device: torch.d
     """After upstream's own preparation, whatever it did."""
     original(noise_scheduler, device, *args, **kwargs)
     if run := SESSION.on("schedule"):
-        follow(noise_scheduler, run.schedule, device)
+        follow(noise_scheduler, run, device)
 
 
 def rescale(original: Callable[..., None], noise_scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """Upstream's ZTSNR rescale, which runs before or after :func:`prepare` and leaves the SNR table of the other schedule behind."""
     if run := SESSION.on("schedule"):
         device = noise_scheduler.all_snr.device if hasattr(noise_scheduler, "all_snr") else torch.device("cpu")
-        return follow(noise_scheduler, run.schedule, device)
+        return follow(noise_scheduler, run, device)
     original(noise_scheduler, *args, **kwargs)
 
 
-def follow(noise_scheduler: Any, schedule: NoiseSchedule, device: torch.device) -> None:
-    """Put ``schedule`` into every table of the instance, and noise in float32 whatever the latents' dtype."""
+def follow(noise_scheduler: Any, run: Run, device: torch.device) -> None:
+    """Put the run's schedule into every table of the instance, and noise in float32 whatever the latents' dtype."""
+    schedule = run.schedule
     if len(schedule) != noise_scheduler.config.num_train_timesteps:
         raise ValueError(
             f"the trainer has {noise_scheduler.config.num_train_timesteps} timesteps, the schedule {len(schedule)}: they must be equal"
@@ -39,8 +38,4 @@ def follow(noise_scheduler: Any, schedule: NoiseSchedule, device: torch.device) 
     noise_scheduler.alphas = torch.from_numpy(1 - schedule.betas).float()
     noise_scheduler.alphas_cumprod = torch.from_numpy(schedule.alphas_cumprod.copy()).float()
     noise_scheduler.all_snr = torch.from_numpy(schedule.snr.copy()).float().to(device)
-    noising = _noising(schedule)
-    noise_scheduler.add_noise, noise_scheduler.get_velocity = noising.add_noise, noising.get_velocity
-
-
-_noising = lru_cache(maxsize=4)(Noising)
+    noise_scheduler.add_noise, noise_scheduler.get_velocity = run.noising.add_noise, run.noising.get_velocity

@@ -14,6 +14,6 @@ def draw(original: Callable[..., torch.Tensor], min_timestep: int, max_timestep:
     run = SESSION.on("timesteps") if min_timestep < max_timestep else None
     if run is None or run.timesteps is None:
         return original(min_timestep, max_timestep, b_size, device)
-    timesteps = run.timesteps.draw(b_size, device)
-    run.step["timesteps"] = timesteps  # for the loss, which is not told
-    return timesteps
+    SESSION.reached("timesteps")
+    SESSION.step.sampled = True
+    return run.timesteps.draw(b_size, device)

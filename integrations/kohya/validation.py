@@ -11,20 +11,11 @@ import torch
 from .run import SESSION
 
 
-def noised(
-    original: Callable[..., Any], args: argparse.Namespace, noise_scheduler: Any, latents: torch.Tensor, *rest: Any, **kwargs: Any
-) -> Any:
-    """Upstream's noising of clean latents."""
-    if SESSION.run is not None and SESSION.run.stable_loss is not None:
-        SESSION.run.stable_loss.noised(latents)
-    return original(args, noise_scheduler, latents, *rest, **kwargs)
-
-
 def called(original: Callable[..., Any], self: Any, x: torch.Tensor, timesteps: Any = None, *args: Any, **kwargs: Any) -> Any:
     """The U-Net's call; what follows the timesteps is its conditioning."""
     if SESSION.run is not None and SESSION.run.stable_loss is not None:
         if SESSION.run.stable_loss.called(self, x, *args, **kwargs):
-            SESSION.on("validation")
+            SESSION.reached("validation")
     return original(self, x, timesteps, *args, **kwargs)
 
 

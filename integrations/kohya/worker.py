@@ -18,7 +18,7 @@ from sdxl_fixes.buckets import ChunkBucketBatchSampler
 from sdxl_fixes.flags import FlagError
 from sdxl_fixes.prompts import count_chunks, too_long
 
-from .buckets import Options
+from .chunk_flags import Options
 
 OPTIONS: Options | None = None  # of this run, in the main process
 MADE: list[Any] = []  # its data sets

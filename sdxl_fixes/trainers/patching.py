@@ -1,47 +1,70 @@
-"""Patches: replace a function of somebody else's module, only if it has the shape we know, and put it back exactly.
+"""Patches: replace a function of somebody else's code wherever it went, only if it has the shape we know, and put it back exactly.
 
-A patch belongs to a fix (``schedule``, ``loss``, ...). A fix is applied whole or refused whole: half a fix would be the very
-disagreement that this package exists to remove.
+A patch is of a function, not of a name in a module. Trainers move their functions and leave re-exports behind that nobody calls; so a
+target is looked for in the modules where it is known to have lived, else in all of the trainer's source, and replaced in its defining
+module and in every other module of the trainer that holds it, under whatever name.
+
+A patch serves fixes (``schedule``, ``loss``, ...). A fix is applied whole or refused whole: half a fix would be the very disagreement
+that this package exists to remove.
 """
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+from sdxl_fixes.trainers.source import belongs, defines, defining
 
 
 @dataclass(frozen=True)
 class Patch:
     """One replaced function.
 
-    fix          name of the fix it belongs to
-    target       "package.module:attribute" or "package.module:Class.attribute"
+    fixes        names of the fixes it serves; one of them is enough to apply it
+    target       "package.module:function" or "package.module:Class.method"; several modules, newest first, are separated by "|"
     parameters   names of the target's first parameters, as known (a classmethod's without cls; none for a builtin, which tells no
                  names); a target that has others is refused
-    exact        whether the target may have no further parameters (its replacement would ignore them)
     replacement  called as replacement(original, *args, **kwargs) in the target's place; args begin with self or cls
     purpose      what it changes, for reports
+    exact        whether the target may have no further parameters (its replacement would ignore them)
+    only         file names of the trainer's scripts that call it; empty: all do
     """
 
-    fix: str
+    fixes: tuple[str, ...]
     target: str
     parameters: tuple[str, ...]
     replacement: Callable[..., Any]
     purpose: str
     exact: bool = False
+    only: tuple[str, ...] = ()
+
+    @property
+    def homes(self) -> list[str]:
+        """Modules where the target is known to be defined, or to be called from."""
+        return self.target.partition(":")[0].split("|")
+
+    @property
+    def path(self) -> str:
+        """The target's name in its module: function or Class.method."""
+        return self.target.partition(":")[2]
 
     def mismatch(self, found: Sequence[str]) -> str | None:
         """Why a target with parameters ``found`` does not fit, or None."""
         known = tuple(found) if self.exact else tuple(found[: len(self.parameters)])
         if known == self.parameters:
             return None
-        return f"{self.target}: expected parameters ({', '.join(self.parameters)}), found ({', '.join(found)})"
+        return f"{self.path}: expected parameters ({', '.join(self.parameters)}), found ({', '.join(found)})"
+
+    def absent(self, why: object) -> str:
+        """What to say where there is no such function."""
+        return f"{self.path}: expected a function with parameters ({', '.join(self.parameters)}), found none ({why})"
 
 
 @dataclass
@@ -55,12 +78,26 @@ class _Applied:
 
 @dataclass
 class PatchSet:
-    """A table of patches, applied and undone together. ``calls`` counts, per fix, how often :meth:`reached` said it did its work."""
+    """A table of patches, applied and undone together.
+
+    root   the trainer's folder: modules of it that hold a target get the replacement, too, and unknown homes are searched there
+    calls  is told of every call of a replaced function, before the replacement runs
+
+    Raises ValueError for two rows of one (target, replacement): each would wrap the other and do the work twice.
+    """
 
     patches: Sequence[Patch]
+    root: Path | None = None
+    calls: Callable[[Patch], None] | None = None
     refused: dict[str, str] = field(default_factory=dict)  # fix -> why
-    calls: dict[str, int] = field(default_factory=dict)
     _applied: list[_Applied] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        seen = set()
+        for patch in self.patches:
+            if (patch.target, patch.replacement) in seen:
+                raise ValueError(f"{patch.target} has two rows with one replacement: give one row all of its fixes")
+            seen.add((patch.target, patch.replacement))
 
     @property
     def applied(self) -> bool:
@@ -68,7 +105,7 @@ class PatchSet:
 
     def check(self) -> dict[Patch, str | None]:
         """For every patch why it does not fit here, or None. Imports the targets' modules, changes nothing."""
-        return {patch: _mismatch(patch) for patch in self.patches}
+        return {patch: self._mismatch(patch) for patch in self.patches}
 
     def apply(self, fixes: Collection[str] | None = None) -> None:
         """Apply the patches of ``fixes`` (None: of all); a fix with a patch that does not fit is recorded in ``refused`` instead.
@@ -76,14 +113,15 @@ class PatchSet:
         Applying again first undoes. Either everything that fits is applied or, on an error, nothing.
         """
         self.undo()
-        self.refused, self.calls = {}, {}
+        self.refused = {}
         for patch, why in self.check().items():
-            if why is not None:
-                self.refused.setdefault(patch.fix, why)
+            for fix in patch.fixes if why is not None else ():
+                self.refused.setdefault(fix, str(why))
         try:
             for patch in self.patches:
-                if patch.fix not in self.refused and (fixes is None or patch.fix in fixes):
-                    self._applied.append(_replace(patch))
+                wanted = {fix for fix in patch.fixes if fix not in self.refused and (fixes is None or fix in fixes)}
+                if wanted and self._mismatch(patch) is None:
+                    self._replace(patch)
         except BaseException:
             self.undo()
             raise
@@ -103,28 +141,70 @@ class PatchSet:
                 setattr(entry.owner, entry.name, entry.original)
             self._applied.pop()
 
-    def reached(self, fix: str) -> None:
-        """Count one piece of work done by ``fix``."""
-        self.calls[fix] = self.calls.get(fix, 0) + 1
+    def _mismatch(self, patch: Patch) -> str | None:
+        try:
+            owner, name = self._resolve(patch)
+            found = _parameters(getattr(owner, name))
+        except (ImportError, AttributeError, TypeError, RuntimeError) as error:  # RuntimeError: diffusers' failed lazy import
+            return patch.absent(error)
+        return patch.mismatch(found)
 
+    def _resolve(self, patch: Patch) -> tuple[Any, str]:
+        """Owner (module or class) and name of the target, where it is defined."""
+        *owners, name = patch.path.split(".")
+        outermost = (*owners, name)[0]
+        module = self._home(patch, outermost)
+        owner: Any = module
+        for part in owners:
+            owner = getattr(owner, part)
+        getattr(owner, name)
+        return owner, name
 
-def _resolve(target: str) -> tuple[Any, str]:
-    module, _, path = target.partition(":")
-    *owners, name = path.split(".")
-    owner: Any = importlib.import_module(module)
-    for part in owners:
-        owner = getattr(owner, part)
-    getattr(owner, name)
-    return owner, name
+    def _home(self, patch: Patch, name: str) -> ModuleType:
+        failure: Exception = AttributeError(f"no module has a {name}")
+        known = list(patch.homes)
+        if self.root is not None and not any(defines(self.root, home, name) for home in known):
+            known += defining(self.root, name)
+        for home in known:
+            try:
+                module = importlib.import_module(home)
+                found = getattr(module, name)
+            except (ImportError, AttributeError) as error:
+                failure = error
+                continue
+            origin = sys.modules.get(getattr(found, "__module__", None) or "")
+            defined = origin is not None and self._ours(origin) and getattr(origin, name, None) is found
+            return origin if defined and origin is not None else module
+        raise failure
 
+    def _replace(self, patch: Patch) -> None:
+        owner, name = self._resolve(patch)
+        found = inspect.getattr_static(owner, name)
+        original = found.__func__ if isinstance(found, classmethod) else getattr(owner, name)
+        calls = self.calls
 
-def _mismatch(patch: Patch) -> str | None:
-    try:
-        owner, name = _resolve(patch.target)
-        found = _parameters(getattr(owner, name))
-    except (ImportError, AttributeError, TypeError, RuntimeError) as error:  # RuntimeError: diffusers' failed lazy import
-        return f"{patch.target}: expected a function with parameters ({', '.join(patch.parameters)}), found none ({error})"
-    return patch.mismatch(found)
+        @functools.wraps(original)
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            if calls is not None:
+                calls(patch)
+            return patch.replacement(original, *args, **kwargs)
+
+        made = classmethod(replacement) if isinstance(found, classmethod) else replacement
+        inherited = name not in vars(owner)
+        places = [(owner, name)]
+        if isinstance(owner, ModuleType):
+            places += [place for place in self._holders(found) if place != (owner, name)]
+        for holder, held in places:
+            self._applied.append(_Applied(holder, held, None if inherited else found, inherited, made))
+            setattr(holder, held, made)
+
+    def _holders(self, function: Any) -> list[tuple[ModuleType, str]]:
+        """Every (module, name) of the trainer's that is bound to ``function``."""
+        modules = [module for module in list(sys.modules.values()) if isinstance(module, ModuleType) and self._ours(module)]
+        return [(module, name) for module in modules for name, value in list(vars(module).items()) if value is function]
+
+    def _ours(self, module: ModuleType) -> bool:
+        return self.root is not None and belongs(getattr(module, "__file__", None), self.root)
 
 
 def _parameters(function: Any) -> tuple[str, ...]:
@@ -134,47 +214,5 @@ def _parameters(function: Any) -> tuple[str, ...]:
         return ()
 
 
-def _replace(patch: Patch) -> _Applied:
-    owner, name = _resolve(patch.target)
-    found = inspect.getattr_static(owner, name)
-    original = found.__func__ if isinstance(found, classmethod) else getattr(owner, name)
-
-    @functools.wraps(original)
-    def replacement(*args: Any, **kwargs: Any) -> Any:
-        return patch.replacement(original, *args, **kwargs)
-
-    made = classmethod(replacement) if isinstance(found, classmethod) else replacement
-    inherited = name not in vars(owner)
-    entry = _Applied(owner, name, None if inherited else vars(owner)[name], inherited, made)
-    setattr(owner, name, made)
-    return entry
-
-
 def _name(owner: Any) -> str:
     return str(getattr(owner, "__qualname__", getattr(owner, "__name__", owner)))
-
-
-def check_source(patch: Patch, root: Path) -> str | None:
-    """As :meth:`PatchSet.check`, for a checkout at ``root``: reads its source without importing it."""
-    module, _, path = patch.target.partition(":")
-    file = root.joinpath(*module.split(".")).with_suffix(".py")
-    if not file.is_file():
-        return f"{patch.target}: there is no {file.relative_to(root)}"
-    found: ast.AST | None = ast.parse(file.read_text(encoding="utf-8"))
-    for name in path.split("."):
-        found = _defined(found, name)
-    if isinstance(found, ast.ImportFrom):
-        return None  # a library's own function: its parameters are known when it is imported
-    if not isinstance(found, ast.FunctionDef):
-        return f"{patch.target}: expected a function with parameters ({', '.join(patch.parameters)}), found none"
-    parameters = [a.arg for a in (*found.args.posonlyargs, *found.args.args, *found.args.kwonlyargs)]
-    return patch.mismatch(parameters)
-
-
-def _defined(tree: ast.AST | None, name: str) -> ast.AST | None:
-    for node in getattr(tree, "body", ()):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
-            return node
-        if isinstance(node, ast.ImportFrom) and name in [alias.asname or alias.name for alias in node.names]:
-            return node
-    return None

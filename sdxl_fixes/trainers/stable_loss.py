@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from sdxl_fixes.errors import FixError
 from sdxl_fixes.files import replacing
-from sdxl_fixes.progress import say
+from sdxl_fixes.log import say
 from sdxl_fixes.validation import Validation
 
 IMAGES = 16
@@ -48,7 +49,7 @@ class StableLoss:
         self.file = None if folder is None else Path(folder) / f"stable_loss_{rank + 1}_of_{processes}.safetensors"
         self.found = bool(resumed and self.file is not None and self._load(self.file))
         if resumed and not self.found and self.main:
-            say("sdxl-fixes: no images of an earlier stable loss here: it goes on with others, so its curve begins anew")
+            say("no images of an earlier stable loss here: it goes on with others, so its curve begins anew")
         self.complete = self.found or not self.wanted
         self._seen, self._batch = 0, 1
         self._noised: torch.Tensor | None = None
@@ -63,15 +64,15 @@ class StableLoss:
 
     def called(self, network: torch.nn.Module, noisy: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
         """``network`` (unwrapped) is called with ``noisy``, timesteps (not given here) and the conditioning. Returns whether this was a
-        training step's call. Raises RuntimeError for a call whose conditioning cannot be kept."""
+        training step's call. Raises FixError for a call whose conditioning cannot be kept."""
         if torch.compiler.is_compiling():  # a graph cannot keep images: the run will say that this was not reached
             return False
         latents, self._noised = self._noised, None
         if latents is None or not torch.is_grad_enabled():
             return False
         if noisy.shape != latents.shape:
-            raise RuntimeError(
-                f"sdxl-fixes: --stable_loss_steps: noised are {list(latents.shape)} and the U-Net is given {list(noisy.shape)}: "
+            raise FixError(
+                f"--stable_loss_steps: noised are {list(latents.shape)} and the U-Net is given {list(noisy.shape)}: "
                 "this trainer gives it something else, too, so leave the flag out"
             )
         self._network, self._dtype, self._batch = network, noisy.dtype, max(self._batch, len(noisy))
@@ -93,7 +94,7 @@ class StableLoss:
             complete, total = (int(number) for number in accelerator.reduce(state, "sum").tolist())
             if complete < accelerator.num_processes:
                 if self.main:
-                    say(f"sdxl-fixes: step {step}: {total} of {self.images} images for the stable loss seen so far")
+                    say(f"step {step}: {total} of {self.images} images for the stable loss seen so far")
                 return None
             self._total = total
         sums = torch.zeros(2, len(self.validation.timesteps), device=accelerator.device)
@@ -103,7 +104,7 @@ class StableLoss:
         means = self.validation.means(accelerator.reduce(sums, "sum"), self._total)
         if self.main:
             count = f"{self._total} images x {len(self.validation.timesteps)} timesteps"
-            say(f"sdxl-fixes: step {step}: stable loss {means['loss']:.7g}, unweighted {means['loss_unweighted']:.7g} ({count})")
+            say(f"step {step}: stable loss {means['loss']:.7g}, unweighted {means['loss_unweighted']:.7g} ({count})")
         return {f"stable_loss/{name}": value for name, value in means.items()}
 
     def _keep(self, latents: torch.Tensor, conditioning: Any) -> None:
@@ -163,7 +164,7 @@ class StableLoss:
                     return False
                 self.kept = [tuple(sample) for sample in _named(json.loads(metadata["layout"]), opened)]
         except SafetensorError as error:
-            raise RuntimeError(f"sdxl-fixes: {file} is not what a run with --stable_loss_steps wrote ({error}): remove it") from error
+            raise FixError(f"{file} is not what a run with --stable_loss_steps wrote ({error}): remove it") from error
         return True
 
 
@@ -177,7 +178,7 @@ def _map(function: Any, *trees: Any) -> Any:
     if isinstance(first, list | tuple):
         return [_map(function, *parts) for parts in zip(*trees, strict=True)]
     if not isinstance(first, bool | int | float | str | None):
-        raise RuntimeError(f"sdxl-fixes: --stable_loss_steps cannot keep a {type(first).__name__} that the U-Net is given: leave it out")
+        raise FixError(f"--stable_loss_steps cannot keep a {type(first).__name__} that the U-Net is given: leave it out")
     return first
 
 
@@ -189,8 +190,8 @@ def _named(layout: Any, opened: Any) -> Any:
 
 def _sample(tensor: torch.Tensor, k: int, batch: int) -> torch.Tensor:
     if tensor.ndim == 0 or len(tensor) != batch:
-        raise RuntimeError(
-            f"sdxl-fixes: --stable_loss_steps: the U-Net is given a tensor of shape {list(tensor.shape)} for a batch of {batch}, which "
+        raise FixError(
+            f"--stable_loss_steps: the U-Net is given a tensor of shape {list(tensor.shape)} for a batch of {batch}, which "
             "belongs to no image of it: leave the flag out"
         )
     return _copy(tensor[k])
@@ -210,7 +211,6 @@ def _check_whole(accelerator: Any) -> None:
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     plugin = getattr(getattr(accelerator, "state", None), "deepspeed_plugin", None)
     if kind == "FSDP" or (kind == "DEEPSPEED" and getattr(plugin, "zero_stage", 3) == 3):
-        raise RuntimeError(
-            "sdxl-fixes: --stable_loss_steps needs the whole U-Net in every process, and FSDP and DeepSpeed ZeRO-3 deal it out: leave the "
-            "flag out"
+        raise FixError(
+            "--stable_loss_steps needs the whole U-Net in every process, and FSDP and DeepSpeed ZeRO-3 deal it out: leave the flag out"
         )

@@ -1,0 +1,47 @@
+"""What this package says: one logger, on standard error, from the main process only; and which process this is."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+logger = logging.getLogger("sdxl_fixes")
+
+
+class _Lines(logging.Handler):
+    """Lines that do not tear somebody's progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        word = "WARNING: " if record.levelno >= logging.WARNING else ""
+        tqdm.write(f"sdxl-fixes: {word}{record.getMessage()}", file=sys.stderr)
+
+
+if not logger.handlers:
+    logger.addHandler(_Lines())
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # trainers put handlers of their own on the root logger
+
+
+def rank() -> int:
+    """This process's number, as launchers set it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def say(line: str) -> None:
+    """Tell the user, once for all processes."""
+    if rank() == 0:
+        logger.info(line)
+
+
+def warn(line: str) -> None:
+    """Warn the user, once for all processes."""
+    if rank() == 0:
+        logger.warning(line)

@@ -1,0 +1,135 @@
+"""What a run says at its start: four lines that a person reads, then what will disappoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sdxl_fixes import __version__
+from sdxl_fixes.checkpoint import markers, metadata
+from sdxl_fixes.flags import Settings
+from sdxl_fixes.loss import ScheduledHuber
+from sdxl_fixes.objective import EPSILON_AT_ZERO_SNR
+from sdxl_fixes.schedule import NoiseSchedule
+from sdxl_fixes.trainers.run import Run
+from sdxl_fixes.weighting import Debiased, EpsilonLike, MinSNR, PlusVLike, Product, SoftMinSNR, Weighting
+
+
+def report(run: Run, version: str, prompts: Iterable[str] = (), files: Iterable[str] = ()) -> str:
+    """The lines. ``version`` says what is known of this version of the trainer; ``prompts`` and ``files`` are what only the adapter
+    knows of data and of saved files."""
+    head = f"{__version__} in {run.trainer.name}{f' ({version})' if version else ''}"
+    if not run.on:
+        return f"{head}: no fix is on, it trains as upstream does"
+    lines = {"objective": _objective(run), "weights": [_weights(run)], "data": [*prompts, _timesteps(run)], "file": [*_file(run), *files]}
+    return "\n".join([head, *(f"  {name:<9}  {'; '.join(part for part in parts if part)}" for name, parts in lines.items())])
+
+
+def _objective(run: Run) -> list[str]:
+    parts = [f"{run.prediction_type} on {_schedule(run)}", _loss(run)]
+    if run.perturbation is not None:
+        parts.append(f"input perturbation {'0 to ' if run.perturbation.random else ''}{run.perturbation.gamma:g}")
+    return parts
+
+
+def _schedule(run: Run) -> str:
+    stock = NoiseSchedule.sdxl()
+    if run.schedule == stock:
+        return (
+            f"SDXL's own schedule (sigma to {stock.terminal_sigma:.3g}, {100 * stock.residual_signal:.2g} % of the image left at the end)"
+        )
+    zero = run.schedule.residual_signal == 0
+    end = "zero terminal SNR" if zero else f"sigma to {run.schedule.terminal_sigma:.6g}"
+    left = "nothing" if zero else f"{100 * run.schedule.residual_signal:.2g} %"
+    by = "" if "schedule" in run.on or zero else ", as the base"
+    return f"{end}{by} ({left} of the image left; SDXL's own: {100 * stock.residual_signal:.2g} %)"
+
+
+def _loss(run: Run) -> str:
+    loss = run.step_loss.function if "loss" in run.on else None
+    if loss is None:
+        return f"{run.settings.loss_type} loss"
+    if not isinstance(loss, ScheduledHuber):
+        return f"{loss.kind} loss"
+    delta = loss.delta(run.schedule)
+    gradient = f", l2's gradient per {loss.l2_gradient}" if loss.l2_gradient else ""
+    return f"{loss.kind} loss, delta {delta.max():.3g} to {delta.min():.3g} ({loss.schedule}){gradient}"
+
+
+def _weights(run: Run) -> str:
+    if run.weighting is None:
+        return "every timestep counts the same"
+    by = "" if "weighting" in run.on else ", by the trainer itself"
+    return _named(run.weighting) + by
+
+
+def _named(weighting: Weighting) -> str:
+    if isinstance(weighting, Product):
+        return " times ".join(map(_named, weighting.parts))
+    if isinstance(weighting, MinSNR):
+        return f"min-SNR, gamma {weighting.gamma:g}" + (", floor 1 at the last timesteps" if weighting.floor else ", without a floor")
+    if isinstance(weighting, SoftMinSNR):
+        return f"soft min-SNR, gamma {weighting.gamma:g}"
+    if isinstance(weighting, PlusVLike):
+        return f"v-like loss added, {weighting.amount:g}"
+    return {Debiased: "debiased estimation", EpsilonLike: "v loss scaled like eps"}.get(type(weighting), repr(weighting))
+
+
+def _timesteps(run: Run) -> str:
+    sampler = run.timesteps
+    if sampler is None:
+        return "timesteps drawn uniformly"
+    share = run.settings.terminal_timestep_share or 0.0
+    words = ["timesteps stratified over the optimizer step"] if sampler.stratified else ["timesteps"]
+    return ", ".join(words + ([f"{100 * share:g} % above SDXL's last sigma, importance-weighted"] if share else []))
+
+
+def _file(run: Run) -> list[str]:
+    lines = []
+    if "saving" in run.on:
+        names = markers(run.schedule, run.prediction_type)
+        spec = metadata(run.schedule, run.prediction_type)["modelspec.prediction_type"]
+        lines.append(f"schedule record{f', markers {chr(32).join(names)}' if names else ''}{f', modelspec {spec}' if spec else ''}")
+    else:
+        lines.append("as upstream saves it")
+    if run.stable_loss is not None:
+        lines.append(f"stable loss of {run.stable_loss.images} images every {run.stable_loss.every} steps")
+    return lines
+
+
+def disappointments(run: Run) -> list[str]:
+    """Sentences about what these flags will not give."""
+    found = []
+    epsilon, sigma = run.prediction_type == "epsilon", run.schedule.terminal_sigma
+    if epsilon and run.schedule.residual_signal == 0:
+        found.append(EPSILON_AT_ZERO_SNR.replace("v_prediction", run.trainer.v_flag))
+    elif epsilon and sigma > 2 * NoiseSchedule.sdxl().terminal_sigma:
+        found.append(
+            f"epsilon prediction at sigma {sigma:.4g}: an error of the prediction becomes {sigma:.4g} times as large in the image, so a "
+            f"short training may sample noise, and a long one can do well; {run.trainer.v_flag} is safe at any sigma"
+        )
+    parts = run.weighting.parts if isinstance(run.weighting, Product) else (run.weighting,)
+    if any(isinstance(part, MinSNR) and not part.floor for part in parts) and run.prediction_type != "epsilon":
+        found.append(
+            "min-SNR without --min_snr_floor gives the noisy half of the timesteps little weight, the last ones none at zero terminal SNR: "
+            "short trainings learn less there (docs/min-snr.md)"
+        )
+    return found
+
+
+def schedule_flags(schedule: NoiseSchedule) -> str | None:
+    """The flags that make ``schedule`` of SDXL's own: "" for SDXL's own, None if no flags do."""
+    if schedule == NoiseSchedule.sdxl():
+        return ""
+    if schedule == NoiseSchedule.sdxl().zero_terminal_snr():
+        return "--zero_terminal_snr"
+    if schedule.residual_signal == 0:
+        return None
+    step = schedule.recipe[-1]
+    method, start = str(step.get("method", "beta_end")), step.get("start")
+    sigma = float(f"{schedule.terminal_sigma:.6g}")
+    try:
+        made = Settings(terminal_sigma=sigma, terminal_sigma_method=method, terminal_sigma_start=start).schedule()
+    except ValueError:
+        return None
+    words = f"--terminal_sigma {sigma:.6g} --terminal_sigma_method {method}" + ("" if start is None else f" --terminal_sigma_start {start}")
+    return words if made == schedule else None

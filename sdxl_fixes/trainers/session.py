@@ -1,0 +1,160 @@
+"""What a trainer's patches share within the process, and the guard that no fix is ever silently off.
+
+The guard does not stand in the trainer's code, which moves, but in accelerate's backward pass and in torch's optimizers, which no
+training goes round: if training begins and no run was started, if a fix that is on has not done its work, or if a patched function was
+called before the run began, training stops there with one sentence.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sdxl_fixes.errors import FixError
+from sdxl_fixes.flags import FlagError
+from sdxl_fixes.log import rank
+from sdxl_fixes.trainers.patching import Patch, PatchSet
+from sdxl_fixes.trainers.report import schedule_flags
+from sdxl_fixes.trainers.run import Run
+from sdxl_fixes.trainers.source import belongs
+from sdxl_fixes.trainers.step import StepState
+
+
+class Session:
+    """The patch set, the run once its arguments are known, and what passes between patches within a step."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.launched = False  # by the launcher: then this process is a training for certain
+        self._hook: Any = None
+        self.reset()
+
+    def reset(self) -> None:
+        """No patches, no run."""
+        self.patches = PatchSet(())
+        self.run: Run | None = None
+        self.step = StepState()
+        self._seen: set[str] = set()  # marks seen since the run began
+        self._early: dict[str, Patch] = {}
+        self._guarded = False
+
+    def begin(self, run: Run) -> None:
+        """The arguments are known, nothing is loaded yet."""
+        self.run, self.step, self._seen, self._guarded = run, StepState(), set(), False
+
+    def on(self, fix: str) -> Run | None:
+        """The run if ``fix`` is switched on in it, else None."""
+        return self.run if self.run is not None and fix in self.run.on else None
+
+    def reached(self, mark: str) -> None:
+        """A fix (or a part of one, by its name) has done its work."""
+        self.step.reached.add(mark)
+        self._seen.add(mark)
+
+    def has_reached(self, mark: str) -> bool:
+        """Whether it ever has."""
+        return mark in self._seen
+
+    def called(self, patch: Patch) -> None:
+        """A replaced function is being called: for :class:`PatchSet`."""
+        if self.run is None and "run" not in patch.fixes:
+            self._early.setdefault(patch.path, patch)
+
+    def backward(self, original: Callable[..., Any], accelerator: Any, *args: Any, **kwargs: Any) -> Any:
+        """In the place of accelerate's: by now every fix that is on must have done its work in this step."""
+        self._guarded = True
+        self.check()
+        self.step = StepState()
+        return original(accelerator, *args, **kwargs)
+
+    def watch_optimizers(self) -> None:
+        """Guard the first optimizer step of a training that does not go through accelerate's backward pass, too."""
+        from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+        self._hook = register_optimizer_step_pre_hook(self._stepping)
+
+    def unwatch(self) -> None:
+        """Undo :meth:`watch_optimizers`."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _stepping(self, *_: Any) -> None:
+        if not self._guarded:
+            self.check()
+            self._guarded = self.run is not None
+
+    def check(self) -> None:
+        """Raise FixError if a training step got here without the fixes that it was asked for."""
+        run, look = self.run, f"sdxl-fixes doctor {self._script()} tells more"
+        if run is None:
+            if self.launched or self._training():
+                raise FixError(
+                    f"training begins, and this {self.name} has not shown its arguments where we look for them, so no fix is on: "
+                    f"nothing was trained. It may be newer than this plugin: update sdxl-fixes, or start the script without it ({look})"
+                )
+            return
+        early = [path for path, patch in self._early.items() if run.on & set(patch.fixes)]
+        if early:
+            raise FixError(
+                f"{', '.join(early)} was called before this {self.name} showed its arguments, so it ran without your fixes: "
+                f"leave out the flags of {', '.join(sorted(run.on & set(self._early[early[0]].fixes)))} ({look})"
+            )
+        missed = sorted((run.due["step"] - self.step.reached) | (run.due["start"] - self._seen))
+        if missed:
+            fixes = sorted({run.fix_of(mark) for mark in missed})
+            parts = [mark for mark in missed if mark not in fixes]
+            raise FixError(
+                f"{', '.join(fixes)} asked for but not reached in this training step: this {self.name} does not call what we patch"
+                f"{' (' + ', '.join(parts) + ')' if parts else ''}; leave out its flags or give "
+                f"--fixes all,{','.join('-' + fix for fix in fixes)} ({look})"
+            )
+
+    def _training(self) -> bool:
+        """Whether a script of the trainer is running: one is on the stack."""
+        return self.patches.root is None or bool(self._scripts())
+
+    def _scripts(self) -> list[str]:
+        """Scripts in the trainer's folder that are on the stack, outermost last."""
+        root, frame, found = self.patches.root, sys._getframe(1), []
+        while frame is not None:
+            file = frame.f_code.co_filename
+            if root is not None and belongs(file, root) and Path(file).resolve().parent == root:
+                found.append(file)
+            frame = frame.f_back  # type: ignore[assignment]
+        return found
+
+    def script_name(self) -> str | None:
+        """File name of the trainer's script that is running; None where no script of its folder is on the stack."""
+        scripts = self._scripts()
+        return Path(scripts[-1]).name if scripts else None
+
+    def _script(self) -> str:
+        return next(iter(reversed(self._scripts())), "SCRIPT")
+
+
+def run_script(script: Path, install: Callable[[], None], session: Session) -> None:
+    """Run an unmodified training script, whose path is the first argument of this process, with the adapter's patches installed. What the
+    user can put right ends the process with one sentence."""
+    sys.path.insert(0, str(script.resolve().parent))  # what python itself does for a script; runpy does not
+    sys.argv = sys.argv[1:]
+    try:
+        install()
+        session.launched = True
+        runpy.run_path(str(script), run_name="__main__")
+    except FlagError as error:
+        print(f"sdxl-fixes: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)  # argparse's own status for wrong flags
+    except FixError as error:
+        sys.exit(f"sdxl-fixes: {error}")
+    finally:
+        session.launched = False
+    run = session.on("saving")
+    if run is not None and rank() == 0 and not session.has_reached("saving"):
+        sys.exit(
+            "sdxl-fixes: the training is done, but no model file that was saved carries its schedule: "
+            f"sdxl-fixes stamp FILE --prediction_type {run.prediction_type} {schedule_flags(run.schedule) or ''} writes it"
+        )
