@@ -93,6 +93,7 @@ class PatchSet:
     _applied: list[_Applied] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._root = None if self.root is None else str(self.root)
         seen = set()
         for patch in self.patches:
             if (patch.target, patch.replacement) in seen:
@@ -204,7 +205,8 @@ class PatchSet:
         return [(module, name) for module in modules for name, value in list(vars(module).items()) if value is function]
 
     def _ours(self, module: ModuleType) -> bool:
-        return self.root is not None and belongs(getattr(module, "__file__", None), self.root)
+        file = vars(module).get("__file__")  # not getattr: lazy modules would start importing
+        return self._root is not None and isinstance(file, str) and belongs(file, self._root)
 
 
 def _parameters(function: Any) -> tuple[str, ...]:

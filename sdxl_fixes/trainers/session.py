@@ -122,7 +122,7 @@ class Session:
         root, frame, found = self.patches.root, sys._getframe(1), []
         while frame is not None:
             file = frame.f_code.co_filename
-            if root is not None and belongs(file, root) and Path(file).resolve().parent == root:
+            if root is not None and belongs(file, str(root)) and Path(file).resolve().parent == root:
                 found.append(file)
             frame = frame.f_back  # type: ignore[assignment]
         return found

@@ -12,10 +12,9 @@ if TYPE_CHECKING:
     from sdxl_fixes.trainers.patching import Patch
 
 
-def belongs(file: str | None, root: Path) -> bool:
+@functools.lru_cache(maxsize=16384)
+def belongs(file: str, root: str) -> bool:
     """Whether a source file is of the trainer at ``root`` (which may hold an environment with foreign packages)."""
-    if not file:
-        return False
     path = Path(file).resolve()
     return path.is_relative_to(root) and "site-packages" not in path.parts
 

@@ -1,0 +1,7 @@
+import library.dataset as dataset_util
+
+COLLATOR = dataset_util.collator_class
+
+
+def generate_dataset_group_by_blueprint(dataset_group_blueprint):
+    return dataset_group_blueprint

@@ -1,0 +1,72 @@
+"""A made-up network trainer with the structure of sd-scripts' train_network.py."""
+
+import library.args as args_util
+import library.custom_train_functions as custom_train_functions
+import library.loss as loss_util
+import library.model_io as model_io
+import library.sampling as sampling
+import torch
+import training
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from library.custom_train_functions import (
+    add_v_prediction_like_loss,
+    apply_debiased_estimation,
+    apply_masked_loss,
+    apply_snr_weight,
+    prepare_scheduler_for_custom_training,
+    scale_v_prediction_loss_like_noise_prediction,
+)
+from library.sdxl_original_unet import SdxlUNet2DConditionModel
+
+
+class NetworkTrainer:
+    def post_process_loss(self, loss, args, timesteps, noise_scheduler):
+        if args.min_snr_gamma:
+            loss = apply_snr_weight(loss, timesteps, noise_scheduler, args.min_snr_gamma, args.v_parameterization)
+        if args.scale_v_pred_loss_like_noise_pred:
+            loss = scale_v_prediction_loss_like_noise_prediction(loss, timesteps, noise_scheduler)
+        if args.v_pred_like_loss:
+            loss = add_v_prediction_like_loss(loss, timesteps, noise_scheduler, args.v_pred_like_loss)
+        if args.debiased_estimation_loss:
+            loss = apply_debiased_estimation(loss, timesteps, noise_scheduler, args.v_parameterization)
+        return loss
+
+    def process_batch(self, batch, unet, noise_scheduler, args):
+        latents = batch["latents"]
+        noise, noisy, timesteps = loss_util.get_noise_noisy_latents_and_timesteps(args, noise_scheduler, latents)
+        prediction = unet(noisy, timesteps)
+        target = noise_scheduler.get_velocity(latents, noise, timesteps) if args.v_parameterization else noise
+        huber_c = loss_util.get_huber_threshold_if_needed(args, timesteps, noise_scheduler)
+        loss = loss_util.conditional_loss(prediction.float(), target.float(), args.loss_type, "none", huber_c)
+        if args.masked_loss:
+            loss = apply_masked_loss(loss, batch)
+        loss = loss.mean([1, 2, 3]) * batch["loss_weights"]
+        loss = self.post_process_loss(loss, args, timesteps, noise_scheduler).mean()
+        step = dict(latents=latents, noise=noise, noisy=noisy, timesteps=timesteps, prediction=prediction.detach(), target=target)
+        return loss, step | dict(masks=batch["alpha_masks"], later=batch["loss_weights"], loss=loss.detach())
+
+    def train(self, args):
+        args_util.verify_training_args(args)
+        torch.manual_seed(args.seed)
+        accelerator = Accelerator(cpu=True)
+        unet = SdxlUNet2DConditionModel()
+        optimizer = torch.optim.SGD(unet.parameters(), lr=0.01)
+        unet, optimizer = accelerator.prepare(unet, optimizer)
+        noise_scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+        prepare_scheduler_for_custom_training(noise_scheduler, accelerator.device)
+        if args.zero_terminal_snr:
+            custom_train_functions.fix_noise_scheduler_betas_for_zero_terminal_snr(noise_scheduler)
+        steps = []
+        for number, batch in enumerate(training.batches(args)):
+            loss, step = self.process_batch(batch, unet, noise_scheduler, args)
+            accelerator.backward(loss)
+            steps.append(step | dict(gradient=unet.convolution.weight.grad.clone()))
+            optimizer.step()
+            optimizer.zero_grad()
+            sampling.sample_images_common(None, accelerator, args, None, number + 1)
+        torch.save(steps, f"{args.output_dir}/steps.pt")
+        spec = model_io.get_sai_model_spec(None, args)
+        from safetensors.torch import save_file
+
+        save_file({"lora_unet.lora_down.weight": torch.zeros(1)}, f"{args.output_dir}/model.safetensors", spec)
