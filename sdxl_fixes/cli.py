@@ -21,7 +21,6 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_schedule(commands)
     _add_doctor(commands)
-    _add_kohya(commands)
     stamp_cli.add_commands(commands)
     ui_install.add_commands(commands)
     samples_cli.add_commands(commands)
@@ -93,19 +92,6 @@ def _doctor(args: argparse.Namespace) -> int:
     report, fits = (diffusers if diffusers.is_script(args.path) else kohya).examine(args.path)
     print(report)
     return 0 if fits else 1
-
-
-def _add_kohya(commands: Any) -> None:
-    parser = commands.add_parser("kohya", help="patch every plain start of sdxl_train.py in this environment (for GUIs), or stop doing so")
-    parser.add_argument("action", choices=("enable", "disable", "status"))
-    parser.set_defaults(run=_kohya)
-
-
-def _kohya(args: argparse.Namespace) -> int:
-    from sdxl_fixes.kohya import autostart
-
-    print({"enable": autostart.enable, "disable": autostart.disable, "status": autostart.status}[args.action]())
-    return 0
 
 
 def _add_demo(commands: Any) -> None:

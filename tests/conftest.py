@@ -1,6 +1,26 @@
-"""For all tests: no test fails because the machine is busy."""
+"""For all tests: no test fails because the machine is busy, and the package is built once."""
 
+import sys
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
+from installing import call
+
+ROOT = Path(__file__).resolve().parent.parent
 
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """A copy of the tracked files, and the wheel made from the sdist made from it: (copy, wheel, sdist)."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    files = call("git", "-C", ROOT, "ls-files", "--cached", "--others", "--exclude-standard")
+    for file in files:
+        if (ROOT / file).is_file():
+            (source / file).parent.mkdir(parents=True, exist_ok=True)
+            (source / file).write_bytes((ROOT / file).read_bytes())
+    call(sys.executable, "-m", "build", "--outdir", out, source)  # sdist, then the wheel from it
+    return source, next(out.glob("*.whl")), next(out.glob("*.tar.gz"))

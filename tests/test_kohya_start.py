@@ -1,14 +1,11 @@
-"""Starting a patched trainer: the doctor, the opt-in for GUIs, and refusals, against a stand-in for a checkout (no trainer needed)."""
+"""Starting a patched trainer: the doctor, and refusals, against a stand-in for a checkout (no trainer needed)."""
 
-import os
 import subprocess
 import sys
-import venv
 
 import pytest
 
 from sdxl_fixes.cli import main
-from sdxl_fixes.kohya import autostart
 from sdxl_fixes.kohya.doctor import examine
 from sdxl_fixes.kohya.patches import PATCHES
 
@@ -96,39 +93,3 @@ def test_launcher_refuses_a_config_files_value_in_one_sentence_and_with_status_2
     said = "sdxl-fixes: --config_file my.toml: --zero_terminal_snr: expected true or false, without quotes, got 'false': correct it, "
     said += "or leave the flag out\n"
     assert (process.returncode, process.stdout, process.stderr) == ((2, "", said) if status else (0, "True\n", ""))
-
-
-@pytest.fixture
-def environment(tmp_path, monkeypatch):
-    """A fresh environment's python, whose site-packages the opt-in writes to, with a stand-in launcher in it."""
-    venv.create(tmp_path / "venv")
-    python = tmp_path / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    site = subprocess.run([str(python), "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
-    monkeypatch.setattr(autostart.sysconfig, "get_path", lambda name: site)
-    package = os.path.join(site, "sdxl_fixes", "kohya")
-    os.makedirs(package)
-    for folder in (os.path.dirname(package), package):
-        open(os.path.join(folder, "__init__.py"), "w").close()
-    with open(os.path.join(package, "__main__.py"), "w") as file:
-        file.write("import sys; print('launched', sys.argv[1:])\n")
-
-    def run(*words):
-        return subprocess.run([str(python), *words], capture_output=True, text=True, cwd=tmp_path, timeout=60)
-
-    return run
-
-
-def test_opt_in_patches_plain_starts_of_trainers_only_and_is_reversible(environment, tmp_path):
-    for name in ("sdxl_train.py", "other.py"):
-        (tmp_path / name).write_text(f"import sys; print('plain {name}', sys.argv[1:])\n")
-    assert autostart.status() == "not enabled" and "not enabled" in autostart.disable()
-    assert autostart.enable().startswith("enabled") and autostart.status().startswith("enabled")
-    started = environment("-u", "sdxl_train.py", "--fixes", "all")
-    assert started.stdout == "launched ['sdxl_train.py', '--fixes', 'all']\n"
-    assert "sdxl-fixes: sdxl_train.py is started patched (sdxl-fixes kohya disable stops this)" in started.stderr
-    for words in (("other.py",), ("other.py", "sdxl_train.py"), ("-c", "print('plain')", "sdxl_train.py"), ("-m", "this", "sdxl_train.py")):
-        process = environment(*words)
-        assert "launched" not in process.stdout and process.stderr == "" and process.returncode == 0
-    assert autostart.disable().startswith("disabled")
-    assert environment("sdxl_train.py", "x").stdout == "plain sdxl_train.py ['x']\n"

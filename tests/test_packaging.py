@@ -1,48 +1,24 @@
 """Wheel, sdist and editable installs hold every package, where design says: integrations/kohya is sdxl_fixes.kohya."""
 
 import os
-import subprocess
-import sys
-import sysconfig
-import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from installing import LIBRARIES, call, fresh_python
 
-ROOT = Path(__file__).resolve().parent.parent
 PROBE = f"""
 import sys
-sys.path.append({sysconfig.get_path("purelib")!r})  # torch and the rest: appended, so that no .pth file there is run
+sys.path.append({LIBRARIES!r})  # appended, so that no .pth file there is run
 import sdxl_fixes, sdxl_fixes.kohya, sdxl_fixes.diffusers, sdxl_fixes.kohya.patches, importlib.metadata as m
 print(sdxl_fixes.__file__, sdxl_fixes.kohya.__file__, sdxl_fixes.diffusers.__file__, m.version("sdxl-fixes"), sep="\\n")
 """
 
 
-def call(*command, **kwargs):
-    process = subprocess.run([str(x) for x in command], capture_output=True, text=True, **kwargs)
-    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-2000:]
-    return process.stdout.split()
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """A wheel made from an sdist made from a copy of the tracked files."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    files = call("git", "-C", ROOT, "ls-files", "--cached", "--others", "--exclude-standard")
-    for file in files:
-        if (ROOT / file).is_file():
-            (source / file).parent.mkdir(parents=True, exist_ok=True)
-            (source / file).write_bytes((ROOT / file).read_bytes())
-    call(sys.executable, "-m", "build", "--outdir", out, source)  # sdist, then the wheel from it
-    return source, next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
-
-
 @pytest.fixture
 def python(tmp_path):
     """A fresh environment's python."""
-    venv.create(tmp_path / "venv", with_pip=True)
-    return tmp_path / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    return fresh_python(tmp_path / "venv")
 
 
 def probe(python, cwd):

@@ -1,0 +1,125 @@
+"""Keeps a plain start of sd-scripts' SDXL trainers from ignoring our flags: the launcher is started in its place.
+
+``python sdxl_train.py --config_file my.toml`` would train upstream's way under keys of ours, and say nothing: upstream takes from a TOML
+file what it knows and ignores the rest. So ``sdxl_fixes_kohya.pth``, whose line Python runs at every start, calls :func:`start` if the
+program has such a name, before it runs. Both files lie in site-packages, wheel and editable installs bring them, and ``pip uninstall``
+takes them. All of this is the standard library's, since ``import sdxl_fixes`` takes seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+PTH = "sdxl_fixes_kohya.pth"
+SCRIPTS = (
+    *("sdxl_train.py", "sdxl_train_network.py", "sdxl_train_textual_inversion.py", "sdxl_train_leco.py"),
+    *("sdxl_train_control_net.py", "sdxl_train_control_net_lllite.py"),
+)
+FLAGS = (  # what sdxl_fixes.kohya adds to upstream's own; tests/test_autostart.py compares
+    *("fixes", "terminal_sigma", "terminal_sigma_method", "terminal_sigma_start", "huber_l2_gradient", "min_snr_floor"),
+    *("stratified_timesteps", "terminal_timestep_share", "stable_loss_steps", "stable_loss_images", "chunk_buckets", "chunk_layout"),
+)
+
+
+def start() -> None:
+    """Put the launcher in this process's place if its program is a trainer of sd-scripts which is given flags of ours.
+
+    Such a run never returns from here: an environment that lost the launcher ends it with status 2. Any other program is left alone.
+    """
+    script, *words = sys.argv  # before the program runs, argv[0] of python -m and -c is just that
+    try:
+        if os.path.basename(script) not in SCRIPTS or not _is_kohyas(Path(script)):
+            return
+        config = _config(words)
+        used = {"the command line": _flags(words), config: _keys(Path(config)) if config else set()}
+    except OSError:  # the trainer cannot read it either, and says so
+        return
+    names = [name for name in FLAGS if any(name in found for found in used.values())]
+    if not names:
+        return
+    places = [str(place) for place, found in used.items() if found.intersection(FLAGS)]
+    said = f"sdxl-fixes: {' and '.join(places)} {'use' if places[1:] else 'uses'} flags of ours ({', '.join(names)})"
+    if not _launcher_exists():
+        print(f"{said}, but sdxl_fixes is not installed here: install it again, or leave them out", file=sys.stderr, flush=True)
+        os._exit(2)  # here SystemExit would be a fatal error of Python's with a traceback
+    if os.environ.get("RANK", "0") == "0":
+        name = os.path.basename(script)
+        print(f"{said}: {name} is started as python -m sdxl_fixes.kohya does", file=sys.stderr, flush=True)
+    _become([sys.executable, *_options(), "-m", "sdxl_fixes.kohya", script, *words])
+
+
+def installed() -> bool:
+    """Whether plain starts are guarded in this environment: whether the .pth file lies where Python looks for such files."""
+    import site
+
+    folders = [*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
+    return any(os.path.isfile(os.path.join(folder, PTH)) for folder in folders)
+
+
+def _is_kohyas(script: Path) -> bool:
+    """Whether sd-scripts' library lies beside it: by the name of its oldest module or, should upstream move that, by what we patch."""
+    library = script.resolve().parent / "library"  # as Python itself, which puts the folder of what a link points to on its path
+    modules = list(library.glob("*.py"))
+    return library / "train_util.py" in modules or any(b"add_custom_train_arguments" in module.read_bytes() for module in modules)
+
+
+def _flags(words: list[str]) -> set[str]:
+    return {word.partition("=")[0][2:] for word in words if word.startswith("--")}
+
+
+def _config(words: list[str]) -> str | None:
+    """The --config_file as upstream resolves it: the last one, with .toml added where that is missing."""
+    file = ""
+    for number, word in enumerate(words, start=1):
+        name, equals, value = word.partition("=")
+        if name.startswith("--conf") and "--config_file".startswith(name):  # argparse takes beginnings of a name
+            file = value if equals else "".join(words[number : number + 1])
+    return (file if file.endswith(".toml") else f"{file}.toml") if file else None
+
+
+def _keys(file: Path) -> set[str]:
+    """The keys that are not false, with those of sections among them, as upstream merges them."""
+    text = file.read_bytes().decode("utf-8-sig", "replace")
+    try:
+        import tomllib  # Python 3.11
+
+        table = tomllib.loads(text)
+    except (ImportError, ValueError):  # what is wrong with it, upstream's reader says
+        return set(re.findall(r"""^[ \t]*["']?(\w+)["']?[ \t]*=(?![ \t]*false\b)""", text, re.MULTILINE))
+    merged = {}
+    for key, value in table.items():
+        merged.update(value if isinstance(value, dict) else {key: value})
+    return {key for key, value in merged.items() if value is not False}
+
+
+def _launcher_exists() -> bool:
+    """Whether the package is there, and not just the folder that an uninstall may leave (which Python takes for a namespace)."""
+    from importlib.util import find_spec
+
+    spec = find_spec("sdxl_fixes")
+    return spec is not None and spec.origin is not None
+
+
+def _options() -> list[str]:
+    """The interpreter's own options, such as ``-u -X utf8``: what stands before the program."""
+    count = len(sys.orig_argv) - len(sys.argv)
+    options = sys.orig_argv[1:count] if sys.orig_argv[count:] == sys.argv else []
+    return options[:-1] if options[-1:] == ["--"] else options  # -- ends them, and -m is one
+
+
+def _become(command: list[str]) -> None:
+    """Run ``command`` in this process's place; where that is not possible, on Windows, as its child, and end as it ends."""
+    if os.name != "nt":
+        os.execv(command[0], command)
+    import subprocess
+
+    process = subprocess.Popen(command)
+    while True:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:  # the child has it too, and ends as it sees fit
+            continue
+        os._exit(status if 0 <= status < 256 else 1)  # a crash there has a status too large for _exit
