@@ -114,12 +114,12 @@ def start(args: argparse.Namespace, ours: tuple[str, ...] = ()) -> Run:
 
 
 def _no_place(script: str | None, asked: frozenset[str], args: argparse.Namespace) -> dict[str, str]:
-    """Fixes that this script has no use for -> why."""
+    """Fixes that this script has no use for, or that do not fit it -> why."""
     if script is None:
         return {}
     if script not in SCRIPTS:
         return dict.fromkeys(asked, f"{script} is not one of the scripts that it is made for: {', '.join(SCRIPTS)}")
-    found = dict(SCRIPTS[script])
+    found = {fix: why for (name, fix), why in SESSION.patches.refused_in.items() if name == script} | dict(SCRIPTS[script])
     if given(args, "huber_l2_gradient") and args.huber_l2_gradient == "batch" and script == "sdxl_train_textual_inversion.py":
         if getattr(args, "prior_loss_weight", 1.0) != 1.0:
             found["loss"] = "--huber_l2_gradient batch does not see --prior_loss_weight in this script: take --huber_l2_gradient sample"
