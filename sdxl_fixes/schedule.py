@@ -154,11 +154,13 @@ class NoiseSchedule:
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """The schedule that a diffusers scheduler config describes (the dict of a scheduler_config.json or ``scheduler.config``).
 
-        Reads trained_betas, else beta_schedule with beta_start and beta_end; then rescale_betas_zero_snr, which always means a
-        true SNR of 0 here (several diffusers classes put sigma 4096 in its place, or ignore it). So does zero_terminal_snr under
-        EXACT_KEY, beside trained_betas that end at a finite stand-in.
-        Raises ValueError for a config without betas, an unknown beta_schedule, trained_betas of another
-        length, and for any of these keys that holds another kind of value.
+        Reads trained_betas, else beta_schedule with beta_start and beta_end; then rescale_betas_zero_snr,
+        which always means a true SNR of 0 here (several diffusers classes put sigma 4096 in its place, or
+        ignore it). So does zero_terminal_snr under EXACT_KEY, beside trained_betas that end at a finite
+        stand-in. A config with use_flow_sigmas and no trained_betas describes rectified flow of its
+        flow_shift: its class takes no step by the beta_schedule that diffusers writes beside them. Raises
+        ValueError for a config without betas, an unknown beta_schedule, trained_betas of another length, and
+        for any of these keys that holds another kind of value.
         """
         if not isinstance(config, Mapping):
             raise ValueError(f"a scheduler config is an object of settings, got {_shown(config)}")
@@ -175,6 +177,8 @@ class NoiseSchedule:
             if _flag_of(exact, "zero_terminal_snr"):
                 betas[-1] = 1
             schedule = cls.from_betas(betas)
+        elif _flag_of(config, "use_flow_sigmas"):
+            return cls.flow(_number_of(config, "flow_shift", 1.0), num_timesteps)
         elif "beta_schedule" not in config:
             raise ValueError("the scheduler config has neither trained_betas nor beta_schedule, so it describes no noise schedule")
         elif config["beta_schedule"] == "squaredcos_cap_v2":
@@ -197,6 +201,8 @@ class NoiseSchedule:
         Raises ValueError when they disagree (a class that ignores rescale_betas_zero_snr, betas overwritten after construction).
         """
         schedule = cls.from_config(scheduler.config)
+        if schedule.recipe[0]["make"] == "flow":  # the instance has tables of the beta_schedule, and uses none
+            return schedule
         for name in ("alphas_cumprod", "betas"):
             if getattr(scheduler, name, None) is None:
                 continue
