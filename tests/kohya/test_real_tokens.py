@@ -1,18 +1,18 @@
 """Tokens and text encoding under --chunk_buckets against sd-scripts' own classes, in this process. Set SD_SCRIPTS to run these."""
 
-import os
 import random
 import sys
 import types
 
+import checkouts
 import pytest
 import torch
 from test_real_trainer import assets, pytestmark  # noqa: F401  (fixtures)
 
 from sdxl_fixes import prompts as core
 
-if "SD_SCRIPTS" in os.environ:
-    sys.path.insert(0, os.environ["SD_SCRIPTS"])
+if checkouts.named():
+    sys.path.insert(0, str(checkouts.first()))
 
 
 @pytest.fixture(scope="module")
