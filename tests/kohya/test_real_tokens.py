@@ -3,12 +3,12 @@
 import gzip
 import importlib.util
 import json
-import os
 import random
 import sys
 import types
 from pathlib import Path
 
+import checkouts
 import pytest
 import tiny_assets
 import torch
@@ -16,8 +16,8 @@ from test_real_trainer import assets, pytestmark  # noqa: F401  (fixtures)
 
 from sdxl_fixes import prompts as core
 
-if "SD_SCRIPTS" in os.environ:
-    sys.path.insert(0, os.environ["SD_SCRIPTS"])
+if checkouts.named():
+    sys.path.insert(0, str(checkouts.first()))
 FOLDERS = ("openai_clip-vit-large-patch14", "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k")
 
 
