@@ -12,7 +12,7 @@ import numbers
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -91,7 +91,7 @@ class NoiseSchedule:
     @classmethod
     def sdxl(cls) -> NoiseSchedule:
         """Stable Diffusion's and SDXL's own schedule: scaled_linear 0.00085 to 0.012, 1000 timesteps, terminal sigma 14.6146."""
-        return cls.scaled_linear()
+        return _sdxl()
 
     @classmethod
     def scaled_linear(cls, beta_start: float = 0.00085, beta_end: float = 0.012, num_timesteps: int = 1000) -> NoiseSchedule:
@@ -225,7 +225,11 @@ class NoiseSchedule:
     def zero_terminal_snr(self) -> NoiseSchedule:
         """Shift and scale sqrt(alphas_cumprod) so that the last is exactly 0 and the first unchanged (arXiv:2305.08891 Alg. 1). A
         schedule that ends there already is returned as it is."""
-        return self if self.residual_signal == 0 else self._rescaled(0.0, {"change": "zero_terminal_snr"})
+        return self if self.residual_signal == 0 else self._at_zero_snr
+
+    @cached_property
+    def _at_zero_snr(self) -> NoiseSchedule:
+        return self._rescaled(0.0, {"change": "zero_terminal_snr"})
 
     def with_terminal_sigma(self, sigma: float, method: str = "rescale", start: int | None = None) -> NoiseSchedule:
         """The same schedule, ending at another sigma. ``method`` says what else may move:
@@ -649,3 +653,8 @@ def _bisect(function: Callable[[float], float], low: float, high: float) -> floa
         if middle in (low, high):
             return min(low, high, key=lambda x: abs(function(x)))
         low, high = (middle, high) if function(middle) < 0 else (low, middle)
+
+
+@cache
+def _sdxl() -> NoiseSchedule:
+    return NoiseSchedule.scaled_linear()

@@ -20,7 +20,9 @@ SCRIPTS = {  # script -> what it needs to train, beside what all need
 
 def make_assets(folder, checkout=None):
     """The folder of what assets.py makes."""
-    subprocess.run([sys.executable, str(HERE / "assets.py"), str(folder)], check=True, capture_output=True, env=_environment(checkout))
+    subprocess.run(
+        [sys.executable, str(HERE / "assets.py"), str(folder)], check=True, stdout=subprocess.DEVNULL, env=_environment(checkout)
+    )
     return folder
 
 
