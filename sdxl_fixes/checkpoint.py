@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sdxl_fixes.prediction import check_prediction_type
@@ -69,6 +70,47 @@ def sampling_of_record(record: Any) -> Sampling:
     if not isinstance(prediction_type, str):
         raise ValueError(f"the schedule record's prediction_type is {prediction_type!r}: expected a name such as v_prediction")
     return Sampling(schedule, check_prediction_type(prediction_type))
+
+
+def sampling_of_config(config: Any) -> Sampling:
+    """What a diffusers scheduler config says. Raises ValueError, in one sentence, for one that describes no
+    noise schedule or mistakes anything."""
+    schedule = NoiseSchedule.from_config(config)
+    prediction_type = check_prediction_type(config.get("prediction_type", "epsilon"))  # diffusers' default
+    if config.get("use_flow_sigmas") and prediction_type != "flow_prediction":
+        expected = f"expected flow_prediction, got {prediction_type}"
+        raise ValueError(f"the scheduler config has use_flow_sigmas, so its prediction_type is wrong: {expected}")
+    return Sampling(schedule, prediction_type)
+
+
+def sampling_of_metadata(metadata: Mapping[str, str]) -> Sampling | None:
+    """What a file's metadata says without our record: v-prediction by ``modelspec.prediction_type`` (``v``,
+    kohya's; ``v-zsnr``, SwarmUI's, also of zero terminal SNR), zero terminal SNR by kohya's
+    ``ss_zero_terminal_snr``. None where that is SDXL's own epsilon. ``sd3`` says flow, but not of which
+    shift, which only a record does; ``ss_v2`` is about Stable Diffusion 2's architecture."""
+    predicts = metadata.get("modelspec.prediction_type")
+    zero_snr = predicts == "v-zsnr" or metadata.get("ss_zero_terminal_snr") == "True"
+    if predicts == "sd3":
+        return None
+    return marked_sampling(predicts in ("v", "v-zsnr"), zero_snr)
+
+
+def marked_sampling(v: bool, zero_snr: bool) -> Sampling | None:
+    """SDXL's own betas with v-prediction, zero terminal SNR, or both; None with neither."""
+    stock = NoiseSchedule.sdxl()
+    sampling = Sampling(stock.zero_terminal_snr() if zero_snr else stock, "v_prediction" if v else "epsilon")
+    return sampling if v or zero_snr else None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises ValueError, in one sentence, for anything else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}: expected the object of a scheduler_config.json")
+    return content
 
 
 def flow_shift(schedule: NoiseSchedule) -> float | None:

@@ -91,7 +91,16 @@ def _doctor(args: argparse.Namespace) -> int:
 
     report, fits = (diffusers if diffusers.is_script(args.path) else kohya).examine(args.path)
     print(report)
+    if not diffusers.is_script(args.path):
+        print(_plain_starts())
     return 0 if fits else 1
+
+
+def _plain_starts() -> str:
+    from _sdxl_fixes_autostart import installed
+
+    started = "are started with the fixes" if installed() else "ignore them and say nothing: install sdxl-fixes with pip"
+    return f"plain starts under keys of ours in a --config_file {started}"
 
 
 def _add_demo(commands: Any) -> None:

@@ -206,6 +206,10 @@ class Settings:
 
     def loss(self) -> Loss | ScheduledHuber:
         """The loss that the flags describe."""
+        return self._loss
+
+    @functools.cached_property
+    def _loss(self) -> Loss | ScheduledHuber:
         if self.loss_type not in HUBER_KINDS:
             return _checked("--loss_type", lambda: Loss(self.loss_type))
         return _checked(
@@ -222,6 +226,10 @@ class Settings:
 
     def weightings(self) -> dict[str, Weighting]:
         """Every weighting that a flag asks for, by flag."""
+        return dict(self._weightings)
+
+    @functools.cached_property
+    def _weightings(self) -> dict[str, Weighting]:
         gamma, soft_gamma, found = self.min_snr_gamma, self.soft_min_snr_gamma, dict[str, Weighting]()
         if gamma:
             found["--min_snr_gamma"] = _checked("--min_snr_gamma", lambda: MinSNR(gamma, self.min_snr_floor))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdxl_fixes.checkpoint import Sampling, read_record
-from sdxl_fixes.prediction import check_prediction_type
+from sdxl_fixes.checkpoint import (
+    Sampling,
+    marked_sampling,
+    read_json,
+    read_record,
+    sampling_of_config,
+    sampling_of_metadata,
+)
 from sdxl_fixes.safetensors_header import FormatError, Header, Tensor, read_header
 from sdxl_fixes.safetensors_write import recover
 from sdxl_fixes.schedule import NoiseSchedule
@@ -38,39 +43,72 @@ _EMBEDDING = {
 }
 
 
-def said_sampling(path: Path) -> Sampling | None:
-    """How a file or diffusers folder says it must be sampled: by its record, else by markers, else by a scheduler config; None where
-    nothing says other than SDXL's own. Reads only, and whatever cannot be read says nothing: for callers that were asked something else."""
-    stock = NoiseSchedule.sdxl()
+def read_sampling(path: Path) -> Sampling | None:
+    """How a checkpoint, U-Net, LoRA or diffusers folder says it must be sampled; None where nothing says
+    other than SDXL's own.
+
+    A file is believed by its record, else by its marker tensors, else by the metadata of modelspec and kohya
+    (ss_); a folder by its scheduler config. Only headers are read, and nothing is written. Raises OSError or
+    FormatError for what cannot be read, ValueError, in one sentence that names the file, for a record or a
+    scheduler config that is there but broken.
+    """
+    if path.is_dir():
+        config = path / "scheduler" / "scheduler_config.json"
+        if not config.is_file():
+            return None
+        content = read_json(config)
+        try:
+            found = sampling_of_config(content)
+        except ValueError as error:
+            raise ValueError(f"{config}: {error}") from error
+        return None if found == Sampling(NoiseSchedule.sdxl(), "epsilon") else found
+    header = read_header(path)
     try:
-        if path.is_dir():
-            config = json.loads((path / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-            found = Sampling(NoiseSchedule.from_config(config), check_prediction_type(config.get("prediction_type", "epsilon")))
-            return None if found == Sampling(stock, "epsilon") else found
-        header = read_header(path)
-        if record := read_record(header.metadata):
-            return record
-    except (OSError, ValueError, TypeError, AttributeError):
+        record = read_record(header.metadata)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    v, zero_snr = (any(prefix + name in header.tensors for prefix in ("", UNET)) for name in MARKERS)
+    return record or marked_sampling(v, zero_snr) or sampling_of_metadata(header.metadata)
+
+
+def said_sampling(path: Path) -> Sampling | None:
+    """The same, never raising: what cannot be read says nothing. For callers that were asked something else;
+    :func:`said_problem` tells them why, where a record or scheduler config is there but broken."""
+    try:
+        return read_sampling(path)
+    except (OSError, ValueError):
         return None
-    v, zero_snr = ("v_pred" in header.tensors, "ztsnr" in header.tensors)
-    if not (v or zero_snr):
+
+
+def said_problem(path: Path) -> str | None:
+    """What is wrong with the record or the scheduler config of a file or folder, in one sentence that names
+    it; None if nothing is, and for what has neither (a pickle, a file that is not there)."""
+    try:
+        read_sampling(path)
+    except (OSError, FormatError):
         return None
-    return Sampling(stock.zero_terminal_snr() if zero_snr else stock, "v_prediction" if v else "epsilon")
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A checked header, the kind of the file, and its schedule record. ``mended`` tells what an interrupted stamp had left behind."""
+    """A checked header, the kind of the file, and its schedule record. ``mended`` tells what an interrupted
+    stamp had left behind, ``broken`` what is wrong with a record that :meth:`read` was told to overrule."""
 
     path: Path
     header: Header
     kind: str
     record: Sampling | None
     mended: str | None = None
+    broken: str | None = None
 
     @classmethod
-    def read(cls, path: Path) -> ModelFile:
-        """Read ``path`` (its header only). Raises ValueError or OSError, in one sentence, for what is no model of SDXL's kind."""
+    def read(cls, path: Path, overrule: bool = False) -> ModelFile:
+        """Read ``path`` (its header only). Raises ValueError or OSError, in one sentence, for what is no
+        model of SDXL's kind, and for a broken record, unless it is to be overruled: then the file has
+        none."""
         if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
             raise FormatError(f"{path} is a pickle, which is never opened here: convert it to safetensors first")
         if not path.exists():
@@ -79,11 +117,14 @@ class ModelFile:
             raise OSError(f"{path} is not a regular file: give a .safetensors file or a folder")
         mended = recover(path)
         header = read_header(path)
+        record, broken = None, None
         try:
             record = read_record(header.metadata)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        return cls(path, header, _kind(path, header), record, mended)
+            if not overrule:
+                raise ValueError(f"{path}: {error}") from error
+            broken = str(error)
+        return cls(path, header, _kind(path, header), record, mended, broken)
 
     @property
     def is_sdxl(self) -> bool | None:
@@ -115,6 +156,8 @@ class ModelFile:
         epsilon, v = sampling.prediction_type == "epsilon", sampling.prediction_type == "v_prediction"
         zero_snr = sampling.schedule.residual_signal == 0 and sampling.prediction_type != "flow_prediction"
         found = []
+        if self.broken is not None:
+            found.append("its record was broken")
         if self.record is not None and self.record != sampling:
             found.append(f"its record says {self.record}")
         for prefix in ("", UNET):

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -26,6 +28,16 @@ TERMINAL_SIGMA_METHODS = ("rescale", "beta_end", "tail", "last")
 EXACT_KEY = "_sdxl_fixes"
 # diffusers' name of each beta schedule that we know -> the maker of the same betas
 DIFFUSERS_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+MOST_TIMESTEPS = 1_000_000  # that a file may ask for
+# a recipe's first step and its others: name -> what they take, in this order; "tail" takes its start besides
+_MAKES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("linear", "scaled_linear"), ("beta_start", "beta_end", "num_timesteps")),
+    "cosine": ("s", "max_beta", "num_timesteps"),
+    "flow": ("shift", "num_timesteps"),
+    **dict.fromkeys(("betas", "alphas_cumprod", "sigmas"), ()),
+}
+_CHANGES: dict[str, tuple[str, ...]] = {"zero_terminal_snr": (), "terminal_sigma": ("sigma", "method")}
+_ANEW = "make the record anew, with sdxl-fixes stamp --force or NoiseSchedule.to_json"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -36,14 +48,15 @@ class NoiseSchedule:
     beta may be 1: then the last timestep is pure noise (SNR 0, sigma infinite). ``recipe`` tells how the table was made, in the
     order of the steps. Instances are immutable, hashable, and equal when their betas are equal bit for bit.
 
-    Raises ValueError for betas that are not one-dimensional, finite, in (0, 1) (1 for the last), i.e. for sigmas that do not rise.
+    Raises ValueError for betas that are not one-dimensional, finite, in (0, 1) (1 for the last), i.e. for
+    sigmas that do not rise, and for a recipe with a step that does not exist, or that lacks anything.
     """
 
     betas: Array
     recipe: tuple[Mapping[str, Any], ...] = field(default=())
 
     def __post_init__(self) -> None:
-        betas = np.array(self.betas, dtype=np.float64)  # a copy: nobody else may hold a writable view
+        betas = _as_array("betas", self.betas)  # a copy: nobody else may hold a writable view
         if betas.ndim != 1 or len(betas) < 2:
             raise ValueError(f"betas must be one row of at least 2 numbers, got shape {betas.shape}")
         if not np.isfinite(betas).all():
@@ -63,10 +76,11 @@ class NoiseSchedule:
             )
         betas.setflags(write=False)
         object.__setattr__(self, "betas", betas)
-        steps = tuple(MappingProxyType(dict(step)) for step in self.recipe) or (MappingProxyType({"make": "betas"}),)
+        recipe = enumerate(self.recipe or ({"make": "betas"},))
+        steps = tuple(_checked_step(step, place, len(betas)) for place, step in recipe)
         object.__setattr__(self, "recipe", steps)
         law = self._law()
-        if law is not None and not np.array_equal(betas, _LAWS[law["make"]](law["beta_start"], law["beta_end"], len(betas))):
+        if law is not None and not np.array_equal(betas, _law_betas(*law.values())):
             raise ValueError(f"the recipe says {_describe(law)}, but the betas are others")
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -77,7 +91,7 @@ class NoiseSchedule:
     @classmethod
     def sdxl(cls) -> NoiseSchedule:
         """Stable Diffusion's and SDXL's own schedule: scaled_linear 0.00085 to 0.012, 1000 timesteps, terminal sigma 14.6146."""
-        return cls.scaled_linear()
+        return _sdxl()
 
     @classmethod
     def scaled_linear(cls, beta_start: float = 0.00085, beta_end: float = 0.012, num_timesteps: int = 1000) -> NoiseSchedule:
@@ -106,7 +120,7 @@ class NoiseSchedule:
         if not (math.isfinite(shift) and shift > 0):
             raise ValueError(f"shift must be a positive number, got {shift}")
         u = np.arange(1, num_timesteps + 1) / num_timesteps
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", over="ignore"):
             sigmas = shift * u / (1 - u)  # s/(1 - s)
         return cls.from_sigmas(sigmas)._renamed({"make": "flow", "shift": float(shift), "num_timesteps": int(num_timesteps)})
 
@@ -140,31 +154,45 @@ class NoiseSchedule:
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """The schedule that a diffusers scheduler config describes (the dict of a scheduler_config.json or ``scheduler.config``).
 
-        Reads trained_betas, else beta_schedule with beta_start and beta_end; then rescale_betas_zero_snr, which always means a
-        true SNR of 0 here (several diffusers classes put sigma 4096 in its place, or ignore it). So does zero_terminal_snr under
-        EXACT_KEY, beside trained_betas that end at a finite stand-in.
-        Raises ValueError for a config without betas, an unknown beta_schedule, or trained_betas of another length.
+        Reads trained_betas, else beta_schedule with beta_start and beta_end; then rescale_betas_zero_snr,
+        which always means a true SNR of 0 here (several diffusers classes put sigma 4096 in its place, or
+        ignore it). So does zero_terminal_snr under EXACT_KEY, beside trained_betas that end at a finite
+        stand-in. A config with use_flow_sigmas and no trained_betas describes rectified flow of its
+        flow_shift: its class takes no step by the beta_schedule that diffusers writes beside them. Raises
+        ValueError for a config without betas, an unknown beta_schedule, trained_betas of another length, and
+        for any of these keys that holds another kind of value.
         """
-        trained, num_timesteps = config.get("trained_betas"), config.get("num_train_timesteps", 1000)
+        if not isinstance(config, Mapping):
+            raise ValueError(f"a scheduler config is an object of settings, got {_shown(config)}")
+        trained, num_timesteps = config.get("trained_betas"), _count_of(config)
+        exact = config.get(EXACT_KEY) or {}
+        if not isinstance(exact, Mapping):
+            raise ValueError(f"the scheduler config's {EXACT_KEY} is {_shown(exact)}: expected an object")
         if trained is not None:
-            if len(trained) != num_timesteps:
+            betas = _as_table("trained_betas", trained)
+            if len(betas) != num_timesteps:
                 raise ValueError(
-                    f"the scheduler config has {len(trained)} trained_betas but num_train_timesteps is {num_timesteps}: they must be equal"
+                    f"the scheduler config has {len(betas)} trained_betas but num_train_timesteps is {num_timesteps}: they must be equal"
                 )
-            zero_snr = (config.get(EXACT_KEY) or {}).get("zero_terminal_snr")
-            schedule = cls.from_betas([*trained[:-1], 1.0] if zero_snr else trained)
+            if _flag_of(exact, "zero_terminal_snr"):
+                betas[-1] = 1
+            schedule = cls.from_betas(betas)
+        elif _flag_of(config, "use_flow_sigmas"):
+            return cls.flow(_number_of(config, "flow_shift", 1.0), num_timesteps)
         elif "beta_schedule" not in config:
             raise ValueError("the scheduler config has neither trained_betas nor beta_schedule, so it describes no noise schedule")
         elif config["beta_schedule"] == "squaredcos_cap_v2":
             schedule = cls.cosine(num_timesteps=num_timesteps)
         elif config["beta_schedule"] in ("linear", "scaled_linear"):
-            ends = (config.get("beta_start", 0.0001), config.get("beta_end", 0.02))  # diffusers' own defaults
-            schedule = cls._from_law(config["beta_schedule"], *ends, num_timesteps)
+            # diffusers' own defaults
+            start, end = _number_of(config, "beta_start", 0.0001), _number_of(config, "beta_end", 0.02)
+            schedule = cls._from_law(config["beta_schedule"], start, end, num_timesteps)
         else:
             raise ValueError(
-                f"unknown beta_schedule {config['beta_schedule']!r} in the scheduler config: expected one of {DIFFUSERS_BETA_SCHEDULES}"
+                f"unknown beta_schedule {_shown(config['beta_schedule'])} in the scheduler config: "
+                f"expected one of {DIFFUSERS_BETA_SCHEDULES}"
             )
-        return schedule.zero_terminal_snr() if config.get("rescale_betas_zero_snr") else schedule
+        return schedule.zero_terminal_snr() if _flag_of(config, "rescale_betas_zero_snr") else schedule
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> NoiseSchedule:
@@ -173,10 +201,12 @@ class NoiseSchedule:
         Raises ValueError when they disagree (a class that ignores rescale_betas_zero_snr, betas overwritten after construction).
         """
         schedule = cls.from_config(scheduler.config)
+        if schedule.recipe[0]["make"] == "flow":  # the instance has tables of the beta_schedule, and uses none
+            return schedule
         for name in ("alphas_cumprod", "betas"):
             if getattr(scheduler, name, None) is None:
                 continue
-            actual, expected = _as_array(getattr(scheduler, name)), getattr(schedule, name)
+            actual, expected = _as_array(name, getattr(scheduler, name)), getattr(schedule, name)
             if len(actual) == len(expected):
                 same = np.isclose(actual, expected, rtol=1e-3, atol=1e-9)
                 if schedule.residual_signal == 0:  # a finite stand-in is meant: diffusers' 2**-24, ours
@@ -195,7 +225,11 @@ class NoiseSchedule:
     def zero_terminal_snr(self) -> NoiseSchedule:
         """Shift and scale sqrt(alphas_cumprod) so that the last is exactly 0 and the first unchanged (arXiv:2305.08891 Alg. 1). A
         schedule that ends there already is returned as it is."""
-        return self if self.residual_signal == 0 else self._rescaled(0.0, {"change": "zero_terminal_snr"})
+        return self if self.residual_signal == 0 else self._at_zero_snr
+
+    @cached_property
+    def _at_zero_snr(self) -> NoiseSchedule:
+        return self._rescaled(0.0, {"change": "zero_terminal_snr"})
 
     def with_terminal_sigma(self, sigma: float, method: str = "rescale", start: int | None = None) -> NoiseSchedule:
         """The same schedule, ending at another sigma. ``method`` says what else may move:
@@ -320,17 +354,38 @@ class NoiseSchedule:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> NoiseSchedule:
-        """Inverse of :meth:`to_record`. Raises ValueError for another format or a newer version."""
+        """Inverse of :meth:`to_record`. Raises ValueError, in one sentence, for another format, a newer
+        version, a record that lacks or mistakes anything, and a recipe that makes other betas."""
         if not isinstance(record, Mapping) or record.get("format") != RECORD_FORMAT:
             raise ValueError(f'not a schedule record: expected an object with "format": "{RECORD_FORMAT}"')
-        if record.get("version") != RECORD_VERSION:
-            raise ValueError(f"schedule record version {record.get('version')!r} is not {RECORD_VERSION}: update sdxl-fixes to read it")
-        betas, recipe = record.get("betas"), record.get("recipe")
-        if not isinstance(betas, list) or not all(isinstance(beta, float | int) for beta in betas):
-            raise ValueError("the schedule record's betas must be a list of numbers")
-        if not isinstance(recipe, list) or not all(isinstance(step, Mapping) and ({"make", "change"} & set(step)) for step in recipe):
-            raise ValueError('the schedule record\'s recipe must be a list of objects with "make" or "change"')
-        return cls(_as_table("betas", betas), tuple(recipe))
+        version = record.get("version")
+        if isinstance(version, int) and version > RECORD_VERSION:
+            known = f"{RECORD_VERSION}: update sdxl-fixes to read it"
+            raise ValueError(f"schedule record version {version} is not {known}")
+        try:
+            if version != RECORD_VERSION:
+                raise ValueError(f"its version is {_shown(version)}, expected {RECORD_VERSION}")
+            return cls._from_parts(record)
+        except ValueError as error:
+            raise ValueError(f"the schedule record is broken: {error}; {_ANEW}") from error
+
+    @classmethod
+    def _from_parts(cls, record: Mapping[str, Any]) -> NoiseSchedule:
+        betas, recipe, end = (record.get(key) for key in ("betas", "recipe", "terminal_sigma"))
+        if not isinstance(betas, list):
+            raise ValueError(f"its betas must be a list of numbers, got {_shown(betas)}")
+        if not all(map(_is_number, betas)):
+            t = list(map(_is_number, betas)).index(False)
+            raise ValueError(f"its betas must be a list of numbers, but betas[{t}] is {_shown(betas[t])}")
+        if not isinstance(recipe, list) or not recipe:
+            raise ValueError(f"its recipe must be a list of steps, at least one, got {_shown(recipe)}")
+        schedule = cls(_as_table("betas", betas), tuple(recipe))
+        schedule._check_recipe()
+        if not (end == "inf" or _is_number(end)):
+            raise ValueError(f'its terminal_sigma is {_shown(end)}: expected a number or "inf"')
+        if not _same_sigma(float(end or 0), schedule.terminal_sigma):
+            raise ValueError(f"its terminal_sigma is {end}, its betas end at {schedule.terminal_sigma:.6g}")
+        return schedule
 
     def to_json(self) -> str:
         """The record as strict JSON (an infinite sigma is the string "inf")."""
@@ -338,8 +393,11 @@ class NoiseSchedule:
 
     @classmethod
     def from_json(cls, text: str) -> NoiseSchedule:
-        """Inverse of :meth:`to_json`."""
-        return cls.from_record(json.loads(text))
+        """Inverse of :meth:`to_json`. Raises ValueError for what is not JSON, and as :meth:`from_record`."""
+        try:
+            return cls.from_record(json.loads(text))
+        except RecursionError as error:
+            raise ValueError(f"not a schedule record: {error}") from error
 
     def to_config(self, prediction_type: str | None = None) -> dict[str, Any]:
         """This schedule as keywords of a diffusers scheduler config: ``SchedulerClass.from_config(scheduler.config, **these)``. (Merged
@@ -380,15 +438,29 @@ class NoiseSchedule:
 
     @classmethod
     def _from_law(cls, make: str, beta_start: float, beta_end: float, num_timesteps: int) -> NoiseSchedule:
-        if not (0 < beta_start <= beta_end < 1):
-            raise ValueError(f"betas must satisfy 0 < beta_start <= beta_end < 1, got {beta_start:g} and {beta_end:g}")
-        if num_timesteps < 2:
-            raise ValueError(f"num_timesteps must be at least 2, got {num_timesteps}")
+        betas = _law_betas(make, beta_start, beta_end, num_timesteps)
         step = {"make": make, "beta_start": float(beta_start), "beta_end": float(beta_end), "num_timesteps": int(num_timesteps)}
-        return cls(_LAWS[make](beta_start, beta_end, num_timesteps), (step,))
+        return cls(betas, (step,))
+
+    def _check_recipe(self) -> None:
+        """Raise ValueError unless the recipe makes these betas. Of a table that was given as such only the
+        end can be told: where the last change moved it."""
+        first, *changes = self.recipe
+        made, end = _remade(first), self.terminal_sigma
+        for change in changes:
+            end = float(change.get("sigma", math.inf))
+            if made is not None and "sigma" in change:
+                made = made.with_terminal_sigma(end, change["method"], change.get("start"))
+            elif made is not None:
+                made = made.zero_terminal_snr()
+        # what the recipe makes may differ in the last bits: not every machine has the same cosine
+        same = made is None or np.allclose(self.betas, made.betas, rtol=1e-6, atol=1e-12)
+        if not (same and _same_sigma(end, self.terminal_sigma)):
+            said = " ".join(map(_describe, self.recipe))
+            raise ValueError(f"its recipe says {said}, but its betas are others")
 
     def _checked_end(self, sigma: float) -> NoiseSchedule:
-        if sigma != self.terminal_sigma and not math.isclose(sigma, self.terminal_sigma, rel_tol=1e-6):
+        if not _same_sigma(sigma, self.terminal_sigma):
             raise ValueError(
                 f"terminal sigma {sigma:g} is too large for a table of float64 betas: use infinity (zero terminal SNR) instead"
             )
@@ -432,13 +504,112 @@ _LAWS: dict[str, Callable[[float, float, int], Array]] = {
 }
 
 
-def _as_array(values: Any) -> Array:
-    """Numbers, arrays, or tensors of any dtype and device."""
-    return np.array(values.detach().cpu().tolist() if hasattr(values, "detach") else values, dtype=np.float64)
+def _law_betas(make: str, beta_start: float, beta_end: float, num_timesteps: int) -> Array:
+    if not (0 < beta_start <= beta_end < 1):
+        got = f"{beta_start:g} and {beta_end:g}"
+        raise ValueError(f"betas must satisfy 0 < beta_start <= beta_end < 1, got {got}")
+    if num_timesteps < 2:
+        raise ValueError(f"num_timesteps must be at least 2, got {num_timesteps}")
+    return _LAWS[make](beta_start, beta_end, num_timesteps)
+
+
+def _remade(step: Mapping[str, Any]) -> NoiseSchedule | None:
+    """The schedule that a recipe's first step makes; None where it was given as a table."""
+    make, *arguments = step.values()
+    if make in _LAWS:
+        return NoiseSchedule._from_law(make, *arguments)
+    if make in ("cosine", "flow"):
+        return NoiseSchedule.cosine(*arguments) if make == "cosine" else NoiseSchedule.flow(*arguments)
+    return None
+
+
+def _checked_step(step: Any, place: int, count: int) -> Mapping[str, Any]:
+    """One step of a recipe, its keys in the order of _MAKES and _CHANGES. Raises ValueError for a step that
+    does not exist, or that lacks or mistakes anything. ``count`` is the number of betas."""
+    kind, known = ("change", _CHANGES) if place else ("make", _MAKES)
+    what, name = f"step {place + 1} of the recipe", step.get(kind) if isinstance(step, Mapping) else None
+    if not isinstance(name, str) or name not in known:
+        names = ", ".join(known)
+        raise ValueError(f'{what} must be an object whose "{kind}" is one of {names}, got {_shown(step)}')
+    keys = (kind, *known[name], *(("start",) if known[name] and step.get("method") == "tail" else ()))
+    if missing := [key for key in keys if key not in step]:
+        raise ValueError(f"{what}, {name}, lacks {missing[0]}: expected {', '.join(keys)}")
+    if odd := [key for key in step if key not in keys]:
+        raise ValueError(f"{what}, {name}, has {_shown(odd[0])}: expected only {', '.join(keys)}")
+    for key in keys[1:]:
+        if expected := _mistaken(key, step[key], count):
+            raise ValueError(f"{what}, {name}, has {key} {_shown(step[key])}: expected {expected}")
+    return MappingProxyType({key: step[key] for key in keys})
+
+
+def _mistaken(key: str, value: Any, count: int) -> str:
+    """What a step's ``key`` must be, if ``value`` is not."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if key == "num_timesteps":
+        return "" if whole and value == count else f"{count}, the number of betas"
+    if key == "start":
+        return "" if whole and 0 <= value < count - 1 else f"a timestep in 0..{count - 2}"
+    if key == "method":
+        methods = [name for name in TERMINAL_SIGMA_METHODS if name != "beta_end"]  # it makes another law
+        return "" if value in methods else f"one of {', '.join(methods)}"
+    if key == "sigma":
+        return "" if value == "inf" or _is_number(value) else 'a number or "inf"'
+    return "" if _is_number(value) else "a number"
+
+
+def _shown(value: Any) -> str:
+    """A value in an error: short, in one line."""
+    return " ".join(reprlib.repr(value).split())
+
+
+def _same_sigma(one: float, other: float) -> bool:
+    """Whether two sigmas, infinite ones among them, are the same but for rounding."""
+    return math.isclose(one, other, rel_tol=1e-6)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite number."""
+    try:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _count_of(config: Mapping[str, Any]) -> int:
+    count = config.get("num_train_timesteps", 1000)
+    if not isinstance(count, int) or isinstance(count, bool) or not 2 <= count <= MOST_TIMESTEPS:
+        expected = f"expected a whole number in 2..{MOST_TIMESTEPS}"
+        raise ValueError(f"the scheduler config's num_train_timesteps is {_shown(count)}: {expected}")
+    return count
+
+
+def _number_of(config: Mapping[str, Any], key: str, default: float) -> float:
+    value = config.get(key, default)
+    if not _is_number(value):
+        raise ValueError(f"the scheduler config's {key} is {_shown(value)}: expected a number")
+    return float(value)
+
+
+def _flag_of(config: Mapping[str, Any], key: str) -> bool:
+    value = config.get(key)
+    if not (value is None or isinstance(value, bool)):
+        raise ValueError(f"the scheduler config's {key} is {_shown(value)}: expected true or false")
+    return bool(value)
+
+
+def _as_array(name: str, values: Any) -> Array:
+    """A copy of numbers, arrays, or tensors of any dtype and device."""
+    try:
+        table = np.array(values.detach().cpu().tolist() if hasattr(values, "detach") else values)
+        if table.dtype.kind not in "iuf":
+            raise ValueError(f"it holds {table.dtype}")
+        return table.astype(np.float64)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{name} must be one row of numbers, got {_shown(values)} ({error})") from error
 
 
 def _as_table(name: str, values: npt.ArrayLike, last_may_be_inf: bool = False) -> Array:
-    table = _as_array(values)
+    table = _as_array(name, values)
     if table.ndim != 1 or len(table) < 2:
         raise ValueError(f"{name} must be one row of at least 2 numbers, got shape {table.shape}")
     checked = table[:-1] if last_may_be_inf and table[-1] == math.inf else table
@@ -482,3 +653,8 @@ def _bisect(function: Callable[[float], float], low: float, high: float) -> floa
         if middle in (low, high):
             return min(low, high, key=lambda x: abs(function(x)))
         low, high = (middle, high) if function(middle) < 0 else (low, middle)
+
+
+@cache
+def _sdxl() -> NoiseSchedule:
+    return NoiseSchedule.scaled_linear()

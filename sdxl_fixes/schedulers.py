@@ -139,7 +139,8 @@ class _Exact:
             if asked:
                 raise
             return None, False, []  # a beta schedule that only diffusers knows
-        ours = asked or schedule.terminal_sigma > STAND_IN_SIGMA or (self._flow and not config.get("use_flow_sigmas"))
+        theirs = config.get("use_flow_sigmas")  # at timesteps of their own
+        ours = asked or ((schedule.terminal_sigma > STAND_IN_SIGMA or self._flow) and not theirs)
         if (
             ours
             and schedule.residual_signal == 0

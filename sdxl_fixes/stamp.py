@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdxl_fixes.checkpoint import Sampling, flow_shift, markers, metadata, scheduler_config
+from sdxl_fixes.checkpoint import Sampling, flow_shift, markers, metadata, read_json, sampling_of_config, scheduler_config
 from sdxl_fixes.files import replacing
 from sdxl_fixes.model_file import KINDS, ModelFile
 from sdxl_fixes.safetensors_header import ROOM_KEY, Header, encode_header
 from sdxl_fixes.safetensors_write import data_hash, longer, replace_header
-from sdxl_fixes.schedule import EXACT_KEY, NoiseSchedule
+from sdxl_fixes.schedule import EXACT_KEY
 
 SCHEDULER_CONFIG = "scheduler_config.json"
 # what SDXL's own scheduler_config.json says beside the schedule
@@ -43,8 +43,9 @@ def stamp_file(
     check: bool = False,
     dry_run: bool = False,
 ) -> Stamped:
-    """Stamp one file. Raises ValueError, with the file untouched, if it says something else and ``force`` is not given."""
-    file = ModelFile.read(path)
+    """Stamp one file. Raises ValueError, with the file untouched, if it says something else, or its record is
+    broken, and ``force`` is not given."""
+    file = ModelFile.read(path, overrule=force)
     if file.is_sdxl is False and not force:
         raise ValueError(
             f"{path} is a {KINDS[file.kind][0]}, but not of SDXL, and the markers would mean something else there: "
@@ -119,12 +120,10 @@ def stock_config(sampling: Sampling) -> dict[str, Any] | None:
 
 
 def sampling_from_config(config: dict[str, Any], name: str) -> Sampling:
-    """What a scheduler_config.json says. Raises ValueError for one that describes no noise schedule."""
-    prediction_type = config.get("prediction_type", "epsilon")
-    if prediction_type == "flow_prediction" and config.get("use_flow_sigmas"):
-        return Sampling(NoiseSchedule.flow(config.get("flow_shift", 1.0), config.get("num_train_timesteps", 1000)), prediction_type)
+    """What the scheduler_config.json ``name`` says. Raises ValueError, naming it, for one that describes no
+    noise schedule."""
     try:
-        return Sampling(NoiseSchedule.from_config(config), str(prediction_type))
+        return sampling_of_config(config)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
@@ -150,17 +149,6 @@ def _metadata(old: Header, sampling: Sampling) -> dict[str, str]:
         zero_snr = sampling.schedule.residual_signal == 0 and sampling.prediction_type != "flow_prediction"
         entries["ss_zero_terminal_snr"] = str(zero_snr)
     return entries
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ValueError, in one sentence, for anything else."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}: expected the object of a scheduler_config.json")
-    return content
 
 
 def _sgm() -> dict[str, Any]:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sdxl_fixes.checkpoint import Sampling, sampling_of_record
+from sdxl_fixes.checkpoint import Sampling, read_json, sampling_of_record
 from sdxl_fixes.flags import SCHEDULE_FLAGS, Settings, add_flags
 from sdxl_fixes.model_file import KINDS, ModelFile, said_sampling
 from sdxl_fixes.prediction import PREDICTION_TYPES
@@ -17,7 +17,6 @@ from sdxl_fixes.stamp import (
     a1111_yaml,
     beside,
     model_files,
-    read_json,
     sampling_from_config,
     stamp_file,
     write_scheduler_config,

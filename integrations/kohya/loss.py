@@ -31,9 +31,10 @@ def batch(original: Callable[..., Any], self: Any, batch: Any, *args: Any, **kwa
 def threshold(
     original: Callable[..., torch.Tensor | None], args: argparse.Namespace, timesteps: torch.Tensor, noise_scheduler: Any, **kwargs: Any
 ) -> torch.Tensor | None:
-    """Nothing to hand on: the step's loss has the delta of every timestep. (Upstream's, with v-prediction on an accelerator, indexes a
-    table there with timesteps here and stops.)"""
-    return None if SESSION.on("loss") else original(args, timesteps, noise_scheduler, **kwargs)
+    """Delta of each sample, float32, [B], on the timesteps' device; our loss looks it up by itself. (Upstream's, with v-prediction on an
+    accelerator, indexes a table there with timesteps here and stops, and forgets --huber_scale.)"""
+    run = SESSION.on("loss")
+    return original(args, timesteps, noise_scheduler, **kwargs) if run is None else run.step_loss.delta(timesteps)
 
 
 def conditional_loss(

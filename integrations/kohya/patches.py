@@ -45,7 +45,7 @@ PATCHES = (
           "the step's loss: Huber that does not cancel to 0, delta, SNR and importance weights from the one schedule", exact=True),
     Patch(_STEP, f"{_FUNCTIONS}:apply_masked_loss", ("loss", "batch"), loss.masked, "the same under a mask", exact=True, only=_MASKS),
     Patch(("loss",), f"{_LOSS}:get_huber_threshold_if_needed", ("args", "timesteps", "noise_scheduler"), loss.threshold,
-          "not needed any more (upstream's stops on a GPU with v-prediction, and forgets --huber_scale)"),
+          "delta from the one schedule (upstream's stops on a GPU with v-prediction, and forgets --huber_scale)"),
     Patch(("loss",), "train_network:NetworkTrainer.process_batch", ("self", "batch"), loss.batch,
           "the loss weights of a LoRA's regularisation images, for --huber_l2_gradient batch", only=("sdxl_train_network.py",)),
 

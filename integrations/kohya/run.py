@@ -9,7 +9,7 @@ from sdxl_fixes.checkpoint import Sampling
 from sdxl_fixes.flags import Settings
 from sdxl_fixes.log import say, warn
 from sdxl_fixes.loss import HUBER_KINDS, HUBER_SCHEDULES, LOSS_TYPES
-from sdxl_fixes.model_file import said_sampling
+from sdxl_fixes.model_file import said_problem, said_sampling
 from sdxl_fixes.trainers.fixes import Fix, allowed, given, switch_off, without_effect
 from sdxl_fixes.trainers.report import disappointments, report, schedule_flags
 from sdxl_fixes.trainers.run import Run, Trainer, prepare
@@ -70,11 +70,15 @@ def weightings(args: argparse.Namespace, settings: Settings) -> tuple[Weighting,
     return tuple(found)
 
 
-def bases(args: argparse.Namespace) -> dict[str, Sampling]:
-    """What the models that are trained on (the checkpoint, a LoRA that is continued) say about how they are sampled, those that say
-    anything (a name on the Hugging Face Hub says nothing here)."""
+def _bases(args: argparse.Namespace) -> list[Path]:
+    """The models that are trained on: the checkpoint, a LoRA that is continued (a name on the Hugging Face Hub says nothing here)."""
     names = [getattr(args, name, None) for name in ("pretrained_model_name_or_path", "network_weights")]
-    said = {str(name): said_sampling(Path(name)) for name in names if name and Path(name).exists()}
+    return [Path(name) for name in names if name and Path(name).exists()]
+
+
+def bases(args: argparse.Namespace) -> dict[str, Sampling]:
+    """What the models that are trained on say about how they are sampled, those that say anything."""
+    said = {str(path): said_sampling(path) for path in _bases(args)}
     return {name: sampling for name, sampling in said.items() if sampling is not None}
 
 
@@ -114,12 +118,12 @@ def start(args: argparse.Namespace, ours: tuple[str, ...] = ()) -> Run:
 
 
 def _no_place(script: str | None, asked: frozenset[str], args: argparse.Namespace) -> dict[str, str]:
-    """Fixes that this script has no use for -> why."""
+    """Fixes that this script has no use for, or that do not fit it -> why."""
     if script is None:
         return {}
     if script not in SCRIPTS:
         return dict.fromkeys(asked, f"{script} is not one of the scripts that it is made for: {', '.join(SCRIPTS)}")
-    found = dict(SCRIPTS[script])
+    found = {fix: why for (name, fix), why in SESSION.patches.refused_in.items() if name == script} | dict(SCRIPTS[script])
     if given(args, "huber_l2_gradient") and args.huber_l2_gradient == "batch" and script == "sdxl_train_textual_inversion.py":
         if getattr(args, "prior_loss_weight", 1.0) != 1.0:
             found["loss"] = "--huber_l2_gradient batch does not see --prior_loss_weight in this script: take --huber_l2_gradient sample"
@@ -151,6 +155,9 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
         warn("--stable_loss_steps: text embeddings stay as first seen, though the text encoder is trained")
     if "saving" in run.on and getattr(args, "save_model_as", None) in ("ckpt", "pt"):
         warn(f"--save_model_as {args.save_model_as}: such a file carries neither record nor markers: take safetensors")
+    for path in _bases(args):
+        if problem := said_problem(path):
+            warn(f"{problem}: what it says of its schedule is not known")
     trained = Sampling(run.schedule, run.prediction_type)
     for name, base in bases(args).items():
         if base != trained:

@@ -14,7 +14,10 @@ _CONTROL = {"buckets": _NO_DATASET, "validation": _BESIDES}
 SCRIPTS: Mapping[str, Mapping[str, str]] = {
     "sdxl_train.py": {},
     "sdxl_train_network.py": {},
-    "sdxl_train_textual_inversion.py": {"buckets": "it changes the tokens of every prompt"},
+    "sdxl_train_textual_inversion.py": {
+        "buckets": "it changes the captions after they were counted",
+        "validation": "it trains the very text embeddings that the stable loss would keep",
+    },
     "sdxl_train_control_net.py": _CONTROL,
     "sdxl_train_control_net_lllite.py": {**_CONTROL, "previews": "it makes none"},
 }
@@ -26,7 +29,11 @@ REFUSED: Mapping[str, str] = {
 }
 
 # digest of a checkout's sources -> what it is; tests/kohya/matrix.py runs each
-TESTED: Mapping[str, str] = {}
+TESTED: Mapping[str, str] = {
+    "f9b24efd4f609db6": "v0.10.1",  # 48d368f
+    "7b45eb8bc93068f5": "v0.10.6",  # d05b2b1
+    "e0a698ae1027e16e": "v0.11.1",  # c162e90
+}
 
 _READ = (
     *SCRIPTS,

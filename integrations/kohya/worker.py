@@ -6,13 +6,20 @@ import hashlib
 import os
 import random
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from library.strategy_base import TextEncoderOutputsCachingStrategy, TokenizeStrategy
 from library.strategy_sdxl import SdxlTextEncoderOutputsCachingStrategy, SdxlTokenizeStrategy
-from library.train_util import BucketBatchIndex, DreamBoothDataset, FineTuningDataset
+
+try:  # sd-scripts 0.11
+    from library.dataset import BucketBatchIndex
+    from library.dreambooth_dataset import DreamBoothDataset
+    from library.finetuning_dataset import FineTuningDataset
+except ImportError:
+    from library.train_util import BucketBatchIndex, DreamBoothDataset, FineTuningDataset
 
 from sdxl_fixes.buckets import ChunkBucketBatchSampler
 from sdxl_fixes.flags import FlagError
@@ -32,28 +39,27 @@ class ChunkTokenizeStrategy(SdxlTokenizeStrategy):  # type: ignore[misc]
 
     def tokenize(self, text: str | list[str]) -> Any:
         """Ids of both tokenizers, each shape [B, n, 77]."""
-        first, second = super().tokenize(text)
-        count = self._used(first)
-        return first[:, :count], second[:, :count]
+        ids = super().tokenize(text)
+        count = max(self.least, self._last(ids))
+        return tuple(each[:, :count] for each in ids)
 
     def tokenize_with_weights(self, text: str | list[str]) -> Any:
         """The same with emphasis; ids and weights."""
         ids, weights = super().tokenize_with_weights(text)
-        count = self._used(ids[0])
+        count = max(self.least, self._last(ids))
         return [each[:, :count] for each in ids], [each[:, :count] for each in weights]
 
     def chunks_of(self, text: str, weighted: bool) -> int:
         """Chunks of one prompt as it will be tokenized, at most the limit."""
-        ids = super().tokenize_with_weights(text)[0][0] if weighted else super().tokenize(text)[0]
-        return int(self._last(ids))
+        return self._last(super().tokenize_with_weights(text)[0] if weighted else super().tokenize(text))
 
-    def _used(self, ids: torch.Tensor) -> int:
-        return max(self.least, self._last(ids))
-
-    def _last(self, ids: torch.Tensor) -> int:
-        """Chunks until the last that is not empty; tokenizer 1 pads with EOS, so an empty chunk begins BOS, EOS."""
-        filled = (ids[:, :, 1] != self.tokenizer1.eos_token_id).any(dim=0).nonzero()
-        return 1 if not len(filled) else int(filled[-1]) + 1
+    def _last(self, ids: Sequence[torch.Tensor]) -> int:
+        """Chunks until the last that is not empty in all of the batch. Both tokenizers are asked: the first pads
+        with EOS, and a caption may hold EOS itself (``<|endoftext|>``); the second pads with 0, which is a token."""
+        pairs = zip(ids, (self.tokenizer1, self.tokenizer2), strict=True)
+        differs = [(each != _empty(tokenizer, each)).any(dim=-1).any(dim=0) for each, tokenizer in pairs]
+        filled = (differs[0] | differs[1]).nonzero()
+        return int(filled[-1]) + 1 if len(filled) else 1
 
 
 class ChunkCachingStrategy(SdxlTextEncoderOutputsCachingStrategy):  # type: ignore[misc]
@@ -121,7 +127,7 @@ class _Chunked:
             self.shuffle_buckets()
 
     def __getitem__(self: Any, index: int) -> Any:
-        if self.batches and self.caching_mode is None:
+        if self.batches and getattr(self, "caching_mode", None) is None:  # before 0.11 an item may be for a cache
             if self.epoch_now is not None:
                 self.set_current_epoch(self.epoch_now.value)
             self._queue = tuple(self.batches[index])
@@ -177,10 +183,14 @@ def _fill(ids: torch.Tensor, tokenizer: Any) -> None:
     """Upstream pads a caption to its batch mates with rows of zeros; an empty chunk is BOS, EOS, padding. ``ids``: [B, n, 77]."""
     if ids is None or ids.ndim != 3:
         return
-    missing = ids[:, :, 0] != tokenizer.bos_token_id
-    empty = torch.full((ids.shape[-1],), tokenizer.pad_token_id, dtype=ids.dtype)
+    ids[ids[:, :, 0] != tokenizer.bos_token_id] = _empty(tokenizer, ids)
+
+
+def _empty(tokenizer: Any, like: torch.Tensor) -> torch.Tensor:
+    """An empty chunk: BOS, EOS, padding, shape [77]."""
+    empty = torch.full(like.shape[-1:], tokenizer.pad_token_id, dtype=like.dtype, device=like.device)
     empty[0], empty[1] = tokenizer.bos_token_id, tokenizer.eos_token_id
-    ids[missing] = empty
+    return empty
 
 
 class ChunkDreamBoothDataset(_Chunked, DreamBoothDataset):  # type: ignore[misc]

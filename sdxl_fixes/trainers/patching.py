@@ -90,6 +90,7 @@ class PatchSet:
     root: Path | None = None
     calls: Callable[[Patch], None] | None = None
     refused: dict[str, str] = field(default_factory=dict)  # fix -> why
+    refused_in: dict[tuple[str, str], str] = field(default_factory=dict)  # script, fix -> why, where others may do without
     _applied: list[_Applied] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -114,10 +115,13 @@ class PatchSet:
         Applying again first undoes. Either everything that fits is applied or, on an error, nothing.
         """
         self.undo()
-        self.refused = {}
+        self.refused, self.refused_in = {}, {}
         for patch, why in self.check().items():
             for fix in patch.fixes if why is not None else ():
-                self.refused.setdefault(fix, str(why))
+                if patch.only:
+                    self.refused_in |= {(script, fix): str(why) for script in patch.only}
+                else:
+                    self.refused.setdefault(fix, str(why))
         try:
             for patch in self.patches:
                 wanted = {fix for fix in patch.fixes if fix not in self.refused and (fixes is None or fix in fixes)}

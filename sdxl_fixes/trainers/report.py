@@ -26,8 +26,9 @@ def report(run: Run, version: str, prompts: Iterable[str] = (), files: Iterable[
 
 def _objective(run: Run) -> list[str]:
     parts = [f"{run.prediction_type} on {_schedule(run)}", _loss(run)]
-    if run.perturbation is not None:
-        parts.append(f"input perturbation {'0 to ' if run.perturbation.random else ''}{run.perturbation.gamma:g}")
+    perturbation = run.settings.perturbation()
+    if perturbation is not None:
+        parts.append(f"input perturbation {'0 to ' if perturbation.random else ''}{perturbation.gamma:g}")
     return parts
 
 

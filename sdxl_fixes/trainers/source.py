@@ -95,8 +95,8 @@ def called(root: Path, script: str) -> frozenset[str]:
     index: dict[str, list[ast.AST]] = {}
     for file in modules:
         for node in ast.walk(parsed(file)):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                index.setdefault(node.name, []).append(node)
+            for name, meant in _named(node):
+                index.setdefault(name, []).append(meant)
     found: set[str] = set()
     waiting: list[ast.AST] = [node for node in parsed(root / script).body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
     while waiting:
@@ -109,6 +109,17 @@ def called(root: Path, script: str) -> frozenset[str]:
                 waiting += implicit if isinstance(node, ast.ClassDef) else [node]
                 waiting += node.bases if isinstance(node, ast.ClassDef) else []
     return frozenset(found)
+
+
+def _named(node: ast.AST) -> list[tuple[str, ast.AST]]:
+    """Names that a statement gives to code: definitions, other names of imports, and names of what may be a function."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [(node.name, node)]
+    if isinstance(node, ast.ImportFrom):
+        return [(alias.asname, ast.Name(alias.name)) for alias in node.names if alias.asname]
+    if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name | ast.Attribute | ast.Dict | ast.List | ast.Tuple):
+        return [(target.id, node.value) for target in node.targets if isinstance(target, ast.Name)]
+    return []
 
 
 def _implicit(name: str) -> bool:

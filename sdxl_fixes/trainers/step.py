@@ -53,6 +53,10 @@ class StepLoss:
         parts = [part for part in (weight, importance) if part is not None]
         return functools.reduce(torch.mul, parts) if parts else None
 
+    def delta(self, timesteps: torch.Tensor, ndim: int = 1) -> torch.Tensor | None:
+        """Huber's delta of each sample, float32, [B, 1, ...] with ``ndim`` dimensions; None for a loss that has none."""
+        return None if self._delta is None else self._delta(timesteps, ndim)
+
     def __call__(
         self,
         prediction: torch.Tensor,
@@ -78,7 +82,7 @@ class StepLoss:
         if values is None:
             known = [part for part in (weights, later) if part is not None]
             together = functools.reduce(torch.mul, known) if known else None
-            delta = None if self._delta is None else self._delta(timesteps, prediction.ndim)
+            delta = self.delta(timesteps, prediction.ndim)
             values = self.function(prediction, target, delta, mask, together)  # type: ignore[arg-type]
         elif mask is not None:
             values = values * mask

@@ -1,28 +1,34 @@
-"""python assets.py FOLDER: a tiny random SDXL checkpoint, byte-level CLIP tokenizers, and real photographs with captions.
+"""python assets.py FOLDER: a tiny random SDXL checkpoint, byte-level CLIP tokenizers, real photographs with captions, data sets of them,
+preview prompts, and what control nets and LECO read.
 
 Needs SD_SCRIPTS and scikit-image, whose wheel ships the photographs.
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
+from PIL import Image, ImageFilter
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import checkouts
 import tiny_assets
 
 
 def tokenizers(folder):
     for name in ("openai_clip-vit-large-patch14", "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k"):
         tiny_assets.tokenizer(folder / name)
+        file = folder / name / "vocab.json"  # in full size: textual inversion appends to it
+        vocabulary = json.loads(file.read_text(encoding="utf-8"))
+        unused = sorted({*range(49408)} - {*vocabulary.values()})
+        file.write_text(json.dumps(vocabulary | {f"<unused{n}>": n for n in unused}), encoding="utf-8")
 
 
 def photographs(folder):
     images = folder / "images"
     for n, caption in enumerate(tiny_assets.photographs(images)):
         (images / f"{n}.txt").write_text(caption)
-    (folder / "dataset.toml").write_text(
-        f"""[general]
+    dataset = f"""[general]
 caption_extension = ".txt"
 enable_bucket = true
 [[datasets]]
@@ -35,6 +41,20 @@ bucket_reso_steps = 32
 image_dir = {json.dumps(str(images))}
 num_repeats = 2
 """
+    (folder / "dataset.toml").write_text(dataset)
+    edges = folder / "edges"
+    edges.mkdir()
+    for photo in images.glob("*.png"):
+        Image.open(photo).convert("L").filter(ImageFilter.FIND_EDGES).convert("RGB").save(edges / photo.name)
+    (folder / "control.toml").write_text(f"{dataset}conditioning_data_dir = {json.dumps(str(edges))}\n")
+
+
+def prompts(folder):
+    line = "a ginger cat --w 128 --h 128 --s 3 --l 5 --d 1"
+    (folder / "prompts.txt").write_text(f"{line}\n")
+    (folder / "control_prompts.txt").write_text(f"{line} --cn {folder / 'edges' / '2.png'}\n")
+    (folder / "leco.toml").write_text(
+        '[[prompts]]\ntarget = "a ginger cat"\npositive = "cat"\nunconditional = ""\nneutral = ""\naction = "erase"\nresolution = 128\n'
     )
 
 
@@ -67,9 +87,10 @@ def model(file):
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1])
-    sys.path.insert(0, os.environ["SD_SCRIPTS"])
+    target = Path(sys.argv[1]).resolve()
+    sys.path.insert(0, str(checkouts.first()))
     target.mkdir(parents=True, exist_ok=True)
     tokenizers(target / "tokenizers")
     photographs(target)
+    prompts(target)
     model(target / "model.safetensors")

@@ -5,14 +5,14 @@ On the meta device: no memory, no weights. Set SD_SCRIPTS.
 
 import json
 import math
-import os
 import sys
 
+import checkouts
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-sys.path.insert(0, os.environ["SD_SCRIPTS"])
+sys.path.insert(0, str(checkouts.first()))
 import library.sdxl_original_unet as sdxl_original_unet
 
 BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "Downsample2D", "Upsample2D")  # what gradient checkpointing recomputes at once

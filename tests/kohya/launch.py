@@ -1,8 +1,9 @@
 """launch.py HOW TRACE.json SCRIPT ARGS...: run a real sd-scripts trainer on the tiny SDXL, as ``HOW`` says.
 
 HOW is unpatched, install (sdxl_fixes.kohya.install(), then the script) or module (what ``python -m sdxl_fixes.kohya`` does).
-TRACE.json receives the losses that the script reports, the timesteps and the contexts' sizes [B, length] given to the U-Net, the prompts
-that were encoded, and the scheduler's tables (of rank 0, if there are several processes).
+TRACE.json receives the losses given to the backward pass, the timesteps and the contexts' sizes [B, length] given to the U-Net, the
+prompts that were encoded, and the scheduler's tables (of rank 0, if there are several processes). All of it is observed where every
+version of sd-scripts passes: in accelerate, torch, diffusers, and in classes of sd-scripts that have not moved.
 """
 
 import functools
@@ -13,33 +14,44 @@ import sys
 import time
 from pathlib import Path
 
+import checkouts
+
 HERE = str(Path(__file__).resolve().parent)
 
 
 def trace(record, times):
+    import accelerate
+    import diffusers
     import library.sdxl_original_unet as unet
-    import library.train_util as train_util
+    import library.train_util  # noqa: F401  (before the pipeline, which cannot be imported first)
     import torch
+    from torch.nn.modules.module import register_module_forward_pre_hook
 
-    forward, add = unet.SdxlUNet2DConditionModel.forward, train_util.LossRecorder.add
-    noising = train_util.get_noise_noisy_latents_and_timesteps
+    backward, make, schedulers = accelerate.Accelerator.backward, diffusers.DDPMScheduler.__init__, []
 
-    def traced_forward(self, x, timesteps=None, context=None, *args, **kwargs):
-        if torch.is_grad_enabled():
+    @functools.wraps(make)
+    def traced_make(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        schedulers.append(self)
+
+    @functools.wraps(backward)
+    def traced_backward(self, loss, **kwargs):
+        record["losses"].append(loss.detach().item())
+        times.append(time.perf_counter())
+        for scheduler in schedulers:
+            if hasattr(scheduler, "all_snr"):  # the one that is trained with
+                record["all_snr_900"], record["all_snr_999"] = float(scheduler.all_snr[900]), float(scheduler.all_snr[999])
+                record["alphas_cumprod_999"] = float(scheduler.alphas_cumprod[999])
+        return backward(self, loss, **kwargs)
+
+    def called(module, inputs):
+        if isinstance(module, unet.SdxlUNet2DConditionModel) and torch.is_grad_enabled():
+            _, timesteps, context, *_ = inputs
             record["timesteps"].append(timesteps.tolist())
             record["contexts"].append(list(context.shape[:2]))
-        return forward(self, x, timesteps, context, *args, **kwargs)
 
-    def traced_add(self, *, epoch, step, loss):
-        record["losses"].append(loss)
-        times.append(time.perf_counter())
-        return add(self, epoch=epoch, step=step, loss=loss)
-
-    def traced_noising(args, noise_scheduler, latents, *rest, **kwargs):  # upstream's names: the patches check them
-        all_snr = noise_scheduler.all_snr
-        record["all_snr_900"], record["all_snr_999"] = float(all_snr[900]), float(all_snr[999])
-        record["alphas_cumprod_999"] = float(noise_scheduler.alphas_cumprod[999])
-        return noising(args, noise_scheduler, latents, *rest, **kwargs)
+    accelerate.Accelerator.backward, diffusers.DDPMScheduler.__init__ = traced_backward, traced_make
+    register_module_forward_pre_hook(called)
 
     import library.sdxl_lpw_stable_diffusion as pipeline
     import library.strategy_sdxl as strategy_sdxl
@@ -68,14 +80,12 @@ def trace(record, times):
         return images
 
     pipeline.SdxlStableDiffusionLongPromptWeightingPipeline.__call__ = traced_generate
-    unet.SdxlUNet2DConditionModel.forward = traced_forward
-    train_util.LossRecorder.add = traced_add
-    train_util.get_noise_noisy_latents_and_timesteps = traced_noising
 
 
 if __name__ == "__main__":
     how, out, script, *arguments = sys.argv[1:]
-    sys.path[:0] = [os.environ["SD_SCRIPTS"], HERE, str(Path(HERE).parent)]
+    checkout = checkouts.first()
+    sys.path[:0] = [str(checkout), HERE, str(Path(HERE).parent)]
     import tiny
     import torch
 
@@ -86,7 +96,7 @@ if __name__ == "__main__":
     times = []
     record = {"losses": [], "timesteps": [], "contexts": [], "prompts": []}
     trace(record, times)
-    sys.argv = [str(Path(os.environ["SD_SCRIPTS"]) / script), *arguments]
+    sys.argv = [str(checkout / script), *arguments]
     try:
         if how == "module":
             sys.argv.insert(0, "sdxl_fixes.kohya")

@@ -4,12 +4,12 @@ A file's answer is its Namespace, or the sentence that refuses it.
 """
 
 import json
-import os
 import runpy
 import sys
-from pathlib import Path
 
-sys.path.insert(0, os.environ["SD_SCRIPTS"])
+import checkouts
+
+sys.path.insert(0, str(checkouts.first()))
 
 
 def read(file):
@@ -26,7 +26,7 @@ if __name__ == "__main__":
     from sdxl_fixes.flags import FlagError
 
     sdxl_fixes.kohya.install()
-    setup_parser = runpy.run_path(str(Path(os.environ["SD_SCRIPTS"]) / "sdxl_train.py"), run_name="config")["setup_parser"]
+    setup_parser = runpy.run_path(str(checkouts.first() / "sdxl_train.py"), run_name="config")["setup_parser"]
     from library import train_util
 
     print(json.dumps([read(file) for file in sys.argv[1:]], default=str))

@@ -6,12 +6,13 @@
 
 import argparse
 import json
-import os
 import runpy
 import sys
 from pathlib import Path
 
-sys.path.insert(0, os.environ["SD_SCRIPTS"])
+import checkouts
+
+sys.path.insert(0, str(checkouts.first()))
 
 
 def refused(action, value):
@@ -33,7 +34,7 @@ if __name__ == "__main__":
     import sdxl_fixes.kohya
 
     sdxl_fixes.kohya.install()
-    setup_parser = runpy.run_path(str(Path(os.environ["SD_SCRIPTS"]) / script), run_name="recipe")["setup_parser"]
+    setup_parser = runpy.run_path(str(checkouts.first() / script), run_name="recipe")["setup_parser"]
     import toml
     from library import config_util, sdxl_train_util, train_util
 

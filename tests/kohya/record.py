@@ -2,12 +2,13 @@
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, os.environ["SD_SCRIPTS"])
+import checkouts
+
+sys.path.insert(0, str(checkouts.first()))
 import library.custom_train_functions as functions
 import library.train_util as train_util
 import torch
@@ -61,5 +62,5 @@ def record():
 
 
 if __name__ == "__main__":
-    commit = subprocess.run(["git", "-C", os.environ["SD_SCRIPTS"], "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(["git", "-C", str(checkouts.first()), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     Path(sys.argv[1]).write_text(json.dumps({"sd-scripts": commit, **record()}, indent=1) + "\n")

@@ -6,12 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import checkouts
 import pytest
 
 HERE = Path(__file__).resolve().parent
 pytestmark = [
     pytest.mark.kohya,
-    pytest.mark.skipif("SD_SCRIPTS" not in os.environ, reason="set SD_SCRIPTS to a checkout of kohya-ss/sd-scripts v0.10.1 to run"),
+    pytest.mark.skipif(not checkouts.named(), reason=checkouts.SKIP),
 ]
 
 FITS = """
@@ -58,7 +59,7 @@ def test_the_real_reader_takes_what_the_command_line_would_and_refuses_the_rest(
 
 def test_the_trainer_ends_with_the_sentence_and_status_2(tmp_path):
     (tmp_path / "my.toml").write_text('stratified_timesteps = "false"\n')
-    script = Path(os.environ["SD_SCRIPTS"]).resolve() / "sdxl_train.py"
+    script = checkouts.first() / "sdxl_train.py"
     command = [sys.executable, "-m", "sdxl_fixes.kohya", str(script), "--config_file", "my.toml"]
     process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert process.returncode == 2 and "Traceback" not in process.stderr

@@ -6,13 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import checkouts
 import pytest
 import recipes
 
 HERE = Path(__file__).resolve().parent
 pytestmark = [
     pytest.mark.kohya,
-    pytest.mark.skipif("SD_SCRIPTS" not in os.environ, reason="set SD_SCRIPTS to a checkout of kohya-ss/sd-scripts v0.10.1 to run"),
+    pytest.mark.skipif(not checkouts.named(), reason=checkouts.SKIP),
 ]
 
 

@@ -1,18 +1,54 @@
 """Tokens and text encoding under --chunk_buckets against sd-scripts' own classes, in this process. Set SD_SCRIPTS to run these."""
 
-import os
+import gzip
+import importlib.util
+import json
 import random
 import sys
 import types
+from pathlib import Path
 
+import checkouts
 import pytest
+import tiny_assets
 import torch
 from test_real_trainer import assets, pytestmark  # noqa: F401  (fixtures)
 
 from sdxl_fixes import prompts as core
 
-if "SD_SCRIPTS" in os.environ:
-    sys.path.insert(0, os.environ["SD_SCRIPTS"])
+if checkouts.named():
+    sys.path.insert(0, str(checkouts.first()))
+FOLDERS = ("openai_clip-vit-large-patch14", "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k")
+
+
+@pytest.fixture(scope="module", params=["bytes", "clip"])
+def vocabulary(request, assets, tmp_path_factory):  # noqa: F811
+    """Tokenizers in kohya's folders: of bytes, and of CLIP's real vocabulary, which open_clip_torch brings along."""
+    if request.param == "bytes":
+        return str(assets / "tokenizers")
+    found = importlib.util.find_spec("open_clip")
+    if found is None:
+        pytest.skip("CLIP's vocabulary comes with open_clip_torch")
+    lines = gzip.decompress((Path(found.origin).parent / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode().split("\n")
+    merges = lines[1 : 49152 - 256 - 2 + 1]
+    folder = tmp_path_factory.mktemp("clip")
+    for name in FOLDERS:
+        tiny_assets.tokenizer(folder / name)
+        alphabet = list(json.loads((folder / name / "vocab.json").read_text(encoding="utf-8")))[:512]
+        tokens = [*alphabet, *("".join(merge.split()) for merge in merges), "<|startoftext|>", "<|endoftext|>"]
+        (folder / name / "vocab.json").write_text(json.dumps({token: n for n, token in enumerate(tokens)}), encoding="utf-8")
+        (folder / name / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizing(vocabulary):
+    """Upstream's tokenize strategy at 225 tokens and ours."""
+    from library.strategy_sdxl import SdxlTokenizeStrategy
+
+    from sdxl_fixes.kohya.worker import ChunkTokenizeStrategy
+
+    return [kind(225, vocabulary) for kind in (SdxlTokenizeStrategy, ChunkTokenizeStrategy)]
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +99,53 @@ def test_tokens_are_upstreams_without_the_empty_chunks(strategies):
         )
         for a, b in zip((*ids, *weights), (*their_ids, *their_weights), strict=True):
             assert torch.equal(a, b[:, : a.shape[1]])
+
+
+EOS, BOS = "<|endoftext|>", "<|startoftext|>"
+BORDERS = [0, 1, 74, 75, 76, 149, 150, 151, 224, 225, 226]
+
+
+def hostile_captions():
+    """Special tokens in the text, other scripts, nothing at all, and every border between chunks."""
+    yield from ("", " ", "\t\n ", "\u3000", EOS, BOS, EOS * 3, f"{EOS} a", f"a{EOS}b", "<|ENDOFTEXT|>", "<|endoftext|", "&amp;" * 60)
+    yield from ("\N{GRINNING FACE}" * 30, "\N{CJK UNIFIED IDEOGRAPH-732B}" * 80, "\N{CJK UNIFIED IDEOGRAPH-732B} " * 160, "\0" * 100)
+    yield from ("!" * 400, "! " * 151, "a " * 3000, "(a:1.3)", "((a:1.3))" * 40, "[a]" * 80, "(" * 80, "\\(a\\) " * 50, "(a:" * 40)
+    for length in BORDERS:
+        words = "a " * max(0, length - 1)
+        yield from (words + "a", words + EOS, words + BOS, words + f"({EOS}:1.3)", EOS * length, f"{EOS} " * length, words + "!")
+        yield from (EOS + words, "a " * 75 + EOS * max(0, length - 75), "!" * length + EOS, words + "!" * 90)
+    rng = random.Random(5)
+    pieces = ["a", " ", EOS, BOS, "!", "\N{GRINNING FACE}", ",", "(", ")", ":1.3)", "[", "]", "\\", "\n", "don't", "&amp;", "\xe9"]
+    for _ in range(150):
+        yield "".join(rng.choices(pieces, k=rng.randint(0, 240)))
+
+
+def test_no_text_is_taken_for_padding(tokenizing):
+    """What is counted, what is tokenized and what the tokenizer makes of the whole caption: the same number of chunks."""
+    upstream, ours = tokenizing
+    texts = list(hostile_captions())
+    counts = core.count_chunks(ours.tokenizer1, texts)
+    for text, counted in zip(texts, counts, strict=True):
+        tokens = len(ours.tokenizer1(text, truncation=False, verbose=False).input_ids) - 2
+        count = min(3, max(1, -(-tokens // 75)))
+        assert ours.chunks_of(text, False) == min(3, counted) == count, text
+        for mine, theirs in zip(ours.tokenize(text), upstream.tokenize(text), strict=True):
+            assert torch.equal(mine, theirs[:, :count]), text
+
+
+def test_no_emphasized_text_is_taken_for_padding(tokenizing):
+    """The parts of a prompt are tokenized one by one, as upstream parses them: there every token has a part's weight."""
+    upstream, ours = tokenizing
+    for text in hostile_captions():
+        text = f"({text}:1.25)"  # every weight but padding's differs from 1
+        (ids, weights), count = upstream.tokenize_with_weights(text), ours.chunks_of(text, True)
+        if not any(sign in text[1:-6] for sign in "()[]\\:"):
+            used = (weights[0][0, :, 1:-1] == 1.25).any(dim=1).nonzero()
+            assert count == (int(used[-1]) + 1 if len(used) else 1), text
+        mine, my_weights = ours.tokenize_with_weights(text)
+        for a, b in zip((*mine, *my_weights), (*ids, *weights), strict=True):
+            assert torch.equal(a, b[:, :count]), text
+        assert not (weights[0][:, count:] != 1).any(), text
 
 
 def test_a_batch_is_as_long_as_its_longest_prompt(strategies):

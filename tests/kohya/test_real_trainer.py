@@ -1,25 +1,20 @@
 """The unmodified sdxl_train.py and sdxl_train_network.py of sd-scripts, with and without the fixes. Set SD_SCRIPTS to run these."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
+import checkouts
 import pytest
+import runs
 from safetensors import safe_open
 
 from sdxl_fixes import MinSNR, NoiseSchedule
 
-HERE = Path(__file__).resolve().parent
 pytestmark = [
     pytest.mark.kohya,
-    pytest.mark.skipif("SD_SCRIPTS" not in os.environ, reason="set SD_SCRIPTS to a checkout of kohya-ss/sd-scripts v0.10.1 to run"),
+    pytest.mark.skipif(not checkouts.named(), reason=checkouts.SKIP),
 ]
-SCRIPTS = {
-    "sdxl_train.py": (),
-    "sdxl_train_network.py": ("--network_module", "networks.lora", "--network_dim", "4", "--network_alpha", "4"),
-}
+SCRIPTS = ("sdxl_train.py", "sdxl_train_network.py")
 UPSTREAM_FLAGS = (
     *("--loss_type", "huber", "--huber_schedule", "snr", "--min_snr_gamma", "5"),
     *("--zero_terminal_snr", "--v_parameterization", "--ip_noise_gamma", "0.1"),
@@ -28,42 +23,18 @@ UPSTREAM_FLAGS = (
 
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kohya")
-    subprocess.run([sys.executable, str(HERE / "assets.py"), str(folder)], check=True, capture_output=True)
-    return folder
+    return runs.make_assets(tmp_path_factory.mktemp("kohya"))
 
 
 @pytest.fixture
 def train(assets, tmp_path):
-    """train(how, script, *flags) -> (process, trace); ``how`` as launch.py's, or a whole command to put before the script."""
+    """train(how, script, *flags) -> (process, trace); ``how`` as for runs.run()."""
 
     def run(how, script, *flags, steps=3, check=True):
-        trace = tmp_path / "trace.json"
-        trace.unlink(missing_ok=True)
-        common = {
-            "pretrained_model_name_or_path": assets / "model.safetensors",
-            "tokenizer_cache_dir": assets / "tokenizers",
-            "dataset_config": assets / "dataset.toml",
-            "output_dir": tmp_path / "out",
-            "output_name": "out",
-            "save_model_as": "safetensors",
-            "mixed_precision": "no",
-            "max_train_steps": steps,
-            "learning_rate": "1e-4",
-            "seed": 7,
-            "max_data_loader_n_workers": 0,
-            "optimizer_type": "AdamW",
-        }
-        arguments = [str(x) for name, value in common.items() for x in (f"--{name}", value)]
-        before = [sys.executable] if isinstance(how, str) else how[:-1]
-        command = [*before, str(HERE / "launch.py"), how if isinstance(how, str) else how[-1], str(trace), script]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
-        process = subprocess.run(
-            [*command, *arguments, *SCRIPTS[script], *flags], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=600
-        )
+        process, trace = runs.run(how, script, *flags, assets=assets, folder=tmp_path, steps=steps)
         if check and process.returncode:
             raise AssertionError(process.stderr[-3000:])
-        return process, json.loads(trace.read_text()) if trace.exists() else None
+        return process, trace
 
     return run
 

@@ -1,6 +1,5 @@
 """Made up for tests: the names and parameters of sd-scripts' functions, with bodies of our own."""
 
-import torch
 from torch.nn.functional import interpolate
 
 
