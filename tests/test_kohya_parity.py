@@ -63,11 +63,12 @@ def samples(values):
 
 @pytest.mark.parametrize("case", RECORD["thresholds"])
 @pytest.mark.parametrize("kind", ["huber", "smooth_l1"])
-def test_the_losses_delta_is_kohyas_huber_threshold(kind, case, run):
+def test_huber_threshold_is_kohyas_and_the_loss_has_it(kind, case, run):
     schedule, c, scale = case.split()[0], *map(float, case.split()[1:])
     run(loss_type=kind, huber_schedule=schedule, huber_c=c, huber_scale=scale)
     theirs = torch.tensor(RECORD["thresholds"][case]) * (scale if schedule == "snr" else 1)  # kohya forgets the scale there
-    assert kohya_loss.threshold(never, argparse.Namespace(), T, None) is None
+    handed_on = kohya_loss.threshold(never, argparse.Namespace(), T, None)
+    torch.testing.assert_close(handed_on, theirs, rtol=2e-5, atol=0)
     r = theirs.double()  # of a residual as large as kohya's delta the loss tells ours
     loss = kohya_loss.conditional_loss(never, samples(theirs), torch.zeros(len(T), 1, 1, 1), kind, "none")
     loss = loss.flatten().double()
@@ -286,8 +287,8 @@ def test_l2_gradient_of_a_batch_is_that_of_the_weighted_loss(run, later):
     norms = []
 
     def process_batch(trainer, batch, kind, prediction):
-        kohya_loss.threshold(lambda *a: None, None, t, None)
-        loss = kohya_loss.conditional_loss(squared, prediction, torch.zeros_like(r), kind, "none", None)
+        delta = kohya_loss.threshold(lambda *a: None, None, t, None)
+        loss = kohya_loss.conditional_loss(squared, prediction, torch.zeros_like(r), kind, "none", delta)
         loss = loss.mean([1, 2, 3]) * (1.0 if later is None else batch["loss_weights"])
         return kohya_loss.weighted(squared, loss, t, None, 5.0, True).mean()
 
@@ -312,10 +313,10 @@ def test_v_prediction_huber_snr_stays_on_the_accelerator(run):
         noisy = made.add_noise(x, x, t)
         kohya_noise.noised(lambda *a: (x, noisy, t), None, made, x)
         target = made.get_velocity(x, x, t)
-        assert kohya_loss.threshold(never, None, t, made) is None
-        loss = kohya_loss.conditional_loss(never, noisy, target, "huber", "none", None).mean([1, 2, 3])
+        delta = kohya_loss.threshold(never, None, t, made)
+        loss = kohya_loss.conditional_loss(never, noisy, target, "huber", "none", delta).mean([1, 2, 3])
         loss = kohya_loss.weighted(never, loss, t, made, 5.0, True)
-    assert loss.device.type == "lazy" and loss.shape == (2,) and made.alphas_cumprod.device.type == "cpu"
+    assert loss.device.type == delta.device.type == "lazy" and loss.shape == (2,) and made.alphas_cumprod.device.type == "cpu"
 
 
 PREVIEWS = {
