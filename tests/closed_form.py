@@ -37,7 +37,7 @@ def loss(
     mask=None,
     later=None,
 ):
-    """The mean over all elements of rho m g w u, and of ``later``: weights [B] that the trainer itself applies.
+    """The mean over all elements of rho m g w u, and of ``later``, weights [B] of the trainer's own.
 
     The mask is [B, 1, H, W]."""
     t, r = timesteps, prediction.double() - target.double()
@@ -93,7 +93,7 @@ def weights(gamma):
 
 
 def covering(rows, strength=3):
-    """Some of ``rows``, chosen greedily: every ``strength`` values that occur together in a row do so in one of them."""
+    """Some of ``rows``, greedily: every ``strength`` values that a row has together one of them has."""
     places = list(itertools.combinations(range(len(rows[0])), strength))
     sets = {row: {tuple((k, row[k]) for k in chosen) for chosen in places} for row in rows}
     open_ = set().union(*sets.values())

@@ -37,7 +37,7 @@ def environment(monkeypatch):
 
 
 def run(folder, base, *flags, how="module"):
-    """The steps of a training into ``folder``; ``how``: module (what the launcher does), install, unpatched."""
+    """The steps of a training into ``folder``; ``how``: module (as the launcher), install, unpatched."""
     folder.mkdir(exist_ok=True)
     words = [str(SCRIPT), "--pretrained_model_name_or_path", str(base), "--output_dir", str(folder), *flags]
     before = sys.argv

@@ -34,7 +34,7 @@ def train(tmp_path_factory):
 def expected(step, prior, abar, v, **form):
     """The step's loss, from what the script recorded.
 
-    With prior preservation each half is a loss of its own, and the script adds the two: "batch" means the half."""
+    With prior preservation each half is a loss of its own, and the script adds them: "batch" means the half."""
     parts = (step["model_pred"], step["target"], step["timesteps"])
     halves = zip(*(part.chunk(2) for part in parts), strict=True) if prior else [parts]
     return sum(loss(*half, abar, v=v, **form) for half in halves)
@@ -67,9 +67,9 @@ def test_every_combination_is_the_closed_form(train):
 @pytest.mark.parametrize("timesteps", ["stratified", "terminal"])
 @pytest.mark.parametrize("name", ["l2", "l1"])
 def test_min_snr_with_a_timestep_sampler_weights_once(train, name, timesteps, prior):
-    """Three fixes have their place in one function, F.mse_loss. Each once had a row of its own in the patch table:
-    --snr_gamma with --stratified_timesteps trained on squared weights, and with prior preservation each half of
-    a batch got the other's timesteps."""
+    """Three fixes have their place in one function, F.mse_loss. Each once had a row of its own in the table:
+    --snr_gamma with --stratified_timesteps trained on squared weights, and with prior preservation each half
+    of a batch got the other's timesteps."""
     flags, abar, v = SCHEDULES["v, zero SNR"]
     sampled, form = TIMESTEPS[timesteps]
     form = dict(loss=name, min_snr=5.0, **form)
