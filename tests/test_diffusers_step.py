@@ -34,7 +34,7 @@ def train(tmp_path_factory):
 def expected(step, prior, abar, v, **form):
     """The step's loss, from what the script recorded.
 
-    With prior preservation each half is a loss of its own, and the script adds them: "batch" means the half."""
+    With prior preservation each half is a loss of its own; the script adds them: "batch" means the half."""
     parts = (step["model_pred"], step["target"], step["timesteps"])
     halves = zip(*(part.chunk(2) for part in parts), strict=True) if prior else [parts]
     return sum(loss(*half, abar, v=v, **form) for half in halves)
