@@ -1,4 +1,4 @@
-"""What the package says: on standard error, from the main process, by one logger, drawing no random number."""
+"""What the package says: on standard error, from the main process, by one logger, without random numbers."""
 
 import importlib
 import io

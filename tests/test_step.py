@@ -33,7 +33,7 @@ HUBERS = [(kind, gradient) for kind in ("huber", "smooth_l1") for gradient in (N
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("kind", "gradient"), [("l2", None), ("l1", None), *HUBERS])
 def test_mask_importance_and_the_trainers_own_weights(kind, gradient, masked, later):
-    """``later`` is in the gain of l2_gradient="batch", not in the result, which the trainer multiplies by it."""
+    """``later`` is in the gain of l2_gradient="batch", not in the result: the trainer multiplies by it."""
     function = Loss(kind) if kind in ("l2", "l1") else ScheduledHuber(kind, l2_gradient=gradient)
     step_loss, (prediction, target) = StepLoss(SCHEDULE, "v_prediction", function, MIN_SNR), tensors()
     m = mask() if masked else None
