@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import runpy
 import shutil
 import sys
@@ -100,6 +101,33 @@ def test_patched_with_nothing_on_is_bit_identical(train, how, flags):
 
 def test_fixes_none_leaves_upstreams_own_flags_to_upstream(train):
     assert same(train("--snr_gamma", "5", "--fixes", "none"), train("--snr_gamma", "5", how="unpatched"))
+
+
+@pytest.mark.parametrize("how", ["module", "install"])
+def test_fixes_none_is_upstream_under_any_flags(train, how, capsys):
+    flags = ("--zero_terminal_snr", *V, "--loss_type", "huber", "--min_snr_floor", "--ip_noise_gamma", "0.1")
+    more = ("--stratified_timesteps", "--terminal_timestep_share", "0.3", "--float32_noising")
+    more += ("--stable_loss_steps", "1", "--max_token_length", "225", "--chunk_buckets")
+    none = train("--snr_gamma", "5", *flags, *more, "--fixes", "none", how=how)
+    said = capsys.readouterr().err
+    assert same(none, train("--snr_gamma", "5", how="unpatched"))
+    assert "in huggingface/diffusers example: no fix is on, it trains as upstream does\n" in said
+    (dropped,) = [line for line in said.splitlines() if "no effect" in line]
+    assert dropped.startswith("sdxl-fixes: WARNING: --fixes none: --zero_terminal_snr, ")
+    ours = (flag[2:] for flag in (*flags, *more) if flag.startswith("--"))
+    assert set(ours) == set(re.findall(r"--(\w+)", dropped)) - {"fixes"}
+
+
+def test_flags_of_a_fix_that_is_switched_off_are_dropped_with_a_warning(train, capsys):
+    """The fix is off, nothing half-follows its flags, and what else is on stays so."""
+    flags = ("--zero_terminal_snr", *V, "--snr_gamma", "5")
+    without = train(*flags, "--loss_type", "huber", "--huber_c", "0.2", "--fixes", "all,-loss")
+    said = capsys.readouterr().err
+    assert "WARNING: --fixes all,-loss: --loss_type, --huber_c have no effect\n" in said and "l2 loss" in said
+    assert same(without, train(*flags))
+    train(*flags, "--fixes", "all,-weighting")
+    said = capsys.readouterr().err
+    assert "WARNING: --fixes all,-weighting: weighting is upstream's own, though flags ask for it\n" in said
 
 
 def test_uninstall_puts_everything_back(train):
@@ -219,7 +247,9 @@ def test_a_checkpoint_resumes_its_strata_and_only_on_its_own_schedule(train, tmp
 
 def test_a_fix_that_is_never_reached_ends_the_run_in_its_first_step(train, tmp_path):
     message = refusal(train, "--loss_type", "huber", "--no_loss")
-    assert "loss asked for but never reached in the first training step" in message and not (tmp_path / "out" / "steps.pt").exists()
+    assert "loss asked for but not reached in this training step" in message
+    assert "--fixes all,-loss" in message
+    assert not (tmp_path / "out" / "steps.pt").exists()
 
 
 def test_a_run_that_saved_no_record_says_so_at_its_end(train):
@@ -231,7 +261,6 @@ def test_a_run_that_saved_no_record_says_so_at_its_end(train):
     [
         (("--terminal_sigma", "nan"), "--terminal_sigma nan: terminal sigma must be above"),
         (("--min_snr_floor",), "--min_snr_floor needs --snr_gamma"),
-        (("--loss_type", "huber", "--fixes", "all,-loss"), "--loss_type needs the fix 'loss', which --fixes all,-loss switches off"),
         (("--fixes", "everything"), "unknown fix 'everything'"),
         (("--max_token_length", "225"), "the fix 'prompts', which your flags ask for, does not fit"),
         (("--max_token_length", "75"), "expected more than the 75 tokens"),
@@ -257,16 +286,28 @@ def test_an_edm_model_keeps_its_sigmas(train, base):
 def test_the_report_names_what_is_on(train, capsys):
     train("--terminal_sigma", "300", *V)
     report = capsys.readouterr().err
-    assert "  schedule   on   v_prediction, terminal sigma 300 instead of 14.61" in report
-    assert "  loss       off  no flag asks for it (--loss_type huber, smooth_l1, l1)" in report
+    for line in (
+        "sdxl-fixes: 0.1.0 in huggingface/diffusers example",
+        "  objective  v_prediction on sigma to 300 (0.33 % of the image left; SDXL's own: 6.8 %); l2 loss",
+        "  weights    every timestep counts the same",
+        "  data       timesteps drawn uniformly",
+    ):
+        assert f"{line}\n" in report
+    assert "  file       schedule record; validation images sample the same\n" in report
+    flags = ("--zero_terminal_snr", *V, "--loss_type", "huber", "--snr_gamma", "5")
+    train(*flags, "--ip_noise_gamma", "0.1", "--stratified_timesteps")
+    report = capsys.readouterr().err
+    assert "zero terminal SNR (nothing of the image left; SDXL's own: 6.8 %); huber loss, delta" in report
+    assert "input perturbation 0.1\n  weights    min-SNR, gamma 5, without a floor\n" in report
+    assert "  data       timesteps stratified over the optimizer step\n" in report
 
 
 def test_the_report_warns_of_a_step_that_is_not_learnt(train, capsys):
-    lost = "0 at the last timestep, which is then not learnt"
+    lost = "WARNING: min-SNR without --min_snr_floor gives the noisy half of the timesteps little weight"
     for flags, said in ((("--snr_gamma", "5"), True), (("--snr_gamma", "5", "--min_snr_floor"), False)):
         train("--zero_terminal_snr", *flags, *V)
         assert (lost in capsys.readouterr().err) == said
-    train("--snr_gamma", "5", *V)
+    train("--snr_gamma", "5")  # epsilon: the weight at the last timestep is that of the others
     assert lost not in capsys.readouterr().err
 
 
@@ -308,10 +349,13 @@ def test_weights_of_the_stock_schedule_are_the_scripts_where_those_are_right(cas
         "checked_caches": False,
         "pretrained_model_name_or_path": str(base(prediction_type=prediction_type)),
     }
-    run = start(argparse.Namespace(**args), PatchSet(()))
+    run = start(argparse.Namespace(fixes=None, **args), PatchSet(()))
     for step in RECORD["min-SNR"][case]:
-        weights = run.sample_weights(torch.tensor(step["timesteps"])).double()
-        ours = (weights * torch.tensor(step["errors"], dtype=torch.float64)).mean().item()
+        timesteps, errors = torch.tensor(step["timesteps"]), torch.tensor(step["errors"], dtype=torch.float64)
+        ours = (run.step_loss.weights(timesteps).double() * errors).mean().item()
+        residual = errors.sqrt().float().reshape(-1, 1, 1, 1)  # as the adapter asks for the loss
+        loss = run.step_loss(residual, torch.zeros_like(residual), timesteps)
+        assert loss.item() == pytest.approx(ours, rel=1e-5)
         if script == "dreambooth" and prediction_type == "v_prediction":  # upstream: min(SNR, gamma)/SNR + 1, never below 1
             assert ours < 0.9 * step["loss"]
         else:
@@ -331,17 +375,17 @@ class Tokenizer:
 
 
 @pytest.fixture
-def script(monkeypatch):
+def script():
     """script(**args): a session whose script is this module."""
 
     def begin(fixes=("prompts", "crops", "caches"), **args):
-        run = argparse.Namespace(on=frozenset(fixes), args=argparse.Namespace(**args), step={})
-        monkeypatch.setattr(SESSION, "run", run)
-        monkeypatch.setattr(SESSION, "script", globals())
-        monkeypatch.setattr(SESSION, "patches", PatchSet(()))
-        return run
+        SESSION.reset()
+        SESSION.begin(argparse.Namespace(on=frozenset(fixes), args=argparse.Namespace(**args)))
+        SESSION.script = globals()
+        return SESSION
 
-    return begin
+    yield begin
+    SESSION.reset()
 
 
 def words(count):
@@ -349,12 +393,12 @@ def words(count):
 
 
 def test_captions_become_chunks_of_75_with_their_own_ends_and_the_limit_is_reported(script, capsys):
-    run = script(max_token_length=150)
+    session = script(max_token_length=150)
     ids = prompts.tokenize(Tokenizer.__call__, Tokenizer(), [words(3), words(76), words(200)], padding="max_length")["input_ids"]
     rows = ids.reshape(3, 2, 77).tolist()
     assert rows[0] == [[8, 5, 5, 5, 9, *[0] * 72], [8, 9, *[0] * 75]]
     assert rows[1] == [[8, *[5] * 75, 9], [8, 5, 9, *[0] * 74]] and rows[2] == [[8, *[5] * 75, 9]] * 2
-    assert run.step["chunks"] == [1, 2, 2]
+    assert session.chunks == [1, 2, 2] and session.has_reached("prompts")
     assert (
         "1 captions so far are longer than --max_token_length 150 and were cut there; the longest has 200 tokens" in capsys.readouterr().err
     )

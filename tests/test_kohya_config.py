@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from sdxl_fixes.flags import FLAGS, FlagError, Settings, add_flags
-from sdxl_fixes.kohya import buckets, flags
+from sdxl_fixes.kohya import chunk_flags, flags
+from sdxl_fixes.kohya import run as kohya_run
 from sdxl_fixes.trainers import run as core
 
 CONFIG = "my.toml"
@@ -106,9 +107,12 @@ def test_no_flag_is_forgotten(name):
 
 def test_every_argument_that_the_adapter_reads_is_checked():
     files = [*Path(flags.__file__).parent.glob("*.py"), Path(core.__file__)]
-    found = {name for file in files for name in re.findall(r'args(?:\.|, ")([a-z_0-9]+)', file.read_text(encoding="utf-8"))}
+    reads = re.compile(r'(?:args(?:\.|, ")|given\.get\(")([a-z_0-9]+)')
+    found = {name for file in files for name in reads.findall(file.read_text(encoding="utf-8"))}
     assert {"v_parameterization", "seed", "max_token_length", "fixes"} <= found  # the search finds
     assert found - {*flags.NAMES, *flags.READ} == {"config_file"}
+    for fix in kohya_run.FIXES.values():
+        assert {*fix.flags, *fix.needs, *fix.options, *fix.parts} <= {*flags.NAMES, *flags.READ}
 
 
 def test_the_command_line_overrides_a_wrong_value():
@@ -169,7 +173,7 @@ def test_values_are_checked_without_the_trainers_parser_too():
             Settings.from_args(argparse.Namespace(**{name: [1]}))
     with pytest.raises(FlagError, match="--stratified_timesteps: expected true or false, without quotes, got 'false'"):
         Settings.from_args(argparse.Namespace(stratified_timesteps="false"))
-    options = buckets.Options.from_args(argparse.Namespace(chunk_buckets=True, max_token_length="225"))
+    options = chunk_flags.Options.from_args(argparse.Namespace(chunk_buckets=True, max_token_length="225"))
     assert options is not None and options.limit == 3
     with pytest.raises(FlagError, match="--chunk_buckets: expected true or false"):
-        buckets.Options.from_args(argparse.Namespace(chunk_buckets="false", max_token_length=225))
+        chunk_flags.Options.from_args(argparse.Namespace(chunk_buckets="false", max_token_length=225))

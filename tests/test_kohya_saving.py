@@ -13,23 +13,20 @@ from sdxl_fixes.kohya import run as kohya_run
 from sdxl_fixes.kohya.run import SESSION
 from sdxl_fixes.safetensors_header import ROOM_KEY
 from sdxl_fixes.stamp import stamp_file
-from sdxl_fixes.trainers.patching import PatchSet
 
 SDXL = NoiseSchedule.sdxl()
 
 
 @pytest.fixture
-def start(capsys, monkeypatch):
+def start(capsys):
     """Start a run as the trainer's arguments do; returns it and what was printed."""
 
     def run(base, **flags):
-        monkeypatch.setattr(SESSION, "patches", PatchSet(()))
-        monkeypatch.setattr(
-            SESSION, "run", kohya_run.start(argparse.Namespace(pretrained_model_name_or_path=str(base), **flags), SESSION.patches)
-        )
+        SESSION.begin(kohya_run.start(argparse.Namespace(pretrained_model_name_or_path=str(base), **flags)))
         return SESSION.run, capsys.readouterr().err
 
-    return run
+    yield run
+    SESSION.reset()
 
 
 V_ZERO = dict(v_parameterization=True, zero_terminal_snr=True)

@@ -9,10 +9,11 @@ import torch
 from sdxl_fixes import Debiased, MinSNR, NoiseSchedule, Objective, ScheduledHuber
 from sdxl_fixes.diffusers import validation as diffusers_adapter
 from sdxl_fixes.diffusers.anchors import missing
+from sdxl_fixes.errors import FixError
 from sdxl_fixes.flags import FlagError, Settings
+from sdxl_fixes.kohya import noise as kohya_noise
 from sdxl_fixes.kohya import validation as kohya_adapter
 from sdxl_fixes.kohya.run import SESSION, start
-from sdxl_fixes.trainers.patching import PatchSet
 from sdxl_fixes.trainers.stable_loss import StableLoss, _number
 from sdxl_fixes.validation import Validation
 
@@ -190,9 +191,8 @@ def test_a_resumed_run_goes_on_with_the_same_images(tmp_path, capsys):
         assert "no images of an earlier stable loss here" in capsys.readouterr().err
     assert not stable(images=4, folder=tmp_path).complete  # not resumed: begins anew
     (tmp_path / "stable_loss_1_of_1.safetensors").write_bytes(b"nothing of the kind")
-    with pytest.raises(
-        RuntimeError, match=r"sdxl-fixes: .*stable_loss_1_of_1\.safetensors is not what a run with --stable_loss_steps wrote"
-    ):
+    said = r"stable_loss_1_of_1\.safetensors is not what a run with --stable_loss_steps wrote .*: remove it"
+    with pytest.raises(FixError, match=said):
         stable(images=4, folder=tmp_path, resumed=True)
 
 
@@ -217,14 +217,14 @@ def test_bfloat16_latents_and_inputs(tmp_path):
 def test_a_call_that_cannot_be_kept_is_refused(arguments, sentence):
     loss = stable()
     loss.noised(torch.zeros(2, 4, 4, 4))
-    with pytest.raises(RuntimeError, match=sentence):
+    with pytest.raises(FixError, match=sentence):
         loss.called(Network(), *arguments)
 
 
 def test_a_network_that_is_dealt_out_is_refused():
     process = Process(Network())
     process.distributed_type = "FSDP"
-    with pytest.raises(RuntimeError, match="sdxl-fixes: --stable_loss_steps needs the whole U-Net in every process"):
+    with pytest.raises(FixError, match=r"^--stable_loss_steps needs the whole U-Net in every process"):
         stable().step(1, process)
 
 
@@ -250,21 +250,39 @@ def kohya(tmp_path):
     """kohya(**flags): a run of the kohya adapter without a trainer, and the loss it keeps."""
 
     def begin(**flags):
-        SESSION.run = start(argparse.Namespace(fixes="all", output_dir=str(tmp_path), **flags), PatchSet(()))
+        SESSION.begin(start(argparse.Namespace(fixes="all", output_dir=str(tmp_path), **flags)))
         return SESSION.run.stable_loss
 
     yield begin
-    SESSION.run, SESSION.patches = None, PatchSet(())
+    SESSION.reset()
+
+
+class Count:
+    """How often each mark of a session's work was reached."""
+
+    def __init__(self, session, monkeypatch):
+        self.calls, upstream = {}, session.reached
+
+        def reached(mark):
+            self.calls[mark] = self.calls.get(mark, 0) + 1
+            upstream(mark)
+
+        monkeypatch.setattr(session, "reached", reached)
 
 
 def train_as_kohya(network, data, args, accelerator, steps):
     """One example a micro-step, two micro-steps an optimizer step; returns what upstream's functions were given."""
     given = []
+
+    def noised(*received):
+        given.append(received)
+        return None, None, torch.zeros(1, dtype=torch.long)
+
     kohya_adapter.step_done(lambda *received: given.append(received), "pipe", accelerator, args, 0, 0, "rest")  # --sample_at_first
     for step in range(1, steps + 1):
         for example in data[2 * step - 2 : 2 * step]:
             latents, text, ids = (part[None] for part in example)
-            kohya_adapter.noised(lambda *received: given.append(received), args, "scheduler", latents)
+            kohya_noise.noised(noised, args, "scheduler", latents)
             kohya_adapter.called(Network.forward, network, latents, torch.zeros(1), text, {"time_ids": ids})
         kohya_adapter.step_done(lambda *received: given.append(received), "pipe", accelerator, args, None, step, "rest")
     kohya_adapter.step_done(lambda *received: given.append(received), "pipe", accelerator, args, 1, steps, "rest")
@@ -280,8 +298,8 @@ class Tracker:
 
 
 @pytest.mark.parametrize("flags", [{}, {"stable_loss_steps": 1}])
-def test_a_compiled_network_stays_one_graph_and_is_not_kept(kohya, flags):
-    loss, network = kohya(**flags), Network().eval()
+def test_a_compiled_network_stays_one_graph_and_is_not_kept(kohya, flags, monkeypatch):
+    loss, network, count = kohya(**flags), Network().eval(), Count(SESSION, monkeypatch)
     latents, text, ids = (part[None] for part in examples(1)[0])
 
     def forward(*args):
@@ -291,29 +309,29 @@ def test_a_compiled_network_stays_one_graph_and_is_not_kept(kohya, flags):
     if loss:
         loss.noised(latents)
     arguments = latents, torch.zeros(1), text, {"time_ids": ids}
-    assert torch.equal(compiled(*arguments), network(*arguments)[0]) and SESSION.patches.calls == {}
+    assert torch.equal(compiled(*arguments), network(*arguments)[0]) and count.calls == {}
     assert loss is None or not loss.kept
 
 
 @pytest.mark.parametrize("network_trainer", [False, True])
-def test_kohyas_trainers_log_after_every_second_optimizer_step(kohya, network_trainer):
+def test_kohyas_trainers_log_after_every_second_optimizer_step(kohya, network_trainer, monkeypatch, capsys):
     extra = dict(network_module="networks.lora", network_train_unet_only=False, cache_text_encoder_outputs=False)
     flags = dict(
         stable_loss_steps=2, stable_loss_images=4, min_snr_gamma=5.0, v_parameterization=True, **(extra if network_trainer else {})
     )
-    loss, network = kohya(**flags), Network()
-    accelerator, direct = Process(network), []
+    loss, network, count = kohya(**flags), Network(), Count(SESSION, monkeypatch)
+    said, accelerator, direct = capsys.readouterr().err, Process(network), []
     accelerator.trackers = [Tracker("tensorboard"), Tracker("wandb")]
     accelerator.log = lambda values, step: direct.append((step, values))
     given = train_as_kohya(network, examples(), argparse.Namespace(**flags), accelerator, 4)
-    assert len(given) == 8 + 6 and len(loss.kept) == 4 and SESSION.patches.calls == {"validation": 8}
+    assert len(given) == 8 + 6 and len(loss.kept) == 4 and count.calls == {"validation": 8}
     if network_trainer:  # as it logs its own loss: wandb's steps are its calls
         assert [step for step, _ in accelerator.trackers[0].logged] == [2, 4] and not direct
         assert [(step, values["global_step"]) for step, values in accelerator.trackers[1].logged] == [(None, 2), (None, 4)]
     else:
         assert [step for step, _ in direct] == [2, 4] and "stable_loss/loss_unweighted/t999" in direct[0][1]
-    stands = "their text embeddings stay as first seen" in SESSION.run.report(PatchSet(()), SESSION.run.on, set(SESSION.run.on))
-    assert stands == network_trainer
+    assert ("WARNING: --stable_loss_steps: text embeddings stay as first seen" in said) == network_trainer
+    assert "stable loss of 4 images every 2 steps\n" in said
 
 
 def test_the_loss_is_that_of_the_flags(kohya):
@@ -324,19 +342,19 @@ def test_the_loss_is_that_of_the_flags(kohya):
     assert objective.schedule == ZERO and objective.loss_function == ScheduledHuber() and objective.perturbation is None
 
 
-def test_nothing_is_kept_without_the_flag(kohya):
+def test_nothing_is_kept_without_the_flag(kohya, monkeypatch):
     assert kohya() is None and "validation" not in SESSION.run.on
-    network = Network()
-    train_as_kohya(network, examples(), argparse.Namespace(), Process(network), 2)
-    assert SESSION.patches.calls == {}
+    network, count = Network(), Count(SESSION, monkeypatch)
+    assert len(train_as_kohya(network, examples(), argparse.Namespace(), Process(network), 2)) == 4 + 4
+    assert count.calls == {}
 
 
 def test_diffusers_scripts_log_at_synchronised_steps_only(monkeypatch):
     network, loss = Network(), stable(images=2)
     session = diffusers_adapter.SESSION
     monkeypatch.setattr(session, "run", argparse.Namespace(stable_loss=loss, on={"validation"}))
-    monkeypatch.setattr(session, "patches", PatchSet(()))
     monkeypatch.setattr(session, "script", globals())
+    count = Count(session, monkeypatch)
     for latents, text, ids in examples(2):
         loss.noised(latents[None])
         diffusers_adapter.called(Network.forward, network, latents[None], torch.zeros(1), text[None], added={"time_ids": ids[None]})
@@ -344,7 +362,7 @@ def test_diffusers_scripts_log_at_synchronised_steps_only(monkeypatch):
     for step, synchronised in ((1, True), (1, False), (2, False), (2, True), (3, False), (4, False), (4, True)):
         process.sync_gradients = synchronised
         diffusers_adapter.log(lambda accelerator, values, step: logged.append((step, *values)), process, {"loss": 1.0}, step=step)
-    assert session.patches.calls == {"validation": 2}
+    assert count.calls == {"validation": 2}
     ours = [(2, "stable_loss/loss"), (4, "stable_loss/loss")]
     theirs = [(step, "loss") for step in (1, 1, 2, 2, 3, 4, 4)]
     assert [entry[:2] for entry in logged] == [*theirs[:4], ours[0], *theirs[4:], ours[1]]

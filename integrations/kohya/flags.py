@@ -23,7 +23,7 @@ NAMES = (*FLAGS, *chunk_flags.FLAGS, "fixes")  # what a misspelt key may have me
 READ = (  # kohya's own that we read beside them
     *("v_parameterization", "v_pred_like_loss", "scale_v_pred_loss_like_noise_pred", "cache_text_encoder_outputs", "weighted_captions"),
     *("max_token_length", "min_timestep", "max_timestep", "seed", "gradient_accumulation_steps"),
-    *("dataset_class", "pretrained_model_name_or_path", "output_dir", "resume", "masked_loss"),
+    *("dataset_class", "pretrained_model_name_or_path", "output_dir", "resume", "masked_loss", "prior_loss_weight"),
     *("train_text_encoder", "network_module", "network_train_unet_only", "network_weights", "save_model_as"),
 )
 ALIKE = 0.85  # difflib's ratio; noise_offset_type, which kohya_ss writes and sd-scripts ignores, has 0.83 with noise_offset
