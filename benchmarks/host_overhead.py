@@ -5,6 +5,7 @@ with fixes on, in turn, in one process; a step's time is its median over the run
 own functions. On a GPU such microseconds are hidden behind the device's work; what counts there is that no step waits for the device.
 """
 
+import itertools
 import statistics
 import sys
 import tempfile
@@ -37,7 +38,7 @@ def main() -> None:
             for name, (how, flags) in CASES.items():
                 run(root, "sdxl_train.py", "--max_train_steps", str(steps), *flags, how=how)
                 times = torch.load(root / "out" / "times.pt")
-                found[name].append(1e6 * statistics.median(b - a for a, b in zip(times, times[1:], strict=False)))
+                found[name].append(1e6 * statistics.median(b - a for a, b in itertools.pairwise(times)))
     print("| case | us per step, median of the runs | least | over unpatched |\n|---|---|---|---|")
     base = statistics.median(found["unpatched"])
     for name, values in found.items():

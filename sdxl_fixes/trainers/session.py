@@ -94,7 +94,8 @@ class Session:
             if self.launched or self._training():
                 raise FixError(
                     f"training begins, and this {self.name} has not shown its arguments where we look for them, so no fix is on: "
-                    f"nothing was trained. It may be newer than this plugin: update sdxl-fixes, or start the script without it ({self._look()})"
+                    "nothing was trained. It may be newer than this plugin: update sdxl-fixes, or start the script without it "
+                    f"({self._look()})"
                 )
             return
         early = [path for path, patch in self._early.items() if run.on & set(patch.fixes)] if self._early else []
