@@ -7,18 +7,15 @@ import io
 import json
 import math
 import re
-import runpy
-import shutil
 import sys
-from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+from made_up_script import DATA, SCRIPT, environment, model, run
 from safetensors import safe_open
 
-import sdxl_fixes.diffusers
 from sdxl_fixes import NoiseSchedule
 from sdxl_fixes.cli import main as cli
 from sdxl_fixes.diffusers import buckets, caches, crops, prompts
@@ -27,13 +24,6 @@ from sdxl_fixes.diffusers.anchors import missing
 from sdxl_fixes.diffusers.run import SESSION, start
 from sdxl_fixes.trainers.patching import PatchSet
 
-DATA = Path(__file__).parent / "data"
-SCRIPT = DATA / "made_up_sdxl.py"
-SDXL = {
-    "_class_name": "EulerDiscreteScheduler",
-    **{"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000},
-    **{"prediction_type": "epsilon", "timestep_spacing": "leading", "steps_offset": 1},
-}
 V = ("--prediction_type", "v_prediction")
 
 
@@ -47,36 +37,18 @@ def abar(change=None):
 @pytest.fixture
 def base(tmp_path):
     """base(**changes): a model folder that has a scheduler alone."""
-
-    def make(**changes):
-        folder = tmp_path / "base"
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / "scheduler").mkdir(parents=True)
-        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({**SDXL, **changes}))
-        return folder
-
-    return make
+    return lambda **changes: model(tmp_path, **changes)
 
 
 @pytest.fixture
 def train(base, tmp_path, monkeypatch):
     """train(*flags, how=...) runs the script in this process and returns its steps; ``how`` is module, install or unpatched."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.syspath_prepend(str(DATA))
+    environment(monkeypatch)
 
-    def run(*flags, how="module", model=None, out="out"):
-        folder = tmp_path / out
-        folder.mkdir(exist_ok=True)
-        arguments = ["--pretrained_model_name_or_path", str(model or base()), "--output_dir", str(folder), *flags]
-        monkeypatch.setattr(sys, "argv", [*(["sdxl_fixes.diffusers"] if how == "module" else []), str(SCRIPT), *arguments])
-        if how == "install":
-            sdxl_fixes.diffusers.install()
-        launch() if how == "module" else runpy.run_path(str(SCRIPT), run_name="__main__")
-        sdxl_fixes.diffusers.uninstall()
-        return torch.load(folder / "steps.pt")
+    def train(*flags, how="module", model=None, out="out"):
+        return run(tmp_path / out, model or base(), *flags, how=how)
 
-    yield run
-    sdxl_fixes.diffusers.uninstall()
+    return train
 
 
 def refusal(train, *flags, status=1, **kwargs):

@@ -14,7 +14,7 @@ from recipes import ADAFACTOR, FULL, KEPT, LORA, LORA_32, RECOMPUTED, TEXT_ENCOD
 
 from sdxl_fixes import NoiseSchedule
 from sdxl_fixes.flags import FLAGS, Settings, add_flags
-from sdxl_fixes.kohya import buckets
+from sdxl_fixes.kohya import chunk_flags
 from sdxl_fixes.kohya.flags import add_arguments
 
 PAGE = recipes.FOLDER.parent.parent / "docs" / "recipes.md"
@@ -72,7 +72,7 @@ def test_our_flags_in_a_recipe_are_flags_of_ours_that_make_sense_together(recipe
     parser = argparse.ArgumentParser()
     add_flags(parser)  # with those that upstream has too
     add_arguments(lambda parser: None, parser)
-    ours = {key: value for key, value in recipes.keys(recipe).items() if key in {**FLAGS, **buckets.FLAGS}}
+    ours = {key: value for key, value in recipes.keys(recipe).items() if key in {**FLAGS, **chunk_flags.FLAGS}}
     arguments = [f"--{key}" if value is True else f"--{key}={value}" for key, value in ours.items()]
     args = parser.parse_args(arguments)
     assert {key: getattr(args, key) for key in ours} == ours
@@ -80,7 +80,7 @@ def test_our_flags_in_a_recipe_are_flags_of_ours_that_make_sense_together(recipe
     assert settings.schedule() == (NoiseSchedule.sdxl().zero_terminal_snr() if v else NoiseSchedule.sdxl())
     assert recipes.keys(recipe).get("v_parameterization", False) == v
     assert settings.stratified_timesteps and settings.min_snr_gamma == 5 and args.chunk_buckets
-    buckets.Options.from_args(argparse.Namespace(**{**recipes.keys(recipe), **vars(args)}))
+    chunk_flags.Options.from_args(argparse.Namespace(**{**recipes.keys(recipe), **vars(args)}))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)

@@ -1,0 +1,103 @@
+"""The loss of a training step as the papers have it, in float64, from a step that a script recorded.
+
+And flags, with what they mean in it."""
+
+import itertools
+
+import numpy as np
+import torch
+
+
+def alphas_cumprod(zero_snr=False, beta_end=0.012):
+    """By the formulas of latent diffusion and of arXiv:2305.08891, float64."""
+    abar = np.cumprod(1 - np.linspace(0.00085**0.5, beta_end**0.5, 1000) ** 2)
+    if zero_snr:
+        root = np.sqrt(abar)
+        abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return torch.from_numpy(abar)
+
+
+LAST_SIGMA = float(1 / alphas_cumprod()[-1] - 1) ** 0.5  # of SDXL's own schedule: 14.6
+
+
+def loss(
+    prediction,
+    target,
+    timesteps,
+    abar,
+    *,
+    v=True,
+    loss="l2",
+    c=0.1,
+    gradient=None,
+    min_snr=None,
+    floor=False,
+    debiased=False,
+    share=0.0,
+    mask=None,
+    later=None,
+):
+    """The mean over all elements of rho m g w u, and of ``later``: weights [B] that the trainer itself applies.
+
+    The mask is [B, 1, H, W]."""
+    t, r = timesteps, prediction.double() - target.double()
+    column = (slice(None), None, None, None)
+    snr = abar[t] / (1 - abar[t])
+    delta = ((1 - c) / (1 + snr**-0.5) ** 2 + c)[column]
+    root = torch.sqrt(r**2 + delta**2)
+    smooth = 2 * (root - delta)
+    rho = {"l2": r**2, "l1": r.abs(), "smooth_l1": smooth, "huber": delta * smooth}[loss]
+    slope = {"l2": 2 * r, "l1": r.sign(), "smooth_l1": 2 * r / root, "huber": 2 * delta * r / root}[loss]
+    m = torch.ones(1, 1, 1, 1, dtype=torch.float64) if mask is None else mask.double()
+    w = torch.ones(len(t), dtype=torch.float64)
+    if min_snr:
+        w = w * ((snr + floor).clamp(max=min_snr) / (snr + 1) if v else min_snr / snr.clamp(min=min_snr))
+    if debiased:
+        # eps has no limit at SNR 0
+        w = w / (snr.clamp(max=1000) + 1 if v else snr.clamp(LAST_SIGMA**-2, 1000).sqrt())
+    if share:
+        above = (1 / abar - 1).sqrt() > LAST_SIGMA + 1e-3
+        p = (1 - share) / 1000 + share * above.double() / above.sum()
+        w = w / (1000 * p[t])
+    if later is not None:
+        w = w * later.double()
+    if gradient == "sample":
+        gain = ((2 * r * m).flatten(1).norm(dim=1) / (slope * m).flatten(1).norm(dim=1))[column]
+    elif gradient == "batch":
+        gain = (2 * r * w[column] * m).norm() / (slope * w[column] * m).norm()
+    else:
+        gain = 1.0
+    return float((rho * m * gain * w[column]).mean())
+
+
+# name -> (flags, what they mean above)
+LOSSES = {loss: (["--loss_type", loss], dict(loss=loss)) for loss in ("l2", "l1", "huber", "smooth_l1")}
+for kind, norm in itertools.product(("huber", "smooth_l1"), ("sample", "batch")):
+    flags = ["--loss_type", kind, "--huber_l2_gradient", norm]
+    LOSSES[f"{kind} {norm}"] = (flags, dict(loss=kind, gradient=norm))
+TIMESTEPS = {
+    "uniform": ([], {}),
+    "stratified": (["--stratified_timesteps"], {}),
+    "terminal": (["--stratified_timesteps", "--terminal_timestep_share", "0.3"], dict(share=0.3)),
+}
+
+
+def weights(gamma):
+    """The same for weightings; ``gamma`` is the trainer's name for the flag of min-SNR."""
+    return {
+        "unweighted": ([], {}),
+        "min-SNR": ([gamma, "5"], dict(min_snr=5.0)),
+        "floor": ([gamma, "5", "--min_snr_floor"], dict(min_snr=5.0, floor=True)),
+        "debiased": (["--debiased_estimation_loss"], dict(debiased=True)),
+    }
+
+
+def covering(rows, strength=3):
+    """Some of ``rows``, chosen greedily: every ``strength`` values that occur together in a row do so in one of them."""
+    places = list(itertools.combinations(range(len(rows[0])), strength))
+    sets = {row: {tuple((k, row[k]) for k in chosen) for chosen in places} for row in rows}
+    open_ = set().union(*sets.values())
+    while open_:
+        best = max(rows, key=lambda row: len(sets[row] & open_))
+        open_ -= sets[best]
+        yield best

@@ -1,0 +1,86 @@
+"""The diffusers adapter on a made-up script: every combination of what makes a step's loss against the closed
+form, in float64."""
+
+import itertools
+
+import pytest
+import torch
+from closed_form import LOSSES, TIMESTEPS, alphas_cumprod, covering, loss, weights
+from made_up_script import environment, model, run
+
+# name -> (flags, schedule, v-prediction); the second ends at sigma 300
+V = ["--zero_terminal_snr", "--prediction_type", "v_prediction"]
+EPSILON = ["--terminal_sigma", "300", "--terminal_sigma_method", "beta_end"]
+SCHEDULES = {
+    "v, zero SNR": (V, alphas_cumprod(zero_snr=True), True),
+    "epsilon, 300": (EPSILON, alphas_cumprod(beta_end=0.02817676), False),
+}
+PRIOR = {"alone": [], "prior": ["--with_prior_preservation"]}
+WEIGHTS = weights("--snr_gamma")
+FACTORS = (LOSSES, WEIGHTS, TIMESTEPS, PRIOR, SCHEDULES)
+ROWS = list(itertools.product(*FACTORS))
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """train(*flags): the steps that the script recorded."""
+    folder = tmp_path_factory.mktemp("training")
+    base = model(folder)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        environment(monkeypatch)
+        yield lambda *flags: run(folder / "out", base, *flags)
+
+
+def expected(step, prior, abar, v, **form):
+    """The step's loss, from what the script recorded.
+
+    With prior preservation each half is a loss of its own, and the script adds the two: "batch" means the half."""
+    parts = (step["model_pred"], step["target"], step["timesteps"])
+    halves = zip(*(part.chunk(2) for part in parts), strict=True) if prior else [parts]
+    return sum(loss(*half, abar, v=v, **form) for half in halves)
+
+
+def check(train, row):
+    """One combination's losses against the closed form."""
+    flags, abar, v = SCHEDULES[row[4]]
+    parts = [factor[name] for factor, name in zip(FACTORS[:3], row[:3], strict=True)]
+    recorded = train(*flags, *(flag for part in parts for flag in part[0]), *PRIOR[row[3]])
+    form = {key: value for part in parts for key, value in part[1].items()}
+    assert len(recorded) == 2
+    for step in recorded:
+        right = expected(step, row[3] == "prior", abar, v, **form)
+        assert step["loss"].item() == pytest.approx(right, rel=2e-5), row
+
+
+def test_every_triple_of_what_makes_a_loss_is_the_closed_form(train):
+    for row in covering(ROWS):
+        check(train, row)
+
+
+@pytest.mark.slow
+def test_every_combination_is_the_closed_form(train):
+    for row in ROWS:
+        check(train, row)
+
+
+@pytest.mark.parametrize("prior", PRIOR)
+@pytest.mark.parametrize("timesteps", ["stratified", "terminal"])
+@pytest.mark.parametrize("name", ["l2", "l1"])
+def test_min_snr_with_a_timestep_sampler_weights_once(train, name, timesteps, prior):
+    """Three fixes have their place in one function, F.mse_loss. Each once had a row of its own in the patch table:
+    --snr_gamma with --stratified_timesteps trained on squared weights, and with prior preservation each half of
+    a batch got the other's timesteps."""
+    flags, abar, v = SCHEDULES["v, zero SNR"]
+    sampled, form = TIMESTEPS[timesteps]
+    form = dict(loss=name, min_snr=5.0, **form)
+    for step in train(*flags, "--snr_gamma", "5", "--loss_type", name, *sampled, *PRIOR[prior]):
+        once = expected(step, prior == "prior", abar, v, **form)
+        assert step["loss"].item() == pytest.approx(once, rel=2e-5)
+        if prior == "prior":
+            first, second = step["timesteps"].chunk(2)
+            swapped = expected({**step, "timesteps": torch.cat([second, first])}, True, abar, v, **form)
+            assert swapped != pytest.approx(once, rel=1e-3)  # the mistake would be seen
+        else:
+            snr = abar[step["timesteps"]] / (1 - abar[step["timesteps"]])
+            parts = (step["model_pred"], step["target"], step["timesteps"], abar)
+            assert loss(*parts, later=snr.clamp(max=5) / (snr + 1), **form) < 0.95 * once
