@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import reprlib
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,11 +31,25 @@ _BATCH = 4096  # captions per call of the tokenizer
 
 
 def token_ids(tokenizer: Any, captions: Sequence[str]) -> list[list[int]]:
-    """Every caption's token ids, without BOS and EOS and never cut."""
+    """Every caption's token ids, without BOS and EOS and never cut. Raises ValueError for a caption that is no text or,
+    where the tokenizer does not mend it, has half a surrogate pair."""
     if not captions:
         return []
-    encoded = tokenizer(list(captions), add_special_tokens=False, truncation=False, padding=False, verbose=False)
+    _check_text(captions)
+    try:
+        encoded = tokenizer(list(captions), add_special_tokens=False, truncation=False, padding=False, verbose=False)
+    except (TypeError, UnicodeEncodeError) as error:
+        halves = (caption for caption in captions if any("\ud800" <= c <= "\udfff" for c in caption))
+        if (half := next(halves, None)) is None:
+            raise
+        raise ValueError(f"a caption has half a surrogate pair, which is no Unicode: {reprlib.repr(half)}") from error
     return list(encoded["input_ids"])
+
+
+def _check_text(captions: Sequence[Any]) -> None:
+    wrong = [caption for caption in captions if not isinstance(caption, str)]
+    if wrong:
+        raise ValueError(f"a caption must be text, got {reprlib.repr(wrong[0])}")
 
 
 def split_ids(ids: Sequence[int], comma: int | None = None) -> list[list[int]]:
@@ -68,7 +83,9 @@ def tokenize(tokenizer: Any, captions: Sequence[str], split: str = "none", count
     """Ids of a batch of captions, int64, shape [B, n, 77], n the most chunks among them (or ``count``). SDXL needs it twice: its first
     tokenizer pads with EOS, its second (CLIP-G) with 0, as their ``pad_token_id`` says."""
     chunks = [split_ids(ids, comma_id(tokenizer, split)) for ids in token_ids(tokenizer, captions)]
-    wanted = max(map(len, chunks)) if count is None else count
+    wanted = max(map(len, chunks), default=1) if count is None else count
+    if not chunks:
+        return torch.empty((0, wanted, CHUNK + 2), dtype=torch.int64)
     return torch.stack([layout(c, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, wanted) for c in chunks])
 
 
@@ -95,6 +112,7 @@ def count_chunks(
     as a whole or not at all. ``progress`` shows a bar where tqdm is installed. Captions are looked up by a 64-bit hash: among ten million,
     one is wrong with a chance of 3 in a million, and costs one batch some padding.
     """
+    _check_text(captions)
     comma = comma_id(tokenizer, split)
     ids_of = _Words(tokenizer)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).parent / "data" / "made_up_sd_scripts"
-MOVED = ("args", "dataset", "loss", "model_io", "sampling")  # what v0.11 took out of train_util
+MOVED = ("args", "dataset", "logging_util", "loss", "model_io", "sampling")  # what v0.11 took out of train_util
 
 
 def build(folder: Path, layout: str = "0.11") -> Path:

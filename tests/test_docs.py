@@ -189,6 +189,16 @@ def test_stratified_draws_are_as_even_as_the_page_says(draws):
     assert float(steps.mean(1).std()) == pytest.approx(1000 / math.sqrt(12) / draws**1.5, rel=0.05)
 
 
+def test_kohyas_versions_and_scripts_are_those_of_the_adapters_data():
+    from sdxl_fixes.kohya.scripts import REFUSED, SCRIPTS, TESTED
+
+    page, readme = (DOCS / "kohya.md").read_text(), (ROOT / "README.md").read_text()
+    for version in TESTED.values():
+        assert version in readme.split("## With kohya-ss")[1].split("\n")[0] and version in page
+    rows = [f"| `{script}` | {', '.join(no_place)} |".replace("|  |", "| |") for script, no_place in SCRIPTS.items()]
+    assert "\n".join(rows) in page and "sdxl_train_leco.py" in REFUSED
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_the_page_fits_and_points_to_its_evidence(page):
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")

@@ -207,6 +207,36 @@ def test_too_long_captions_are_named_longest_first():
     assert "number 3 (134 chunks)" in too_long(counts, 100)
 
 
+@pytest.mark.parametrize("split", prompts.SPLITS)
+@pytest.mark.parametrize(
+    ("captions", "sentence"),
+    [
+        (["a", None], "a caption must be text, got None"),
+        ([["a"]], r"a caption must be text, got \['a'\]"),
+    ],
+)
+def test_a_caption_that_is_no_text_is_refused_in_a_sentence(tokenizer, tmp_path, captions, sentence, split):
+    for cache in (None, tmp_path / "counts.npz"):
+        with pytest.raises(ValueError, match=sentence):
+            prompts.count_chunks(tokenizer, captions, split, cache)
+    with pytest.raises(ValueError, match=sentence):
+        prompts.tokenize(tokenizer, captions, split)
+
+
+def test_half_a_surrogate_pair_is_mended_by_the_tokenizer_or_refused_in_a_sentence(tokenizer):
+    """The slow tokenizer trains such a caption (from JSON's \\ud800), so it is counted; the fast one cannot read it."""
+    for count in (lambda: count_chunks(tokenizer, ["a", "b\ud800c"])[1], lambda: tokenize(tokenizer, ["b\ud800c"]).shape[1]):
+        try:
+            assert count() == 1
+        except ValueError as error:
+            assert "half a surrogate pair, which is no Unicode: 'b\\ud800c'" in str(error)
+
+
+def test_no_captions_are_a_batch_of_none(tokenizer):
+    assert prompts.tokenize(tokenizer, []).shape == (0, 1, 77) and prompts.tokenize(tokenizer, [], count=3).shape == (0, 3, 77)
+    assert prompts.count_chunks(tokenizer, []).shape == (0,)
+
+
 def test_unknown_split_is_refused(folder):
     with pytest.raises(ValueError, match="split must be one of none, commas, got 'words'"):
         count_chunks(CLIPTokenizer.from_pretrained(folder), ["a"], split="words")

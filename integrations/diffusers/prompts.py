@@ -2,7 +2,9 @@
 77 n hidden states side by side, the pooled output of the first.
 
 Token ids travel through the script as [B, 77 n]. The tokenizer pads every caption to the same n (a script may stack them); chunks that
-are empty for the whole batch are dropped before encoding or, where a script caches embeddings, when a batch is put together.
+are empty for the whole batch are dropped before encoding or, where a script caches embeddings, when a batch is put together. Each encoder
+tells them by its own ids, and both must drop as many: so chunks at a caption's end that hold nothing but ``<|endoftext|>`` are left out at
+once, since a tokenizer that pads with EOS makes them the same ids as an empty chunk, and the other does not.
 """
 
 from __future__ import annotations
@@ -31,11 +33,12 @@ def tokenize(original: Callable[..., Any], tokenizer: Any, text: Any = None, *ar
     tokens = original(tokenizer, captions, add_special_tokens=False, truncation=False, verbose=False)
     ids = [row[:limit] for row in tokens["input_ids"]]
     _report_cut([len(row) for row in tokens["input_ids"]], limit)
-    SESSION.chunks = [max(1, -(-len(row) // CHUNK)) for row in ids]
     special = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     if special[1] != special[0] + 1:
         raise FixError(f"BOS and EOS of CLIP's tokenizer are neighbours, and here they are {special[0]} and {special[1]}")
-    tokens["input_ids"] = torch.stack([layout(split_ids(row), *special, -(-limit // CHUNK)) for row in ids]).flatten(1)
+    chunks = [_until_the_last_word(split_ids(row), special[1]) for row in ids]
+    SESSION.chunks = [len(each) for each in chunks]
+    tokens["input_ids"] = torch.stack([layout(each, *special, -(-limit // CHUNK)) for each in chunks]).flatten(1)
     tokens["attention_mask"] = torch.ones_like(tokens["input_ids"])
     return tokens
 
@@ -90,10 +93,20 @@ class CutToLongest:
         return self.collate([{**example, "prompt_embeds": example["prompt_embeds"][:length]} for example in examples])
 
 
+def _until_the_last_word(chunks: list[list[int]], eos: int) -> list[list[int]]:
+    """A caption's chunks without those at its end that hold nothing but literal EOS; at least one."""
+    while len(chunks) > 1 and set(chunks[-1]) == {eos}:
+        chunks = chunks[:-1]
+    return chunks
+
+
 def _used(chunks: torch.Tensor) -> int:
-    """How many chunks of [B, n, 77] ids hold a token for some caption, at least 1: in an empty one EOS, BOS + 1, follows BOS."""
-    empty = chunks[:, :, 1] == chunks[:, :, 0] + 1
-    return max(1, int((~empty.all(0)).sum()))
+    """How many chunks of [B, n, 77] ids there are until the last that is not empty for all captions, at least 1. In an empty one EOS,
+    BOS + 1, follows BOS, and padding, whichever token it is, fills the rest; one that holds another token than EOS ends in an EOS that
+    follows it, so its rest is not all the same."""
+    empty = (chunks[:, :, 1] == chunks[:, :, 0] + 1) & (chunks[:, :, 2:] == chunks[:, :, 2:3]).all(-1)
+    filled = (~empty).any(0).nonzero()
+    return int(filled[-1]) + 1 if len(filled) else 1
 
 
 def _unfold(output: Any, batch: int) -> Any:

@@ -145,7 +145,9 @@ def _tell(run: Run, fixes: str | None, may_act: frozenset[str], dropped: list[st
         prompts.append("captions of equally many chunks to a batch")
     prompts += ["true crop coordinates"] if "crops" in run.on else []
     prompts += ["checked caches"] if "caches" in run.on else []
-    say(report(run, "", prompts, ["validation images sample the same"] if "previews" in run.on else []))
+    files = ["schedule record in U-Net, ControlNet and LoRA files, the scheduler of a saved folder"] if "saving" in run.on else []
+    files += ["validation images sample the same"] if "previews" in run.on else []
+    say(report(run, "", prompts, files))
     if dropped:
         warn(f"--fixes {fixes}: {', '.join(f'--{flag}' for flag in dropped)} {'has' if len(dropped) == 1 else 'have'} no effect")
     for name in FIXES:

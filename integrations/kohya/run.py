@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sdxl_fixes.checkpoint import Sampling
+from sdxl_fixes.checkpoint import Sampling, markers, metadata
 from sdxl_fixes.flags import Settings
 from sdxl_fixes.log import say, warn
 from sdxl_fixes.loss import HUBER_KINDS, HUBER_SCHEDULES, LOSS_TYPES
@@ -136,6 +136,11 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
     if options := run.options:
         prompts.append(f"prompts of up to {75 * options.limit} tokens in batches of equal aspect and chunks, {options.layout} vectors")
     files = []
+    if "saving" in run.on:
+        names = () if hasattr(args, "network_module") else markers(run.schedule, run.prediction_type)
+        spec = metadata(run.schedule, run.prediction_type)["modelspec.prediction_type"]
+        said = [f"markers {' '.join(names)}"] if names else []
+        files.append(", ".join(["schedule record", *said, *([f"modelspec {spec}"] if spec else [])]))
     if "previews" in run.on:
         files.append("previews sample the same")
     known = version(root) if root is not None else ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from sdxl_fixes import __version__
-from sdxl_fixes.checkpoint import markers, metadata
 from sdxl_fixes.flags import Settings
 from sdxl_fixes.loss import ScheduledHuber
 from sdxl_fixes.objective import EPSILON_AT_ZERO_SNR
@@ -16,11 +15,12 @@ from sdxl_fixes.weighting import Debiased, EpsilonLike, MinSNR, PlusVLike, Produ
 
 def report(run: Run, version: str, prompts: Iterable[str] = (), files: Iterable[str] = ()) -> str:
     """The lines. ``version`` says what is known of this version of the trainer; ``prompts`` and ``files`` are what only the adapter
-    knows of data and of saved files."""
+    knows of data and of what is saved."""
     head = f"{__version__} in {run.trainer.name}{f' ({version})' if version else ''}"
     if not run.on:
         return f"{head}: no fix is on, it trains as upstream does"
-    lines = {"objective": _objective(run), "weights": [_weights(run)], "data": [*prompts, _timesteps(run)], "file": [*_file(run), *files]}
+    lines = {"objective": _objective(run), "weights": [_weights(run)], "data": [*prompts, _timesteps(run), _stable_loss(run)]}
+    lines["file"] = [*files] or ["as upstream saves it"]
     return "\n".join([head, *(f"  {name:<9}  {'; '.join(part for part in parts if part)}" for name, parts in lines.items())])
 
 
@@ -84,17 +84,9 @@ def _timesteps(run: Run) -> str:
     return ", ".join(words + ([f"{100 * share:g} % above SDXL's last sigma, importance-weighted"] if share else []))
 
 
-def _file(run: Run) -> list[str]:
-    lines = []
-    if "saving" in run.on:
-        names = markers(run.schedule, run.prediction_type)
-        spec = metadata(run.schedule, run.prediction_type)["modelspec.prediction_type"]
-        lines.append(f"schedule record{f', markers {chr(32).join(names)}' if names else ''}{f', modelspec {spec}' if spec else ''}")
-    else:
-        lines.append("as upstream saves it")
-    if run.stable_loss is not None:
-        lines.append(f"stable loss of {run.stable_loss.images} images every {run.stable_loss.every} steps")
-    return lines
+def _stable_loss(run: Run) -> str:
+    kept = run.stable_loss
+    return "" if kept is None else f"stable loss of {kept.images} images every {kept.every} steps"
 
 
 def disappointments(run: Run) -> list[str]:

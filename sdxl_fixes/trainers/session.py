@@ -89,19 +89,20 @@ class Session:
 
     def check(self) -> None:
         """Raise FixError if a training step got here without the fixes that it was asked for."""
-        run, look = self.run, f"sdxl-fixes doctor {self._script()} tells more"
+        run = self.run
         if run is None:
             if self.launched or self._training():
                 raise FixError(
                     f"training begins, and this {self.name} has not shown its arguments where we look for them, so no fix is on: "
-                    f"nothing was trained. It may be newer than this plugin: update sdxl-fixes, or start the script without it ({look})"
+                    "nothing was trained. It may be newer than this plugin: update sdxl-fixes, or start the script without it "
+                    f"({self._look()})"
                 )
             return
-        early = [path for path, patch in self._early.items() if run.on & set(patch.fixes)]
+        early = [path for path, patch in self._early.items() if run.on & set(patch.fixes)] if self._early else []
         if early:
             raise FixError(
                 f"{', '.join(early)} was called before this {self.name} showed its arguments, so it ran without your fixes: "
-                f"leave out the flags of {', '.join(sorted(run.on & set(self._early[early[0]].fixes)))} ({look})"
+                f"leave out the flags of {', '.join(sorted(run.on & set(self._early[early[0]].fixes)))} ({self._look()})"
             )
         missed = sorted((run.due["step"] - self.step.reached) | (run.due["start"] - self._seen))
         if missed:
@@ -110,7 +111,7 @@ class Session:
             raise FixError(
                 f"{', '.join(fixes)} asked for but not reached in this training step: this {self.name} does not call what we patch"
                 f"{' (' + ', '.join(parts) + ')' if parts else ''}; leave out its flags or give "
-                f"--fixes all,{','.join('-' + fix for fix in fixes)} ({look})"
+                f"--fixes all,{','.join('-' + fix for fix in fixes)} ({self._look()})"
             )
 
     def _training(self) -> bool:
@@ -132,8 +133,8 @@ class Session:
         scripts = self._scripts()
         return Path(scripts[-1]).name if scripts else None
 
-    def _script(self) -> str:
-        return next(iter(reversed(self._scripts())), "SCRIPT")
+    def _look(self) -> str:
+        return f"sdxl-fixes doctor {next(iter(reversed(self._scripts())), 'SCRIPT')} tells more"
 
 
 def run_script(script: Path, install: Callable[[], None], session: Session) -> None:

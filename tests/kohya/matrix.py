@@ -24,6 +24,7 @@ import checkouts
 import runs
 from safetensors import safe_open
 
+STEPS = 6  # an epoch
 RECORD = "sdxl_fixes.schedule"
 REPORT = "in kohya-ss/sd-scripts"
 V = ("--v_parameterization",)
@@ -108,7 +109,7 @@ def _saved(file):
         return digest.hexdigest()[:16], RECORD in (tensors.metadata() or {})
 
 
-def check(script, folders, assets, steps=3, jobs=1):
+def check(script, folders, assets, steps=STEPS, jobs=1):
     """(cells, sentences) of a script in all checkouts that have it."""
     folders = [folder for folder in folders if (folder / script).is_file()]
     plan = {"unpatched": ("unpatched", ()), "off": ("module", ())}
@@ -118,11 +119,9 @@ def check(script, folders, assets, steps=3, jobs=1):
     wanted = [(folder, run, how, flags) for folder in folders for run, (how, flags) in plan.items()]
     with ThreadPoolExecutor(jobs) as pool:
         cells = list(pool.map(lambda of: cell(script, *of, assets, steps), wanted))
-    found = {(one.checkout, one.run): one for one in cells}
-    sentences = [
-        sentence for folder in folders for sentence in _wrong(script, {run: found[name(folder), run] for run in plan}, script in launched())
-    ]
-    first, *others = [found[name(folder), "all"] for folder in folders if "all" in plan] or [None]
+    of = [dict(zip(plan, cells[start:], strict=False)) for start in range(0, len(cells), len(plan))]  # per checkout
+    sentences = [sentence for runs_of_one in of for sentence in _wrong(script, runs_of_one, script in launched())]
+    first, *others = [runs_of_one["all"] for runs_of_one in of if "all" in plan] or [None]
     sentences += [
         f"{other.script}, all fixes: {other.checkout} does not train as {first.checkout} does"
         for other in others
@@ -169,8 +168,8 @@ def table(cells):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkouts", nargs="*", type=Path, help="folders of kohya-ss/sd-scripts; default: those of SD_SCRIPTS")
-    parser.add_argument("--only", nargs="+", choices=SCRIPTS, default=[*SCRIPTS], help="scripts")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--only", action="append", choices=SCRIPTS, help="a script; may be repeated (default: all)")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"default: {STEPS}, an epoch")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     args = parser.parse_args()
     folders = [folder.resolve() for folder in args.checkouts] or checkouts.named()
@@ -180,7 +179,7 @@ def main():
     cells, sentences = [], []
     with tempfile.TemporaryDirectory() as folder:
         assets = runs.make_assets(Path(folder) / "assets", folders[0])
-        for script in args.only:
+        for script in args.only or SCRIPTS:
             more, wrong = check(script, folders, assets, args.steps, args.jobs)
             cells, sentences = cells + more, sentences + wrong
     print(table(cells))

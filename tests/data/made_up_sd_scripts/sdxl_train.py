@@ -1,8 +1,11 @@
 """A made-up full finetune with the structure of sd-scripts' sdxl_train.py."""
 
+import time
+
 import library.args as args_util
 import library.config_util as config_util
 import library.custom_train_functions as custom_train_functions
+import library.logging_util as logging_util
 import library.loss as loss_util
 import library.model_io as model_io
 import library.sampling as sampling
@@ -38,7 +41,7 @@ def train(args):
     prepare_scheduler_for_custom_training(noise_scheduler, accelerator.device)
     if args.zero_terminal_snr:
         custom_train_functions.fix_noise_scheduler_betas_for_zero_terminal_snr(noise_scheduler)
-    steps = []
+    steps, times, recorder = [], [], logging_util.LossRecorder()
     for number, item in enumerate(group):
         batch = collate([item])
         latents = batch["latents"]
@@ -73,11 +76,14 @@ def train(args):
         optimizer.step()
         optimizer.zero_grad()
         sampling.sample_images_common(None, accelerator, args, None, number + 1)
+        recorder.add(epoch=0, step=number, loss=float(loss.detach()))
+        times.append(time.perf_counter())
         steps.append(
             dict(latents=latents, noise=noise, noisy=noisy, timesteps=timesteps, prediction=prediction.detach(), target=target)
             | dict(masks=batch["alpha_masks"], later=None, loss=loss.detach(), gradient=gradient)
         )
     torch.save(steps, f"{args.output_dir}/steps.pt")
+    torch.save(times, f"{args.output_dir}/times.pt")
     if args.diffusers:
         sdxl_model_util.save_diffusers_checkpoint(args.output_dir, unet)
     else:

@@ -1,7 +1,10 @@
 """A made-up network trainer with the structure of sd-scripts' train_network.py."""
 
+import time
+
 import library.args as args_util
 import library.custom_train_functions as custom_train_functions
+import library.logging_util as logging_util
 import library.loss as loss_util
 import library.model_io as model_io
 import library.sampling as sampling
@@ -57,7 +60,7 @@ class NetworkTrainer:
         prepare_scheduler_for_custom_training(noise_scheduler, accelerator.device)
         if args.zero_terminal_snr:
             custom_train_functions.fix_noise_scheduler_betas_for_zero_terminal_snr(noise_scheduler)
-        steps = []
+        steps, times, recorder = [], [], logging_util.LossRecorder()
         for number, batch in enumerate(training.batches(args)):
             loss, step = self.process_batch(batch, unet, noise_scheduler, args)
             accelerator.backward(loss)
@@ -65,7 +68,10 @@ class NetworkTrainer:
             optimizer.step()
             optimizer.zero_grad()
             sampling.sample_images_common(None, accelerator, args, None, number + 1)
+            recorder.add(epoch=0, step=number, loss=float(loss.detach()))
+            times.append(time.perf_counter())
         torch.save(steps, f"{args.output_dir}/steps.pt")
+        torch.save(times, f"{args.output_dir}/times.pt")
         spec = model_io.get_sai_model_spec(None, args)
         from safetensors.torch import save_file
 
