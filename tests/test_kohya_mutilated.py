@@ -150,8 +150,8 @@ def never_verified_nor_backward(root):
 
 
 def verified_late(root):
-    verify = "    args_util.verify_training_args(args)\n"
-    edit(root, FT, (verify, ""), ("    steps = []\n", f"{verify}    steps = []\n"))
+    verify, loop = "    args_util.verify_training_args(args)\n", "    for number, item in enumerate(group):\n"
+    edit(root, FT, (verify, ""), (loop, f"{verify}{loop}"))
 
 
 def held_in_a_table(root):

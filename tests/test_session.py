@@ -120,7 +120,7 @@ def test_what_is_due_later_stops_no_step(session):
 def test_parts_are_due_with_their_fix_and_named(session):
     session.begin(run("loss", masked_loss=True))
     session.reached("loss")
-    with pytest.raises(FixError, match=r"^loss asked for but not reached .*\(apply_masked_loss\).*all,-loss "):
+    with pytest.raises(FixError, match=r"^loss asked for but not .*\(apply_masked_loss\).*all,-loss "):
         backward(session)
     session.begin(run("loss", masked_loss=False))
     session.reached("loss")
@@ -300,7 +300,7 @@ ENDS = [(True, "0", False), (False, "0", True), (False, "1", False)]
 
 
 @pytest.mark.parametrize(("saved", "rank", "stops"), ENDS)
-def test_files_that_say_nothing_end_a_training_with_what_mends_them(launch, session, saved, rank, stops, monkeypatch):
+def test_files_that_say_nothing_end_it_with_what_mends_them(launch, session, saved, rank, stops, monkeypatch):
     monkeypatch.setenv("RANK", rank)
     session.begin(run("saving"))
     source = "session.reached('saving')\n" if saved else ""
