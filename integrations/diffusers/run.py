@@ -67,6 +67,9 @@ class ScriptSession(Session):
         self.script: dict[str, Any] = {}  # the globals of the script's module
         self.training = False  # whether the script has its training scheduler
 
+    def _look(self) -> str:
+        return f"sdxl-fixes doctor {self.script.get('__file__', 'SCRIPT')} tells more"
+
     def called_by_script(self) -> bool:
         """Whether the nearest function on the stack that is not ours belongs to the script."""
         return caller() is self.script
