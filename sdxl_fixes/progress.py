@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -19,13 +18,3 @@ def bar(items: Iterable[T], title: str, shown: bool, total: int | None = None) -
         except ImportError:
             pass  # a bar is a comfort
     return iter(items)
-
-
-def say(line: str) -> None:
-    """A line on standard error that does not tear somebody's bar."""
-    try:
-        from tqdm import tqdm
-
-        tqdm.write(line, file=sys.stderr)
-    except ImportError:
-        print(line, file=sys.stderr, flush=True)

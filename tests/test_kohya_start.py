@@ -118,3 +118,21 @@ def test_launcher_refuses_a_config_files_value_in_one_sentence_and_with_status_2
     said = "sdxl-fixes: --config_file my.toml: --zero_terminal_snr: expected true or false, without quotes, got 'false': correct it, "
     said += "or leave the flag out\n"
     assert (process.returncode, process.stdout, process.stderr) == ((2, "", said) if status else (0, "True\n", ""))
+
+
+def test_what_has_no_place_in_a_script_is_refused_if_it_was_asked_for_and_left_out_if_not(monkeypatch, capsys):
+    from argparse import Namespace
+
+    from sdxl_fixes.flags import FlagError
+    from sdxl_fixes.kohya.run import SESSION, start
+
+    monkeypatch.setattr(SESSION, "script_name", lambda: "sdxl_train_control_net_lllite.py")
+    run = start(Namespace(zero_terminal_snr=True, v_parameterization=True))
+    assert "schedule" in run.on and "saving" in run.on and "previews" not in run.on
+    assert "markers" not in capsys.readouterr().err  # they belong to full models
+    with pytest.raises(FlagError, match=r"'validation'.*its U-Net is told the control image.*--fixes all,-validation"):
+        start(Namespace(stable_loss_steps=2))
+    monkeypatch.setattr(SESSION, "script_name", lambda: "sd3_train.py")
+    with pytest.raises(FlagError, match=r"sd3_train.py is not one of the scripts"):
+        start(Namespace(min_snr_gamma=5.0))
+    assert start(Namespace()).on == frozenset()

@@ -95,8 +95,9 @@ def start(args: argparse.Namespace, ours: tuple[str, ...] = ()) -> Run:
     may_act = allowed(getattr(args, "fixes", None), FIXES)
     dropped = switch_off(FIXES, may_act, ours, args)
     settings = Settings.from_args(_known(args)) if may_act else Settings()
-    asked = frozenset(name for name in may_act if FIXES[name].asked(args))
     script = SESSION.script_name()
+    without = {fix for fix in SCRIPTS.get(script or "", {}) if FIXES[fix].due == "later"}  # nobody asks for these by a flag of their own
+    asked = frozenset(name for name in may_act - without if FIXES[name].asked(args))
     refused = {**SESSION.patches.refused, **_no_place(script, asked, args)}
     options = Options.from_args(args) if may_act else None
     v = given(args, "v_parameterization")
@@ -137,7 +138,8 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
         prompts.append(f"prompts of up to {75 * options.limit} tokens in batches of equal aspect and chunks, {options.layout} vectors")
     files = []
     if "saving" in run.on:
-        names = () if hasattr(args, "network_module") else markers(run.schedule, run.prediction_type)
+        full = SESSION.script_name() in (None, "sdxl_train.py") and not hasattr(args, "network_module")
+        names = markers(run.schedule, run.prediction_type) if full else ()
         spec = metadata(run.schedule, run.prediction_type)["modelspec.prediction_type"]
         said = [f"markers {' '.join(names)}"] if names else []
         files.append(", ".join(["schedule record", *said, *([f"modelspec {spec}"] if spec else [])]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ except ImportError:
 
 from sdxl_fixes.buckets import ChunkBucketBatchSampler
 from sdxl_fixes.flags import FlagError
+from sdxl_fixes.log import warn
 from sdxl_fixes.prompts import count_chunks, too_long
 
 from .chunk_flags import Options
@@ -166,8 +166,8 @@ class _Chunked:
             return np.array([known[caption] for caption in captions])
         counts = count_chunks(self.strategy.tokenizer1, captions)
         names, first = np.unique(self.draws, return_index=True)
-        if report and os.environ.get("RANK", "0") == "0" and (sentence := too_long(counts[first], self.options.limit, names.tolist())):
-            print(f"sdxl-fixes: {sentence}; raise --max_token_length or shorten them", file=sys.stderr, flush=True)
+        if report and (sentence := too_long(counts[first], self.options.limit, names.tolist())):
+            warn(f"{sentence}; raise --max_token_length or shorten them")
         return np.minimum(counts, self.options.limit)
 
     def new_cache_text_encoder_outputs(self: Any, models: list[Any], accelerator: Any) -> Any:
