@@ -101,3 +101,23 @@ def test_saves_leave_room_for_a_later_stamp(start, tmp_path):
     start(tmp_path / "nowhere", v_parameterization=True)
     spec = checkpoint.model_spec(dict)
     assert 16_384 <= len(spec[ROOM_KEY]) <= 65_536 and not spec[ROOM_KEY].strip()
+
+
+def test_a_base_that_says_v_by_modelspec_alone_and_a_lora_that_is_continued_are_noticed(start, tmp_path):
+    from models import KINDS, write
+
+    spoken = write(tmp_path / "spec.safetensors", KINDS["checkpoint"], {"modelspec.prediction_type": "v"})
+    run, said = start(spoken)
+    assert "give --v_parameterization\n" in said and "saving" in run.on
+    lora = write(tmp_path / "lora.safetensors", KINDS["lora"])
+    stamp_file(lora, Sampling(SDXL.zero_terminal_snr(), "v_prediction"))
+    run, said = start("plain", network_weights=str(lora))
+    assert "lora.safetensors says that it is sampled as v_prediction" in said and "give --v_parameterization --zero_terminal_snr" in said
+    assert "WARNING" not in start("plain", network_weights=str(lora), **V_ZERO)[1]
+
+
+def test_a_base_whose_record_is_broken_is_named(start, tmp_path):
+    from models import KINDS, write
+
+    base = write(tmp_path / "b.safetensors", KINDS["checkpoint"], {"sdxl_fixes.schedule": '{"format": "sdxl_fixes.schedule"}'})
+    assert "b.safetensors" in start(base)[1] and "what it says of its schedule is not known" in start(base)[1]

@@ -8,12 +8,12 @@ from collections.abc import Collection
 from typing import Any
 
 from sdxl_fixes.flags import FlagError, Settings
-from sdxl_fixes.log import say, warn
+from sdxl_fixes.log import warn
 from sdxl_fixes.prediction import check_prediction_type
 from sdxl_fixes.schedule import NoiseSchedule
-from sdxl_fixes.trainers.fixes import Fix, allowed, given, switch_off, without_effect
+from sdxl_fixes.trainers.fixes import Fix, allowed, given, switch_off
 from sdxl_fixes.trainers.patching import PatchSet
-from sdxl_fixes.trainers.report import disappointments, report
+from sdxl_fixes.trainers.report import tell
 from sdxl_fixes.trainers.run import Run, Trainer, prepare
 from sdxl_fixes.trainers.session import Session
 
@@ -118,7 +118,7 @@ def start(args: argparse.Namespace, patches: PatchSet, ours: Collection[str] = (
         () if weighting is None else (weighting,),
         resumed=bool(getattr(args, "resume_from_checkpoint", None)),
     )
-    _tell(run, args.fixes, may_act, dropped)
+    _tell(run, may_act, dropped)
     return run
 
 
@@ -140,7 +140,7 @@ def _check(args: argparse.Namespace, on: frozenset[str], settings: Settings, pre
         )
 
 
-def _tell(run: Run, fixes: str | None, may_act: frozenset[str], dropped: list[str]) -> None:
+def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
     args, prompts = run.args, []
     if "prompts" in run.on:
         prompts.append(f"captions of up to {args.max_token_length} tokens, 75 to a chunk")
@@ -150,14 +150,7 @@ def _tell(run: Run, fixes: str | None, may_act: frozenset[str], dropped: list[st
     prompts += ["checked caches"] if "caches" in run.on else []
     files = ["schedule record in U-Net, ControlNet and LoRA files, the scheduler of a saved folder"] if "saving" in run.on else []
     files += ["validation images sample the same"] if "previews" in run.on else []
-    say(report(run, "", prompts, files))
-    if dropped:
-        warn(f"--fixes {fixes}: {', '.join(f'--{flag}' for flag in dropped)} {'has' if len(dropped) == 1 else 'have'} no effect")
-    for name in FIXES:
-        if name not in may_act and FIXES[name].asked(args):
-            warn(f"--fixes {fixes}: {name} is upstream's own, though flags ask for it")
-    for line in (*without_effect(FIXES, args), *disappointments(run)) if may_act else ():
-        warn(line.replace("--min_snr_gamma", "--snr_gamma"))
+    tell(run, may_act, dropped, "", prompts, files)
     if run.stable_loss is not None and any(getattr(args, f"train_text_encoder{end}", False) for end in ("", "_ti")):
         warn("--stable_loss_steps: text embeddings stay as first seen, though the text encoder is trained")
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from sdxl_fixes.checkpoint import Sampling, markers, metadata
 from sdxl_fixes.flags import Settings
-from sdxl_fixes.log import say, warn
+from sdxl_fixes.log import warn
 from sdxl_fixes.loss import HUBER_KINDS, HUBER_SCHEDULES, LOSS_TYPES
 from sdxl_fixes.model_file import said_problem, said_sampling
-from sdxl_fixes.trainers.fixes import Fix, allowed, given, switch_off, without_effect
-from sdxl_fixes.trainers.report import disappointments, report, schedule_flags
+from sdxl_fixes.trainers.fixes import Fix, allowed, given, switch_off
+from sdxl_fixes.trainers.report import schedule_flags, tell
 from sdxl_fixes.trainers.run import Run, Trainer, prepare
 from sdxl_fixes.trainers.session import Session
 from sdxl_fixes.weighting import EpsilonLike, PlusVLike, Weighting
@@ -146,16 +146,9 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
     if "previews" in run.on:
         files.append("previews sample the same")
     known = version(root) if root is not None else ""
-    say(report(run, known, prompts, files))
-    if dropped:
-        warn(f"--fixes {args.fixes}: {', '.join(f'--{flag}' for flag in dropped)} {'has' if len(dropped) == 1 else 'have'} no effect")
-    for name in FIXES:
-        if name not in may_act and FIXES[name].asked(args):
-            warn(f"--fixes {args.fixes}: {name} is upstream's own, though flags ask for it")
+    tell(run, may_act, dropped, known, prompts, files)
     if not may_act:
         return
-    for line in (*without_effect(FIXES, args), *disappointments(run)):
-        warn(line)
     if run.on and known and "not tested" in known:
         warn(f"this sd-scripts is {known}: the fixes that are on are checked in every step, but their numbers were not compared")
     if run.stable_loss is not None and trains_text(args):
@@ -168,9 +161,8 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
     trained = Sampling(run.schedule, run.prediction_type)
     for name, base in bases(args).items():
         if base != trained:
-            warn(
-                f"{name} says that it is sampled as {base}, and your flags train {trained}: the saved model will say so; {_flags_for(base)}"
-            )
+            said = f"{name} says that it is sampled as {base}, and your flags train {trained}"
+            warn(f"{said}: the saved file will say what was trained; {_flags_for(base)}")
 
 
 def _flags_for(base: Sampling) -> str:

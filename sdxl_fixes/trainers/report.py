@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from sdxl_fixes import __version__
 from sdxl_fixes.flags import Settings
+from sdxl_fixes.log import say, warn
 from sdxl_fixes.loss import ScheduledHuber
 from sdxl_fixes.objective import EPSILON_AT_ZERO_SNR
 from sdxl_fixes.schedule import NoiseSchedule
+from sdxl_fixes.trainers.fixes import without_effect
 from sdxl_fixes.trainers.run import Run
 from sdxl_fixes.weighting import Debiased, EpsilonLike, MinSNR, PlusVLike, Product, SoftMinSNR, Weighting
+
+
+def tell(
+    run: Run, may_act: Collection[str], dropped: Sequence[str], version: str, prompts: Iterable[str] = (), files: Iterable[str] = ()
+) -> None:
+    """Say the report, then warn of what ``--fixes`` switched off (``dropped``: flags of ours that have no effect now), of flags that do
+    nothing, and of what will disappoint. ``may_act``: the fixes that ``--fixes`` allows."""
+    say(report(run, version, prompts, files))
+    args, fixes = run.args, run.trainer.fixes
+    if dropped:
+        warn(f"--fixes {args.fixes}: {', '.join(f'--{flag}' for flag in dropped)} {'has' if len(dropped) == 1 else 'have'} no effect")
+    for name, fix in fixes.items():
+        if name not in may_act and fix.asked(args):
+            warn(f"--fixes {args.fixes}: {name} is upstream's own, though flags ask for it")
+    for line in (*without_effect(fixes, args), *disappointments(run)) if may_act else ():
+        warn(line)
 
 
 def report(run: Run, version: str, prompts: Iterable[str] = (), files: Iterable[str] = ()) -> str:
