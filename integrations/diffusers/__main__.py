@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from sdxl_fixes.diffusers.anchors import is_sdxl_script
+from sdxl_fixes.diffusers.anchors import is_sdxl_script, refused
 from sdxl_fixes.diffusers.install import install
 from sdxl_fixes.diffusers.run import SESSION
 from sdxl_fixes.trainers.session import run_script
@@ -20,10 +20,13 @@ def main() -> None:
     script = Path(sys.argv[1])
     if not script.is_file():
         sys.exit(f"sdxl-fixes: there is no {script}: give the path of a training script of diffusers' examples")
-    if not is_sdxl_script(script.read_text(encoding="utf-8")):
+    source = script.read_text(encoding="utf-8")
+    if not is_sdxl_script(source):
         sys.exit(
             f"sdxl-fixes: {script} is no SDXL training script like those of diffusers' examples: it needs main, parse_args and a pipeline"
         )
+    if why := refused(source):
+        sys.exit(f"sdxl-fixes: {script.name} cannot be fixed: {why}; start it with plain python")
     run_script(script, install, SESSION)
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from sdxl_fixes.trainers.patching import PatchSet
 
-from .anchors import is_sdxl_script, missing
+from .anchors import is_sdxl_script, missing, refused
 from .patches import for_script
 from .run import FIXES
+from .scripts import version
 
 
 def is_script(path: Path) -> bool:
@@ -17,11 +18,14 @@ def is_script(path: Path) -> bool:
 
 
 def examine(path: Path) -> tuple[str, bool]:
-    """The table as text, and whether nothing is wrong with the installed libraries (a fix may have no place in a script)."""
+    """The table as text, and whether nothing is wrong with the installed libraries (a fix may have no place in a script); of a script that
+    is refused, why."""
     source = path.read_text(encoding="utf-8")
+    if why_not := refused(source):
+        return f"huggingface/diffusers example {path}: refused, {why_not}", False
     problems = PatchSet(for_script(source, {"__name__": "__main__"})).check()
     why = missing(source)
-    lines = [f"huggingface/diffusers example {path}"]
+    lines = [f"huggingface/diffusers example {path}: {version(path)}"]
     for fix in ("run", *FIXES):
         mine = {patch: problem for patch, problem in problems.items() if fix in patch.fixes}
         state = "no place" if fix in why else "REFUSED" if any(mine.values()) else "fits"

@@ -11,10 +11,10 @@ from sdxl_fixes.flags import LOSS_FLAGS, SCHEDULE_FLAGS, TIMESTEP_FLAGS, VALIDAT
 from sdxl_fixes.trainers.fixes import add_fixes_flag
 from sdxl_fixes.trainers.patching import PatchSet
 
-from .anchors import missing
+from .anchors import in_sigma_space, missing, refused
 from .run import FIXES, SESSION, caller, start
 
-MARK = "--pretrained_model_name_or_path"  # the parser that has it is the script's
+MARKS = {"--pretrained_model_name_or_path", "--pretrained_teacher_model"}  # the parser that has one is the script's
 SHARED = (
     *(*SCHEDULE_FLAGS, *LOSS_FLAGS, *WEIGHTING_FLAGS),
     *("ip_noise_gamma", "ip_noise_gamma_random_strength", *TIMESTEP_FLAGS, *VALIDATION_FLAGS),
@@ -32,7 +32,7 @@ OURS: dict[str, dict[str, Any]] = {
 
 def parse_args(original: Callable[..., Any], parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
     """Upstream's arguments and ours; other parsers of the process are left alone."""
-    if MARK not in parser._option_string_actions:
+    if not MARKS & set(parser._option_string_actions):
         return original(parser, *args, **kwargs)
     theirs = {action.dest for action in parser._actions}
     add_flags(parser, tuple(name for name in SHARED if name != "min_snr_gamma"))
@@ -52,13 +52,15 @@ def begin(args: argparse.Namespace, script: dict[str, Any], ours: Collection[str
 
     SESSION.script, SESSION.training = script, False
     source = Path(script["__file__"]).read_text(encoding="utf-8") if "__file__" in script else ""  # a notebook has no file to check
+    if why_not := refused(source):
+        raise FlagError(f"{Path(script['__file__']).name} cannot be fixed: {why_not}; start it without sdxl-fixes")
     patches = SESSION.patches
     no_place = {fix: why for fix, why in missing(source).items() if FIXES[fix].due != "later"}  # the others act if and when they can
     table = PatchSet(for_script(source, script), calls=SESSION.called)
     table.refused = {**patches.refused, **no_place}
     table.refused |= {fix: why for patch, why in table.check().items() if why is not None for fix in patch.fixes}
     try:
-        run = start(args, table, ours)
+        run = start(args, table, ours, in_sigma_space(source))
     except FlagError as error:
         raise FlagError(str(error).replace("--min_snr_gamma", "--snr_gamma")) from error
     patches.undo()

@@ -9,6 +9,7 @@ once, since a tokenizer that pads with EOS makes them the same ids as an empty c
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +51,7 @@ def encode(original: Callable[..., Any], model: Any, input_ids: Any = None, *arg
         return original(model, input_ids, *args, **kwargs)
     SESSION.reached("prompts")
     chunks = input_ids.reshape(len(input_ids), -1, length)
-    if SESSION.trim and not getattr(run.args, "with_prior_preservation", False):  # prior prompts are encoded apart
+    if SESSION.trim and not _encoded_apart(run.args):
         chunks = chunks[:, : _used(chunks)]
     return _unfold(original(model, chunks.reshape(-1, length), *args, **kwargs), len(input_ids))
 
@@ -91,6 +92,11 @@ class CutToLongest:
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
         length = (CHUNK + 2) * max(example[COLUMN] for example in examples)
         return self.collate([{**example, "prompt_embeds": example["prompt_embeds"][:length]} for example in examples])
+
+
+def _encoded_apart(args: argparse.Namespace) -> bool:
+    """Whether prompts that meet in one batch are encoded one by one, and so must be of one length: prior prompts, and InstructPix2Pix's."""
+    return getattr(args, "with_prior_preservation", False) or hasattr(args, "conditioning_dropout_prob")
 
 
 def _until_the_last_word(chunks: list[list[int]], eos: int) -> list[list[int]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from sdxl_fixes.flags import FlagError, Settings
@@ -16,6 +18,8 @@ from sdxl_fixes.trainers.patching import PatchSet
 from sdxl_fixes.trainers.report import tell
 from sdxl_fixes.trainers.run import Run, Trainer, prepare
 from sdxl_fixes.trainers.session import Session
+
+from .scripts import version
 
 
 def departs(args: argparse.Namespace) -> bool:
@@ -29,7 +33,7 @@ def caches_may_lie(args: argparse.Namespace) -> bool:
     columns = getattr(args, "caption_column", None) not in (None, "text") or getattr(args, "image_column", None) not in (None, "image")
     cached_text = hasattr(args, "proportion_empty_prompts")
     asked = args.checked_caches or args.max_token_length or args.true_crop_coordinates or columns
-    return bool(asked) if cached_text else bool(getattr(args, "cache_latents", False))
+    return bool(asked) if cached_text else bool(getattr(args, "cache_latents", args.checked_caches))
 
 
 FIXES = {
@@ -86,9 +90,10 @@ def caller() -> dict[str, Any]:
 SESSION = ScriptSession()
 
 
-def start(args: argparse.Namespace, patches: PatchSet, ours: Collection[str] = ()) -> Run:
-    """The run that a script's parsed arguments describe, after it was reported. ``ours`` are flags that the script does not have itself.
-    Raises FlagError, before any model is loaded, for flags that make no sense.
+def start(args: argparse.Namespace, patches: PatchSet, ours: Collection[str] = (), sigma_space: bool = False) -> Run:
+    """The run that a script's parsed arguments describe, after it was reported. ``ours`` are flags that the script does not have itself,
+    ``sigma_space`` is whether it noises by sigma and knows no other way. Raises FlagError, before any model is loaded, for flags that make
+    no sense.
 
     The base model's scheduler config, which is read when a flag of ours is used, is the schedule that the flags change.
     """
@@ -106,14 +111,17 @@ def start(args: argparse.Namespace, patches: PatchSet, ours: Collection[str] = (
         refuse_edm(on)
     prediction_type = args.prediction_type or known.base_prediction_type
     _check(known, on, settings, prediction_type)
+    schedule = settings.schedule(base)
+    if sigma_space and "schedule" in on:
+        _check_sigma_space(schedule, prediction_type)
     weighting = settings.weighting() if may_act else None
     run = prepare(
-        DIFFUSERS,
+        replace(DIFFUSERS, v_flag="v_prediction, in a script that trains it,") if sigma_space else DIFFUSERS,
         known,
         on,
         patches.refused,
         settings,
-        settings.schedule(base),
+        schedule,
         prediction_type,
         () if weighting is None else (weighting,),
         resumed=bool(getattr(args, "resume_from_checkpoint", None)),
@@ -129,7 +137,7 @@ def _check(args: argparse.Namespace, on: frozenset[str], settings: Settings, pre
         raise FlagError("--chunk_buckets needs --max_token_length 150, 225, ...: at 75 tokens every caption is one chunk")
     if "buckets" in on and hasattr(args, "instance_prompt"):
         raise FlagError(
-            "--chunk_buckets does not fit the DreamBooth scripts, which make their batches of class and instance prompts: leave it out"
+            "--chunk_buckets does not fit a DreamBooth script: it makes its batches of class and instance prompts; leave the flag out"
         )
     if "validation" in on and prediction_type not in ("epsilon", "v_prediction"):
         raise FlagError(f"--stable_loss_steps knows the loss of epsilon and v_prediction, not of {prediction_type}: leave it out")
@@ -137,6 +145,18 @@ def _check(args: argparse.Namespace, on: frozenset[str], settings: Settings, pre
         raise FlagError(
             f"--timestep_bias_strategy {args.timestep_bias_strategy} draws the timesteps its own way: leave it out, or "
             "--stratified_timesteps and --terminal_timestep_share"
+        )
+
+
+def _check_sigma_space(schedule: NoiseSchedule, prediction_type: str) -> None:
+    if prediction_type != "epsilon":
+        raise FlagError(
+            f"this script noises by sigma and measures {prediction_type} as if it were epsilon: leave --prediction_type out, and take a "
+            "base model that predicts epsilon"
+        )
+    if schedule.residual_signal == 0:
+        raise FlagError(
+            "this script noises by sigma, which must be finite: give --terminal_sigma 300 or the like instead of --zero_terminal_snr"
         )
 
 
@@ -148,9 +168,10 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
         prompts.append("captions of equally many chunks to a batch")
     prompts += ["true crop coordinates"] if "crops" in run.on else []
     prompts += ["checked caches"] if "caches" in run.on else []
-    files = ["schedule record in U-Net, ControlNet and LoRA files, the scheduler of a saved folder"] if "saving" in run.on else []
+    files = ["schedule record in every model file but the VAE's, the scheduler of a saved folder"] if "saving" in run.on else []
     files += ["validation images sample the same"] if "previews" in run.on else []
-    tell(run, may_act, dropped, "", prompts, files)
+    script = SESSION.script.get("__file__")
+    tell(run, may_act, dropped, "" if script is None else f"{Path(script).name}, {version(script)}", prompts, files)
     if run.stable_loss is not None and any(getattr(args, f"train_text_encoder{end}", False) for end in ("", "_ti")):
         warn("--stable_loss_steps: text embeddings stay as first seen, though the text encoder is trained")
 

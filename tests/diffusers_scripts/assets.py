@@ -43,7 +43,7 @@ VARIANTS = {
 
 def pipeline(folder):
     import torch
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, T2IAdapter, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     torch.manual_seed(0)
@@ -74,6 +74,8 @@ def pipeline(folder):
         scaling_factor=0.13025,
         layers_per_block=1,
     )
+    adapter = T2IAdapter(channels=(16, 32, 32, 32), num_res_blocks=1, downscale_factor=16, adapter_type="full_adapter_xl")
+    adapter.save_pretrained(folder.parent / "adapter")
     pads = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}
     for name, pad in pads.items():
         tiny_assets.tokenizer(folder.parent / "tokenizers" / name, pad)
@@ -91,16 +93,22 @@ def pipeline(folder):
         index = json.loads((other / "model_index.json").read_text())
         index["scheduler"][1] = config["_class_name"]
         (other / "model_index.json").write_text(json.dumps(index))
+    shutil.copytree(folder, folder.parent / "base-whole")  # with every id of the vocabulary, for who adds tokens
+    for file in (folder.parent / "base-whole").glob("tokenizer*/vocab.json"):
+        vocabulary = json.loads(file.read_text())
+        unused = sorted(set(range(49408)) - set(vocabulary.values()))
+        file.write_text(json.dumps({**vocabulary, **{f"<unused {n}>": n for n in unused}}))
 
 
 def images(folder):
-    """``images`` has columns image and text, ``captions`` image and caption, ``control`` also conditioning_image; ``plain`` is files."""
+    """``images`` has columns image and text, ``captions`` image and caption, ``control`` also conditioning_image and ``edits``
+    original_image; ``plain`` is files."""
     captions = tiny_assets.photographs(folder / "plain")
-    for name, column in (("images", "text"), ("captions", "caption"), ("control", "text")):
+    for name, column in (("images", "text"), ("captions", "caption"), ("control", "text"), ("edits", "text")):
         shutil.copytree(folder / "plain", folder / name)
         rows = [{"file_name": f"{n}.png", column: caption} for n, caption in enumerate(captions)]
-        if name == "control":
-            rows = [{"file_name": r["file_name"], "conditioning_image_file_name": r["file_name"], "text": r["text"]} for r in rows]
+        if other := {"control": "conditioning_image", "edits": "original_image"}.get(name):
+            rows = [{"file_name": r["file_name"], f"{other}_file_name": r["file_name"], "text": r["text"]} for r in rows]
         (folder / name / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -2,7 +2,8 @@
 
 HOW is unpatched, install (sdxl_fixes.diffusers.install(), then the script) or module (what ``python -m sdxl_fixes.diffusers`` does).
 TRACE.json receives, of this process (rank 0 if there are several): the losses that the script backpropagates, what the U-Net is given,
-and the schedulers of the pipelines that make images.
+and the schedulers of the pipelines that make images. With TRACE_TENSORS also, of every step: the latents that the VAE gave, their noise,
+what the U-Net is given and what it predicts; and what a perceptual loss beside the script compares and gives.
 """
 
 import functools
@@ -15,8 +16,9 @@ from pathlib import Path
 
 def trace(record):
     import accelerate
+    import diffusers
     import torch
-    from diffusers import StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import UNet2DConditionModel
 
     backward, forward = accelerate.Accelerator.backward, UNet2DConditionModel.forward
     mse_loss = torch.nn.functional.mse_loss
@@ -42,10 +44,56 @@ def trace(record):
             record["latents"].append(sample.detach().float().flatten(1)[:, :4].tolist())
         return forward(self, sample, timestep, encoder_hidden_states, *args, **kwargs)
 
-    for pipeline in (StableDiffusionXLPipeline, StableDiffusionXLControlNetPipeline):
-        trace_images(pipeline, record)
+    for kind in ("", "ControlNet", "InstructPix2Pix"):
+        trace_images(getattr(diffusers, f"StableDiffusionXL{kind}Pipeline"), record)
     torch.nn.functional.mse_loss = traced_mse_loss
     accelerate.Accelerator.backward = traced_backward
+    UNet2DConditionModel.forward = traced_forward
+
+
+def trace_tensors(tensors, folder):
+    """The last of each before a prediction that is trained: latents of the VAE (before its factor), noise, noisy latents, prediction.
+    ``folder`` is the script's."""
+    import torch
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    latents, noises = [], []
+
+    def keeping(function, kept):
+        @functools.wraps(function)
+        def traced(*args, **kwargs):
+            kept.append(function(*args, **kwargs))
+            return kept[-1]
+
+        return traced
+
+    forward = UNet2DConditionModel.forward
+
+    @functools.wraps(forward)
+    def traced_forward(self, sample, timestep, *args, **kwargs):
+        made = forward(self, sample, timestep, *args, **kwargs)
+        if torch.is_grad_enabled():
+            first = latents[-sample.shape[1] // 4]  # of two, the first is noised
+            for name, value in (("clean", first), ("noise", noises[-1]), ("noisy", sample[:, :4]), ("predictions", made[0])):
+                tensors[name].append(value.detach().tolist())
+        return made
+
+    if (folder / "lpl_loss.py").is_file():
+        sys.path.insert(0, str(folder))
+        from lpl_loss import LatentPerceptualLoss
+
+        get_loss = LatentPerceptualLoss.get_loss
+
+        def traced_loss(self, mine, clean):
+            made = get_loss(self, mine, clean)
+            for name, value in (("estimates", mine), ("estimated", clean), ("perceptual", made)):
+                tensors.setdefault(name, []).append(value.detach().tolist())
+            return made
+
+        LatentPerceptualLoss.get_loss = traced_loss
+    DiagonalGaussianDistribution.sample = keeping(DiagonalGaussianDistribution.sample, latents)
+    torch.randn_like = keeping(torch.randn_like, noises)
     UNet2DConditionModel.forward = traced_forward
 
 
@@ -70,6 +118,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     record = {key: [] for key in ("losses", "timesteps", "time_ids", "tokens", "inputs", "latents", "previews", "errors")}
     trace(record)
+    if os.environ.get("TRACE_TENSORS"):
+        record["tensors"] = {name: [] for name in ("clean", "noise", "noisy", "predictions")}
+        trace_tensors(record["tensors"], Path(script).parent)
     sys.argv = [script, *arguments]
     try:
         if how == "module":

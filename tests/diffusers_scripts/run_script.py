@@ -13,6 +13,10 @@ SCRIPTS = {
     "dreambooth": "dreambooth/train_dreambooth_lora_sdxl.py",
     "advanced": "advanced_diffusion_training/train_dreambooth_lora_sdxl_advanced.py",
     "controlnet": "controlnet/train_controlnet_sdxl.py",
+    "instruct": "instruct_pix2pix/train_instruct_pix2pix_sdxl.py",
+    "inversion": "textual_inversion/textual_inversion_sdxl.py",
+    "adapter": "t2i_adapter/train_t2i_adapter_sdxl.py",
+    "lpl": "research_projects/lpl/train_sdxl_lpl.py",
 }
 
 
@@ -23,20 +27,28 @@ def assets(folder):
 
 
 def data(script, made):
-    if script in ("t2i", "t2i_lora"):
-        return ("--train_data_dir", str(made / "images"))
-    if script == "controlnet":
+    if script in ("t2i", "t2i_lora", "lpl"):
+        return ("--train_data_dir", str(made / "images"), *(("--use_lpl",) if script == "lpl" else ()))
+    if script in ("controlnet", "adapter"):
         columns = ("--conditioning_image_column", "conditioning_image", "--image_column", "image", "--caption_column", "text")
-        return ("--dataset_name", str(made / "control"), *columns)
+        adapter = ("--adapter_model_name_or_path", str(made / "adapter")) if script == "adapter" else ()
+        return ("--dataset_name", str(made / "control"), *columns, *adapter)
+    if script == "instruct":
+        columns = ("--original_image_column", "original_image", "--edit_prompt_column", "text", "--edited_image_column", "image")
+        return ("--dataset_name", str(made / "edits"), *columns)
+    if script == "inversion":
+        return ("--train_data_dir", str(made / "plain"), "--placeholder_token", "<cat>", "--initializer_token", "a")
     columns = ("--caption_column", "text", "--image_column", "image", "--instance_prompt", "photo")
     return ("--dataset_name", str(made / "images"), *columns)
 
 
-def run_script(how, script, made, folder, *flags, base="base", steps=3, launcher=(), check=True):
+def run_script(how, script, made, folder, *flags, base="base", steps=3, launcher=(), check=True, tensors=False):
     """(process, trace); the caches of ``datasets`` live in ``folder`` and are found again by a second run there."""
     folder.mkdir(exist_ok=True, parents=True)
     trace = folder / "trace.json"
     trace.unlink(missing_ok=True)
+    if script == "inversion" and base == "base":
+        base = "base-whole"  # it adds tokens
     common = {
         "pretrained_model_name_or_path": made / base,
         "output_dir": folder / "out",
@@ -54,6 +66,7 @@ def run_script(how, script, made, folder, *flags, base="base", steps=3, launcher
         **os.environ,
         **{"HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "HF_DATASETS_CACHE": str(folder / "datasets")},
         **{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true"},
+        **({"TRACE_TENSORS": "1"} if tensors else {}),
     }
     command = [sys.executable, *launcher, str(HERE / "launch.py"), how, str(trace), str(path), *arguments, *data(script, made), *flags]
     process = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=600)
