@@ -11,7 +11,15 @@ from sdxl_fixes.diffusers import prompts
 from sdxl_fixes.diffusers.run import SESSION
 
 END, LIMIT = "<|endoftext|>", 225
-PARTS = {"w": 75 * "a ", "ws": "a a ", "e": 75 * END, "es": END, "!": 75 * "! ", "e!": END + 74 * "! ", "!e": "! " + END}  # chunks, whole or not
+PARTS = {
+    "w": 75 * "a ",
+    "ws": "a a ",
+    "e": 75 * END,
+    "es": END,
+    "!": 75 * "! ",
+    "e!": END + 74 * "! ",
+    "!e": "! " + END,
+}  # chunks, whole or not
 
 
 @pytest.fixture(scope="module")
