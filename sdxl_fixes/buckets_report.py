@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +16,13 @@ from numpy.typing import NDArray
 from sdxl_fixes.aspects import RULES, Assigned, assign, assign_without_upscaling, resolutions
 from sdxl_fixes.buckets import LEFTOVERS, ChunkBucketBatchSampler
 from sdxl_fixes.dataset import Dataset, read
+from sdxl_fixes.errors import printable, shown
 from sdxl_fixes.files import replacing
-from sdxl_fixes.prompts import CHUNK, SPLITS, count_chunks, too_long
+from sdxl_fixes.options import flag, whole
+from sdxl_fixes.prompts import CHUNK, SPLITS, count_chunks, token_ids, too_long
 
 TOKENIZER = "openai/clip-vit-large-patch14"
+MOST_PIXELS, MOST_BATCH, MOST_RANKS, MOST_CHUNKS = 1 << 14, 1_000_000, 10_000, 1000  # beyond is a slip, and may not fit into memory
 ROWS = {
     "batches": "batches per epoch",
     "smaller": "batches below the batch size",
@@ -61,14 +65,14 @@ def report(
 ) -> Report:
     """Plan one epoch of ``dataset`` both ways. ``chunks`` are its captions' counts, ``limit`` the trainer's most
     (``--max_token_length`` / 75). ``batch_size`` None takes the data set's own, or 1."""
-    size = int(dataset.settings.get("batch_size", 1)) if batch_size is None else batch_size
+    size = whole(dataset.name, "batch_size", dataset.settings.get("batch_size", 1), 1, MOST_BATCH) if batch_size is None else batch_size
     found, problems = _aspects(dataset, rule), list(dataset.problems)
     for k in np.flatnonzero(found.index < 0):
         width, height = dataset.samples[k].size
         problems.append(f"{dataset.samples[k].image}: {width} x {height} pixels fit no bucket, left out")
     if too := too_long(chunks, limit, [str(sample.image) for sample in dataset.samples]):
         problems.append(too)
-    kept = found.index >= 0
+    problems, kept = list(map(printable, problems)), found.index >= 0
     if not kept.any():
         raise ValueError(f"{dataset.name}: no image fits a bucket ({problems[-1]})")
     index, counts = found.index[kept], np.minimum(chunks[kept], limit)
@@ -100,24 +104,30 @@ def report(
 
 
 def _aspects(dataset: Dataset, rule: str) -> Assigned:
-    sizes, settings = [sample.size for sample in dataset.samples], dataset.settings
-    side = settings.get("resolution")
-    try:
-        width, height = (side, side) if isinstance(side, int) else side or (1024, 1024)
-        area, step = int(width) * int(height), int(settings.get("bucket_reso_steps", 64))
-        least, most = (
-            int(settings.get("min_bucket_reso", 256 if side else 512)),
-            int(settings.get("max_bucket_reso", 1024 if side else 2048)),
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{dataset.name}: resolution, bucket_reso_steps, min_ and max_bucket_reso must be whole numbers ({error})"
-        ) from error
-    if settings and not settings.get("enable_bucket", False):
+    sizes, settings, name = [sample.size for sample in dataset.samples], dataset.settings, dataset.name
+    enabled, shrinks = flag(name, settings, "enable_bucket"), flag(name, settings, "bucket_no_upscale")
+    width, height = _resolution(name, settings.get("resolution", 1024))
+    if settings and not enabled:
         return assign(sizes, [(width, height)])
-    if settings.get("bucket_no_upscale", False):
-        return assign_without_upscaling(sizes, area, step)
-    return assign(sizes, resolutions(rule, area, step, least // step * step, -(-most // step) * step), 4 if rule == "novelai" else None)
+    step = whole(name, "bucket_reso_steps", settings.get("bucket_reso_steps", 64), 8, MOST_PIXELS)
+    if step % 8:
+        raise ValueError(f"{name}: bucket_reso_steps is {step}: expected a multiple of 8, a latent pixel")
+    if shrinks:
+        return assign_without_upscaling(sizes, width * height, step)
+    least, most = (256, 1024) if "resolution" in settings else (512, 2048)
+    most = whole(name, "max_bucket_reso", settings.get("max_bucket_reso", most), step, MOST_PIXELS)
+    shortest = max(step, min(most, math.isqrt(width * height)))
+    least = whole(name, "min_bucket_reso", settings.get("min_bucket_reso", least), step, shortest)
+    found = resolutions(rule, width * height, step, least // step * step, -(-most // step) * step)
+    return assign(sizes, found, 4 if rule == "novelai" else None)
+
+
+def _resolution(name: str, value: Any) -> tuple[int, int]:
+    sides = value if isinstance(value, list | tuple) else (value, value)
+    if len(sides) != 2:
+        raise ValueError(f"{name}: resolution is {shown(value)}: expected a whole number or [width, height]")
+    width, height = (whole(name, "resolution", side, 1, MOST_PIXELS) for side in sides)
+    return width, height
 
 
 def as_text(found: Report, problems: int = 10) -> str:
@@ -192,8 +202,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """``sdxl-fixes buckets``."""
-    if args.max_token_length < CHUNK or args.max_token_length % CHUNK:
-        raise ValueError(f"--max_token_length must be a multiple of {CHUNK}, got {args.max_token_length}")
+    _check_flags(args)
     shown = sys.stderr.isatty()
     datasets = read(args.dataset, shown)
     tokenizer, reports = load_tokenizer(args.tokenizer), []
@@ -205,6 +214,16 @@ def run(args: argparse.Namespace) -> int:
         plot(reports[0], args.plot)
     print(as_json(reports) if args.json else "\n\n".join(map(as_text, reports)))
     return 0
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    most = CHUNK * MOST_CHUNKS
+    if args.max_token_length % CHUNK or not 0 < args.max_token_length <= most:
+        raise ValueError(f"--max_token_length must be a multiple of {CHUNK}, got {shown(args.max_token_length)}: expected {CHUNK}..{most}")
+    for name, least, most in (("batch_size", 1, MOST_BATCH), ("world_size", 1, MOST_RANKS), ("seed", 0, 2**64 - 1)):
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            raise ValueError(f"--{name} must be a whole number of at least {least} and at most {most}, got {shown(value)}")
 
 
 def load_tokenizer(name: str) -> Any:
@@ -221,9 +240,13 @@ def load_tokenizer(name: str) -> Any:
         raise ValueError(where)  # transformers 5 would make an empty one
     try:
         kind = getattr(transformers, "CLIPTokenizerFast", None) or transformers.CLIPTokenizer  # from 5.0 on the latter is the fast one
-        return kind.from_pretrained(name)
-    except (OSError, ValueError, TypeError) as error:
+        tokenizer = kind.from_pretrained(name)
+        token_ids(tokenizer, [","])
+    except OSError as error:
         raise ValueError(where) from error
+    except Exception as error:  # tokenizers raises plain Exception, and many kinds, for as many ways of being broken
+        raise ValueError(f"{where} ({printable(f'{type(error).__name__}: {error}')[:200]})") from error
+    return tokenizer
 
 
 def _cell(key: str, value: float) -> str:

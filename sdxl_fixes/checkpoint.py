@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdxl_fixes.errors import shown
 from sdxl_fixes.prediction import check_prediction_type
 from sdxl_fixes.schedule import EXACT_KEY, NoiseSchedule
 
 RECORD_KEY = "sdxl_fixes.schedule"
+_OBJECT = "the object of a scheduler_config.json or a schedule record"
 STAND_IN_SIGMA = 4096.0  # for samplers that cannot start at infinity; the largest power of 2 whose noise fits float16
 
 
@@ -68,7 +70,7 @@ def sampling_of_record(record: Any) -> Sampling:
     schedule = NoiseSchedule.from_record(record)
     prediction_type = record.get("prediction_type")
     if not isinstance(prediction_type, str):
-        raise ValueError(f"the schedule record's prediction_type is {prediction_type!r}: expected a name such as v_prediction")
+        raise ValueError(f"the schedule record's prediction_type is {shown(prediction_type)}: expected a name such as v_prediction")
     return Sampling(schedule, check_prediction_type(prediction_type))
 
 
@@ -107,10 +109,23 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON ({error})") from error
+        raise ValueError(f"{file} is not JSON ({error}): expected {_OBJECT}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}: expected the object of a scheduler_config.json")
+        raise ValueError(f"{file} holds a {type(content).__name__}: expected {_OBJECT}")
     return content
+
+
+def read_sampling(file: Path) -> tuple[Sampling, bool]:
+    """What a scheduler_config.json, a schedule record or the output of ``sdxl-fixes schedule --json`` says, and whether it says what is
+    predicted (if not, epsilon stands there). Raises ValueError, naming the file, if it is none of these or mistakes anything."""
+    content = read_json(file)
+    record = content.get("record", content)
+    try:
+        if not isinstance(record, dict) or "format" not in record:
+            return sampling_of_config(content), "prediction_type" in content
+        return sampling_of_record({"prediction_type": "epsilon", **record}), "prediction_type" in record
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def flow_shift(schedule: NoiseSchedule) -> float | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from sdxl_fixes import __version__, samples_cli, stamp_cli, ui_install
+from sdxl_fixes.checkpoint import read_sampling
+from sdxl_fixes.errors import shown
 from sdxl_fixes.flags import SCHEDULE_FLAGS, Settings, add_flags
 from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.schedule_report import as_json, as_text, plot
@@ -39,7 +40,11 @@ def _add_schedule(commands: Any) -> None:
     add_flags(parser, tuple(SCHEDULE_FLAGS))
     parser.add_argument("--base", choices=("sdxl", "linear", "cosine", "flow"), default="sdxl", help="schedule to start from")
     parser.add_argument(
-        "--from", dest="file", type=Path, metavar="JSON", help="read a diffusers scheduler_config.json or a schedule record"
+        "--from",
+        dest="file",
+        type=Path,
+        metavar="JSON",
+        help="read a scheduler_config.json, a schedule record, or what --json printed",
     )
     parser.add_argument("--width", type=int, help="with --height: end at the sigma that fits this canvas, in pixels")
     parser.add_argument("--height", type=int, help="see --width")
@@ -56,27 +61,21 @@ def _schedule(args: argparse.Namespace) -> int:
     if args.file is not None and args.base != "sdxl":
         raise ValueError("--from and --base are two schedules to start from: give one of them")
     makers = {"sdxl": NoiseSchedule.sdxl, "linear": NoiseSchedule.linear, "cosine": NoiseSchedule.cosine, "flow": NoiseSchedule.flow}
-    base = makers[args.base]() if args.file is None else _read(args.file)
+    base = makers[args.base]() if args.file is None else read_sampling(args.file)[0].schedule
     schedule = Settings.from_args(args).schedule(base)
     if args.width is not None:
-        schedule = schedule.for_resolution(args.width, args.height, method=args.terminal_sigma_method or "rescale")
+        schedule = _for_canvas(schedule, args.width, args.height, args.terminal_sigma_method or "rescale")
     if args.plot is not None:
         plot(schedule, args.plot)
     print(as_json(schedule) if args.json else as_text(schedule))
     return 0
 
 
-def _read(file: Path) -> NoiseSchedule:
+def _for_canvas(schedule: NoiseSchedule, width: int, height: int, method: str) -> NoiseSchedule:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON ({error}): expected a scheduler_config.json or a schedule record") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}: expected the object of a scheduler_config.json or a schedule record")
-    try:
-        return NoiseSchedule.from_record(content) if "format" in content else NoiseSchedule.from_config(content)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        return schedule.for_resolution(width, height, method=method)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"--width {shown(width)} --height {shown(height)}: {error}") from error
 
 
 def _add_doctor(commands: Any) -> None:

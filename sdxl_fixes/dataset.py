@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdxl_fixes.errors import printable, shown
+from sdxl_fixes.options import flag, tables, text, whole
 from sdxl_fixes.progress import bar
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl", ".gif", ".tif", ".tiff")
+MOST_REPEATS = 1_000_000  # of an image per epoch
+_ALTERNATIVES = re.compile(r"\{\{|\}\}|\{([^}]+)\}")  # of a prompt; doubled braces mean themselves
 
 
 @dataclass(frozen=True)
@@ -36,23 +41,48 @@ class Dataset:
 
 
 @dataclass(frozen=True)
+class _Wording:
+    """Kohya's options that make a prompt of a caption."""
+
+    prefix: str | None = None
+    suffix: str | None = None
+    wildcard: bool = False
+    whole: bool = False  # not kohya's: every line of a caption is trained
+
+    def prompt(self, caption: str) -> str:
+        """What is trained: the first line or, of lines and {alternatives} that are drawn from, the longest."""
+        caption = " ".join(part for part in (self.prefix, caption, self.suffix) if part)
+        if self.whole:
+            return caption
+        if not self.wildcard:
+            return caption.split("\n")[0]
+        return max((_ALTERNATIVES.sub(_longest, line) for line in caption.split("\n")), key=len)
+
+
+def _longest(match: re.Match[str]) -> str:
+    return match[0][0] if match[1] is None else max(match[1].split("|"), key=len)
+
+
+@dataclass(frozen=True)
 class _Found:
     image: Path
     caption: str | None
     repeats: float
     size: tuple[int, int] | None
+    wording: _Wording = _Wording()
 
 
 def read(path: Path, progress: bool = False) -> list[Dataset]:
     """The data sets of ``path``: a kohya ``--dataset_config`` (.toml), a metadata.jsonl of diffusers or kohya (one object a line), a folder
-    of images with captions in .txt files of the same name, or one of folders named ``REPEATS_name``. Raises ValueError or OSError, naming
-    the file, for a source that is none of these or holds no usable image."""
+    of images with captions in .txt files of the same name, or one of folders named ``REPEATS_name``. Captions are as kohya trains them:
+    of a file the first line; with a .toml's prefix and suffix; with ``enable_wildcard`` the longest of the lines. Raises ValueError or
+    OSError, naming the file, for a source that is none of these or holds no usable image."""
     if not path.exists():
         raise OSError(f"there is no {path}: give a kohya .toml, a metadata.jsonl or a folder of images")
     if path.suffix == ".toml":
         parts = list(_from_toml(path))
     elif path.suffix == ".jsonl":
-        parts = [(Dataset(str(path)), list(_from_lines(path, path.parent, 1)))]
+        parts = [(Dataset(str(path)), list(_from_lines(path, path.parent, 1, _Wording(whole=True))))]
     elif path.is_dir():
         parts = [(Dataset(str(path)), list(_from_folder(path)))]
     else:
@@ -60,7 +90,7 @@ def read(path: Path, progress: bool = False) -> list[Dataset]:
     for dataset, found in parts:
         _measure(dataset, found, progress)
         if not dataset.samples:
-            why = f" ({dataset.problems[0]})" if dataset.problems else ""
+            why = f" ({printable(dataset.problems[0])})" if dataset.problems else ""
             raise ValueError(f"{dataset.name} holds no usable image{why}")
     return [dataset for dataset, _ in parts]
 
@@ -76,42 +106,55 @@ def load_toml(path: Path) -> dict[str, Any]:
             raise ValueError(f'reading {path} on Python 3.10 needs tomli: pip install "sdxl-fixes[buckets]"') from error
     try:
         return dict(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError, a number of too many digits
         raise ValueError(f"{path} is not TOML: {error}") from error
 
 
 def _from_toml(path: Path) -> Iterator[tuple[Dataset, list[_Found]]]:
     content = load_toml(path)
-    general, datasets = content.get("general", {}), content.get("datasets", [])
-    if not isinstance(datasets, list) or not datasets:
+    general = content.get("general", {})
+    if not isinstance(general, dict):
+        raise ValueError(f"{path}: general is {shown(general)}: expected a table")
+    datasets = tables(f"{path}: datasets", content.get("datasets", []))
+    if not datasets:
         raise ValueError(f"{path} has no [[datasets]]: expected a --dataset_config of kohya's sd-scripts")
-    for number, entry in enumerate(datasets):
+    for number, entry in enumerate(datasets, 1):
+        name = f"{path} [[datasets]] {number}" if len(datasets) > 1 else str(path)
         options = {**general, **{key: value for key, value in entry.items() if key != "subsets"}}
-        found: list[_Found] = []
-        for subset in entry.get("subsets", []):
-            found += _from_subset(path, {**options, **subset})
-        yield Dataset(f"{path} [[datasets]] {number + 1}" if len(datasets) > 1 else str(path), settings=options), found
+        dataset, found = Dataset(name, settings=options), []
+        for place, subset in enumerate(tables(f"{name}: subsets", entry.get("subsets", [])), 1):
+            where = f"{name} [[datasets.subsets]] {place}"
+            if (repeats := whole(where, "num_repeats", {**options, **subset}.get("num_repeats", 1), -MOST_REPEATS, MOST_REPEATS)) < 1:
+                dataset.problems.append(f"{where}: num_repeats is {repeats}, and kohya leaves such a subset out")
+            else:
+                found += _from_subset(where, {**options, **subset}, repeats)
+        yield dataset, found
 
 
-def _from_subset(path: Path, options: dict[str, Any]) -> list[_Found]:
-    repeats = options.get("num_repeats", 1)
-    folder = options.get("image_dir")
-    if metadata := options.get("metadata_file"):
+def _from_subset(where: str, options: dict[str, Any], repeats: int) -> list[_Found]:
+    folder, metadata = text(where, options, "image_dir"), text(where, options, "metadata_file")
+    tokens, extension = text(where, options, "class_tokens"), options.get("caption_extension", ".caption")
+    if not isinstance(extension, str) or not extension.strip(".") or any(c in extension for c in "/\\\0"):
+        raise ValueError(f'{where}: caption_extension is {shown(extension)}: expected the end of a file name, such as ".txt"')
+    prefix, suffix = text(where, options, "caption_prefix"), text(where, options, "caption_suffix")
+    wording = _Wording(prefix, suffix, flag(where, options, "enable_wildcard"))
+    if metadata:
         file = Path(metadata)
         if not file.is_file():
-            raise OSError(f"{path}: there is no metadata_file {metadata}")
+            raise OSError(f"{where}: there is no metadata_file {printable(metadata)}")
         base = Path(folder) if folder else file.parent
-        return list(_from_lines(file, base, repeats) if file.suffix == ".jsonl" else _from_json(file, base, repeats))
-    if not folder or not Path(folder).is_dir():
-        raise OSError(f"{path}: there is no image_dir {folder}")
-    extension = "." + str(options.get("caption_extension", ".caption")).lstrip(".")
-    return list(_from_images(Path(folder), extension, repeats, options.get("class_tokens")))
+        return list((_from_lines if file.suffix == ".jsonl" else _from_json)(file, base, repeats, wording))
+    if not folder:
+        raise ValueError(f"{where} has neither image_dir nor metadata_file: expected one of them")
+    if not Path(folder).is_dir():
+        raise OSError(f"{where}: there is no image_dir {printable(folder)}")
+    return list(_from_images(Path(folder), "." + extension.lstrip("."), repeats, tokens, wording))
 
 
 def _from_folder(path: Path) -> Iterator[_Found]:
     if (path / "metadata.jsonl").is_file():
-        return _from_lines(path / "metadata.jsonl", path, 1)
-    images = list(_from_images(path, ".txt", 1, None))
+        return _from_lines(path / "metadata.jsonl", path, 1, _Wording(whole=True))
+    images = list(_from_images(path, ".txt", 1, None, _Wording()))
     if images:
         return iter(images)
     named = [(folder, folder.name.partition("_")[0]) for folder in sorted(path.iterdir()) if folder.is_dir()]
@@ -119,49 +162,99 @@ def _from_folder(path: Path) -> Iterator[_Found]:
         found
         for folder, repeats in named
         if repeats.isdecimal()
-        for found in _from_images(folder, ".txt", int(repeats), folder.name.partition("_")[2] or None)
+        for found in _from_images(
+            folder,
+            ".txt",
+            whole(str(folder), "the number before _", int(repeats), 0, MOST_REPEATS),
+            folder.name.partition("_")[2] or None,
+            _Wording(),
+        )
     )
 
 
-def _from_images(folder: Path, extension: str, repeats: float, otherwise: str | None) -> Iterator[_Found]:
+def _from_images(folder: Path, extension: str, repeats: float, otherwise: str | None, wording: _Wording) -> Iterator[_Found]:
     for image in sorted(folder.iterdir()):
         if image.suffix.lower() in IMAGES and image.is_file():
-            text = image.with_suffix(extension)
-            caption = text.read_text(encoding="utf-8", errors="replace").strip() if text.is_file() else otherwise
-            yield _Found(image, caption, repeats, None)
+            file = image.with_suffix(extension)
+            caption = _caption(file.read_text(encoding="utf-8", errors="replace"), wording.wildcard) if file.is_file() else otherwise
+            yield _Found(image, caption, repeats, None, wording)
 
 
-def _from_lines(file: Path, base: Path, repeats: float) -> Iterator[_Found]:
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+def _caption(content: str, wildcard: bool) -> str:
+    """A caption file's first line or, where one of its lines is drawn, those that are not blank."""
+    lines = [line.strip() for line in content.split("\n")]
+    return "\n".join(filter(None, lines)) if wildcard else lines[0]
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 ({error}): save it as UTF-8") from error
+
+
+def _from_lines(file: Path, base: Path, repeats: float, wording: _Wording) -> Iterator[_Found]:
+    for number, line in enumerate(_text_of(file).split("\n"), 1):
         if line.strip():
+            where = f"{file}, line {number}"
             try:
                 entry = json.loads(line)
                 name = entry.get("file_name") or entry["image_path"]
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise ValueError(f'{file}, line {number}: expected an object with "file_name" or "image_path" ({error})') from error
-            yield _found(base / name, entry, repeats)
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+                raise ValueError(f'{where}: expected an object with "file_name" or "image_path" ({error})') from error
+            yield _found(where, _image(where, base, name), entry, repeats, wording)
 
 
-def _from_json(file: Path, base: Path, repeats: float) -> Iterator[_Found]:
+def _from_json(file: Path, base: Path, repeats: float, wording: _Wording) -> Iterator[_Found]:
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        entries = json.loads(_text_of(file))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(entries, dict):
         raise ValueError(f"{file} holds a {type(entries).__name__}: expected kohya's metadata, an object of images")
     for name, entry in entries.items():
-        image = base / name
+        where = f"{file}, {shown(name)}"
+        image = _image(where, base, name)
+        if not isinstance(entry, dict):
+            raise ValueError(f"{where} is {shown(entry)}: expected an object with caption, tags, image_size")
         if not image.suffix:
             image = next((image.with_suffix(suffix) for suffix in IMAGES if image.with_suffix(suffix).is_file()), image)
-        yield _found(image, entry, repeats)
+        yield _found(where, image, entry, repeats, wording)
 
 
-def _found(image: Path, entry: dict[str, Any], repeats: float) -> _Found:
-    texts = [entry[key] for key in ("text", "caption", "prompt") if isinstance(entry.get(key), str)][:1]
-    texts += [entry["tags"]] if isinstance(entry.get("tags"), str) else []
+def _image(where: str, base: Path, name: Any) -> Path:
+    """The image of that name. Raises ValueError for what can be no file's name."""
+    image = base / name if isinstance(name, str) and name and "\0" not in name else None
+    if image is None or not image.name or any("\ud800" <= c <= "\udfff" for c in name):
+        raise ValueError(f"{where}: the image's name is {shown(name)}: expected the path of a file")
+    return image
+
+
+def _found(where: str, image: Path, entry: dict[str, Any], repeats: float, wording: _Wording) -> _Found:
+    texts = (_text_in(where, entry, key) for key in ("text", "caption", "prompt"))
+    caption, tags = next((found for found in texts if found is not None), None), _text_in(where, entry, "tags")
+    if tags is not None and wording.wildcard:  # every line of the caption gets the tags
+        caption = "\n".join(line + ", " + tags.replace("\n", ", ") for line in (caption or "").split("\n") if line.strip())
+    elif tags is not None:
+        caption = ", ".join(part for part in (caption, tags) if part)
+    return _Found(image, caption, repeats, _size_in(where, entry), wording)
+
+
+def _text_in(where: str, entry: dict[str, Any], key: str) -> str | None:
+    """The text under ``key``; of a list of texts, of which diffusers draws one, the longest."""
+    value = entry.get(key)
+    if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+        return str(max(value, key=len))
+    return text(where, entry, key)
+
+
+def _size_in(where: str, entry: dict[str, Any]) -> tuple[int, int] | None:
     size = entry.get("image_size")
-    known = (int(size[0]), int(size[1])) if isinstance(size, list) and len(size) == 2 else None
-    return _Found(image, ", ".join(text for text in texts if text) if texts else None, repeats, known)
+    if size is None:
+        return None
+    if not isinstance(size, list) or len(size) != 2 or not all(type(side) in (int, float) and abs(side) < 2**31 for side in size):
+        raise ValueError(f"{where}: image_size is {shown(size)}: expected [width, height] in pixels")
+    return int(size[0]), int(size[1])
 
 
 def _measure(dataset: Dataset, found: list[_Found], progress: bool) -> None:
@@ -172,10 +265,12 @@ def _measure(dataset: Dataset, found: list[_Found], progress: bool) -> None:
         if isinstance(size, str):
             dataset.problems.append(size)
             continue
+        prompt = item.wording.prompt(item.caption or "")
         if not item.caption:
             what = "no caption" if item.caption is None else "the caption is empty"
-            dataset.problems.append(f"{item.image}: {what}, it trains without a prompt")
-        dataset.samples.append(Sample(item.image, size, item.caption or "", item.repeats))
+            alone = f"with {shown(prompt)} alone" if prompt else "without a prompt"
+            dataset.problems.append(f"{item.image}: {what}, it trains {alone}")
+        dataset.samples.append(Sample(item.image, size, prompt, item.repeats))
 
 
 def _size(item: _Found) -> tuple[int, int] | str:

@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import torch
 
+from sdxl_fixes.errors import shown
+
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 Level = torch.Tensor | float
@@ -29,7 +31,7 @@ Level = torch.Tensor | float
 def check_prediction_type(prediction_type: str) -> str:
     """Return it, or raise ValueError naming the four that exist."""
     if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"unknown prediction_type {prediction_type!r}: expected one of {', '.join(PREDICTION_TYPES)}")
+        raise ValueError(f"unknown prediction_type {shown(prediction_type)}: expected one of {', '.join(PREDICTION_TYPES)}")
     return prediction_type
 
 

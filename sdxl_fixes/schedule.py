@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import numbers
-import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -18,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from sdxl_fixes.errors import shown as _shown
 
 Array = npt.NDArray[np.float64]
 
@@ -555,11 +556,6 @@ def _mistaken(key: str, value: Any, count: int) -> str:
     if key == "sigma":
         return "" if value == "inf" or _is_number(value) else 'a number or "inf"'
     return "" if _is_number(value) else "a number"
-
-
-def _shown(value: Any) -> str:
-    """A value in an error: short, in one line."""
-    return " ".join(reprlib.repr(value).split())
 
 
 def _same_sigma(one: float, other: float) -> bool:

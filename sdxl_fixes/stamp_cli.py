@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sdxl_fixes.checkpoint import Sampling, read_json, sampling_of_record
+from sdxl_fixes.checkpoint import Sampling, read_json, read_sampling
 from sdxl_fixes.flags import SCHEDULE_FLAGS, Settings, add_flags
 from sdxl_fixes.model_file import KINDS, ModelFile, said_sampling
 from sdxl_fixes.prediction import PREDICTION_TYPES
@@ -71,13 +71,8 @@ def stamp(args: argparse.Namespace) -> int:
         raise ValueError("--output belongs to one file: copy the folder first, then stamp the copy")
     if args.output is not None and args.output.exists() and not args.force:
         raise ValueError(f"{args.output} exists already: choose another name, or give --force to replace it")
-    if (
-        yaml is not None
-        and (old := beside(args.output or args.path, ".yaml")).exists()
-        and old.read_text("utf-8") != yaml
-        and not args.force
-    ):
-        raise ValueError(f"{old} exists already and says something else: move it away, or give --force to replace it")
+    if yaml is not None and not args.force:
+        _check_yaml(beside(args.output or args.path, ".yaml"), yaml)
     options = {"force": args.force, "in_place": args.in_place, "check": args.check, "dry_run": args.dry_run}
     if args.path.is_dir():
         files, config = model_files(args.path), args.path / "scheduler" / SCHEDULER_CONFIG
@@ -108,7 +103,7 @@ def stamp(args: argparse.Namespace) -> int:
 
 def sampling_from_args(args: argparse.Namespace) -> Sampling:
     """How the model was trained: by flags, by --from, or by what the file says itself. Raises ValueError if nothing says it."""
-    flags = [name for name in (*SCHEDULE_FLAGS, "base", "shift") if getattr(args, name) not in (None, False)]
+    flags = [name for name in (*SCHEDULE_FLAGS, "base", "shift") if not (getattr(args, name) is None or getattr(args, name) is False)]
     if args.source is None and (flags or args.prediction_type):
         if args.prediction_type is None:
             raise ValueError(f"--{flags[0]} tells the schedule; tell also what the model predicts, with --prediction_type")
@@ -116,7 +111,7 @@ def sampling_from_args(args: argparse.Namespace) -> Sampling:
             raise ValueError(f"--shift belongs to --base flow, not to --base {args.base}: leave it out")
         flow = args.base == "flow" or args.shift is not None or (args.base is None and args.prediction_type == "flow_prediction")
         makers = {"linear": NoiseSchedule.linear, "cosine": NoiseSchedule.cosine}
-        base = NoiseSchedule.flow(args.shift or 1.0) if flow else makers.get(args.base, NoiseSchedule.sdxl)()
+        base = _flow(args.shift) if flow else makers.get(args.base, NoiseSchedule.sdxl)()
         return Sampling(Settings.from_args(args).schedule(base), args.prediction_type)
     if flags:
         raise ValueError(f"--from and --{flags[0]} are two sources for one schedule: give one of them")
@@ -126,6 +121,19 @@ def sampling_from_args(args: argparse.Namespace) -> Sampling:
     if args.prediction_type is None and not predicts:
         raise ValueError(f"{args.source} tells the schedule; tell also what the model predicts, with --prediction_type")
     return Sampling(sampling.schedule, args.prediction_type or sampling.prediction_type)
+
+
+def _flow(shift: float | None) -> NoiseSchedule:
+    try:
+        return NoiseSchedule.flow(1.0 if shift is None else shift)
+    except ValueError as error:
+        raise ValueError(f"--shift {shift:g}: {error}") from error
+
+
+def _check_yaml(old: Path, yaml: str) -> None:
+    """Raise ValueError if the file is there and says anything but ``yaml``."""
+    if old.exists() and old.read_text("utf-8", errors="replace") != yaml:
+        raise ValueError(f"{old} exists already and says something else: move it away, or give --force to replace it")
 
 
 def _read(path: Path, asked: bool) -> tuple[Sampling, bool]:
@@ -138,15 +146,7 @@ def _read(path: Path, asked: bool) -> tuple[Sampling, bool]:
             )
         return sampling_from_config(read_json(config), str(config)), True
     if path.suffix == ".json":
-        content = read_json(path)
-        record = content.get("record", content)
-        if not isinstance(record, dict) or "format" not in record:
-            return sampling_from_config(content, str(path)), "prediction_type" in content
-        try:
-            predicts = "prediction_type" in record
-            return sampling_of_record(record if predicts else {**record, "prediction_type": "epsilon"}), predicts
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        return read_sampling(path)
     record = ModelFile.read(path).record
     if record is None:
         other = "give another --from" if asked else "say it with --prediction_type and the schedule's flags, or with --from"

@@ -1,14 +1,18 @@
 """sdxl-fixes buckets: kohya's TOML, folders and metadata.jsonl, and everything that can be wrong with them."""
 
 import json
+import re
 import sys
 
 import alphabet
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from test_broken_records import JSON, mutations
 
-from sdxl_fixes.buckets_report import report
+from sdxl_fixes.buckets_report import as_json, report
 from sdxl_fixes.cli import main
 from sdxl_fixes.dataset import Dataset, Sample, read
 
@@ -166,13 +170,230 @@ def test_plot_is_a_png(images, tokenizer, tmp_path, capsys, monkeypatch):
         ("set.jsonl", "[1]", 'line 1: expected an object with "file_name" or "image_path"'),
         ("set.jsonl", "", "holds no usable image"),
         ("set.zip", "", "is no data set"),
+        ("set.toml", "general = [1]\n[[datasets]]", "general is [1]: expected a table"),
+        ("set.toml", "datasets = [1]", "datasets is [1]: expected an array of tables"),
+        ("set.toml", "a = " + "[" * 100_000, "is not TOML"),
+        ("set.toml", "a = " + "9" * 5000, "is not TOML"),
+        ("set.toml", "[[datasets]]\nsubsets = 3", "subsets is 3: expected an array of tables"),
+        ("set.toml", "[[datasets]]\nsubsets = [1]", "subsets is [1]: expected an array of tables"),
+        ("set.toml", "[[datasets]]\n[[datasets.subsets]]", "[[datasets.subsets]] 1 has neither image_dir nor metadata_file"),
+        *(
+            ("set.toml", f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '.'\n{line}", f"[[datasets.subsets]] 1: {sentence}")
+            for line, sentence in [
+                ("metadata_file = 3", "metadata_file is 3: expected text"),
+                ("class_tokens = 3", "class_tokens is 3: expected text"),
+                ("caption_prefix = [1]", "caption_prefix is [1]: expected text"),
+                ("enable_wildcard = 'false'", "enable_wildcard is 'false': expected true or false"),
+                ("caption_extension = ''", "caption_extension is '': expected the end of a file name"),
+                ("caption_extension = 'a/b'", "caption_extension is 'a/b': expected the end of a file name"),
+                ("num_repeats = 'x'", "num_repeats is 'x': expected a whole number"),
+                ("num_repeats = 1" + "0" * 30, "num_repeats is 1000000000000000000000000000000: expected a whole number"),
+                ("num_repeats = 0", "num_repeats is 0, and kohya leaves such a subset out"),
+            ]
+        ),
+        ("set.toml", "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 3", "image_dir is 3: expected text"),
+        ("set.jsonl", '{"file_name": 3}', "line 1: the image's name is 3: expected the path of a file"),
+        ("set.jsonl", '{"file_name": "\\ud800"}', "line 1: the image's name is '\\ud800': expected the path of a file"),
+        ("set.jsonl", "[" * 100_000, "line 1: expected an object"),
+        ("set.jsonl", b'{"file_name": "\xff"}', "set.jsonl is not UTF-8"),
+        *(
+            ("set.jsonl", '{"file_name": "a.png", ' + entry + "}", f"line 1: {sentence}")
+            for entry, sentence in [
+                ('"image_size": [null, 1]', "image_size is [None, 1]: expected [width, height] in pixels"),
+                ('"image_size": [1e400, 1]', "image_size is [inf, 1]: expected"),
+                ('"image_size": ["x", "y"]', "image_size is ['x', 'y']: expected"),
+                ('"image_size": 3', "image_size is 3: expected"),
+                ('"text": 3', "text is 3: expected text"),
+            ]
+        ),
     ],
 )
 def test_wrong_sources_are_one_sentence_and_status_2(name, content, sentence, tmp_path, tokenizer, capsys):
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     status, out, error = call(capsys, tmp_path / name, "--tokenizer", tokenizer)
     assert status == 2 and not out and error.startswith("sdxl-fixes buckets: ") and sentence in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ('{"": {}}', "m.json, '': the image's name is ''"),
+        ('{"/": {}}', "m.json, '/': the image's name is '/'"),
+        ('{"a": "a cat"}', "m.json, 'a' is 'a cat': expected an object"),
+        ("[" * 100_000, "m.json is not JSON"),
+        ("{", "m.json is not JSON"),
+        ("[1]", "m.json holds a list"),
+        (b"\xff", "m.json is not UTF-8"),
+        ('{"a": {"tags": [3]}}', "m.json, 'a': tags is [3]: expected text"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_wrong_metadata_of_kohya_is_one_sentence(content, sentence, tmp_path, capsys):
+    (tmp_path / "m.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    (tmp_path / "set.toml").write_text(f"[[datasets]]\n[[datasets.subsets]]\nmetadata_file = {json.dumps(str(tmp_path / 'm.json'))}")
+    status, _, error = call(capsys, tmp_path / "set.toml")
+    assert status == 2 and sentence in error and error.count("\n") == 1
+
+
+def test_lines_end_at_line_ends_only_and_a_mark_of_byte_order_is_none(tmp_path):
+    text = "a\u2028b\u0085c\u2029d"
+    line = json.dumps({"file_name": "a.png", "image_size": [8, 8], "text": text}, ensure_ascii=False)
+    (tmp_path / "m.jsonl").write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n" + line.encode())
+    assert "\u2028" in line and [sample.caption for sample in read(tmp_path / "m.jsonl")[0].samples] == [text, text]
+
+
+CAPTIONS = {  # .txt, options of the subset -> what kohya trains, the longest where it draws
+    "first line": ("one\ntwo three\n", {}, "one"),
+    "wildcard": (" one\n\n two three \n", {"enable_wildcard": True}, "two three"),
+    "alternatives": ("a {cat|large dog} {{b}}", {"enable_wildcard": True}, "a large dog {b}"),
+    "no alternatives": ("a {cat|large dog}", {}, "a {cat|large dog}"),
+    "around": ("one\ntwo", {"caption_prefix": "p", "caption_suffix": "s"}, "p one s"),
+    "around lines": ("one\ntwo", {"caption_prefix": "pre", "caption_suffix": "s", "enable_wildcard": True}, "pre one"),
+    "around nothing": (None, {"caption_prefix": "p"}, "p"),
+    "around tokens": (None, {"class_tokens": "cat", "caption_suffix": "s"}, "cat s"),
+}
+
+
+def toml(folder, **options):
+    lines = [f"{key} = {json.dumps(value)}" for key, value in {"caption_extension": ".txt", **options}.items()]
+    (folder / "set.toml").write_text("\n".join(["[[datasets]]", "[[datasets.subsets]]", *lines]))
+    return folder / "set.toml"
+
+
+@pytest.mark.parametrize("case", CAPTIONS)
+def test_captions_are_counted_as_kohya_trains_them(case, tmp_path):
+    text, options, expected = CAPTIONS[case]
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    if text is not None:
+        (tmp_path / "a.txt").write_text(text)
+    (dataset,) = read(toml(tmp_path, image_dir=str(tmp_path), **options))
+    assert [sample.caption for sample in dataset.samples] == [expected]
+    assert dataset.problems == ([f"{tmp_path / 'a.png'}: no caption, it trains with 'p' alone"] if case == "around nothing" else [])
+
+
+@pytest.mark.parametrize(
+    ("entry", "options", "expected"),
+    [
+        ({"caption": "one\ntwo", "tags": "t"}, {}, "one"),
+        ({"caption": "one", "tags": "t"}, {"caption_prefix": "p"}, "p one, t"),
+        ({"caption": "one\ntwo three", "tags": "t\nu"}, {"enable_wildcard": True}, "two three, t, u"),
+    ],
+)
+def test_metadata_is_counted_as_kohya_trains_it(entry, options, expected, tmp_path):
+    (tmp_path / "m.json").write_text(json.dumps({"a.png": {**entry, "image_size": [8, 8]}}))
+    (dataset,) = read(toml(tmp_path, metadata_file=str(tmp_path / "m.json"), **options))
+    assert [sample.caption for sample in dataset.samples] == [expected]
+
+
+def test_of_diffusers_captions_every_line_counts_and_of_a_list_the_longest(tmp_path):
+    lines = [{"file_name": "a.png", "image_size": [8, 8], "text": text} for text in ("a\nb", ["a", "a cat"])]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert [sample.caption for sample in read(tmp_path / "m.jsonl")[0].samples] == ["a\nb", "a cat"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"bucket_reso_steps": 0}, "bucket_reso_steps is 0: expected a whole number in 8..16384"),
+        ({"bucket_reso_steps": 12}, "bucket_reso_steps is 12: expected a multiple of 8"),
+        ({"bucket_reso_steps": 0, "bucket_no_upscale": True}, "bucket_reso_steps is 0: expected"),
+        ({"bucket_no_upscale": "x"}, "bucket_no_upscale is 'x': expected true or false"),
+        ({"enable_bucket": "false"}, "enable_bucket is 'false': expected true or false"),
+        ({"batch_size": [2]}, "batch_size is [2]: expected a whole number"),
+        ({"batch_size": "x"}, "batch_size is 'x': expected a whole number"),
+        ({"resolution": "512"}, "resolution is '512': expected a whole number"),
+        ({"resolution": [512]}, "resolution is [512]: expected a whole number or [width, height]"),
+        ({"resolution": [512, 1e400]}, "resolution is inf: expected a whole number"),
+        ({"min_bucket_reso": 32}, "min_bucket_reso is 32: expected a whole number in 64..1024"),
+        ({"max_bucket_reso": 10**12}, "max_bucket_reso is 1000000000000: expected a whole number in 64..16384"),
+    ],
+)
+def test_wrong_settings_are_named(settings, sentence, tmp_path):
+    settings = {"resolution": 1024, "enable_bucket": True, **settings}
+    with pytest.raises(ValueError, match=re.escape(f"set: {sentence}")):
+        report(Dataset("set", [Sample(tmp_path / "a.png", (64, 64), "a")], settings), np.array([1]), 3)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("vocab.json", "{"),
+        ("vocab.json", "[" * 100_000),
+        ("tokenizer.json", "{}"),
+        ("special_tokens_map.json", "[1]"),
+        ("tokenizer_config.json", '{"model_max_length": "x"}'),
+    ],
+)
+def test_a_broken_tokenizer_is_one_sentence(file, content, images, tokenizer, capsys):
+    (tokenizer / file).write_text(content)
+    status, _, error = call(capsys, images, "--tokenizer", tokenizer)
+    assert status in (0, 2) and "Traceback" not in error
+    if status:
+        assert f"--tokenizer {tokenizer}: no CLIP tokenizer there" in error and len(error) < 700
+
+
+def test_a_name_that_is_no_unicode_is_escaped_in_the_table(images, tokenizer, capsys):
+    try:
+        (images / "b\udcff\n.png").write_bytes(b"no image")
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    status, out, _ = call(capsys, images, "--tokenizer", tokenizer)
+    assert status == 0 and f"{images}/b\\udcff\\n.png: unreadable, left out" in out
+
+
+ENTRY = {"text": "a", "tags": "b", "image_size": [8, 8], "file_name": "a.png", "image_path": "a.png", "caption": "c"}
+SETTINGS = {
+    "resolution": [64, 64],
+    "enable_bucket": True,
+    "bucket_no_upscale": False,
+    "bucket_reso_steps": 8,
+    "min_bucket_reso": 16,
+    "max_bucket_reso": 128,
+    "batch_size": 2,
+}
+SUBSET = {"image_dir": ".", "metadata_file": "m.json", "num_repeats": 2, "class_tokens": "a", "caption_prefix": "p"}
+SUBSET |= {"caption_suffix": "s", "caption_extension": ".txt", "enable_wildcard": True}
+TOMLS = [
+    {"general": SETTINGS, "datasets": [{"batch_size": 3, "subsets": [SUBSET]}]},
+    {"datasets": [{**SETTINGS, "subsets": [SUBSET, SUBSET]}]},
+]
+METADATA = [{"a.png": ENTRY, "b": {"image_size": [8, 9]}}]
+
+
+def refused(path):
+    """The sentence that ``path`` is refused with; None if its report is made."""
+    try:
+        for dataset in read(path):
+            as_json([report(dataset, np.ones(len(dataset.samples), int), 3)])
+    except (ValueError, OSError) as error:
+        assert "\n" not in str(error) and path.parent.name in str(error), error
+        return str(error)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(mutations(TOMLS), mutations(METADATA) | JSON, st.booleans())
+def test_any_toml_and_any_metadata_is_a_report_or_a_sentence(tmp_path, toml, metadata, good):
+    (tmp_path / "m.json").write_text(json.dumps(METADATA[0] if good else metadata))
+    content = json.loads(json.dumps(toml).replace('"m.json"', json.dumps(str(tmp_path / "m.json"))))
+    (tmp_path / "set.toml").touch()
+    with pytest.MonkeyPatch.context() as patch:  # TOML's tables are JSON's objects: what follows never sees the text
+        patch.setattr("sdxl_fixes.dataset.load_toml", lambda path: content if isinstance(content, dict) else {})
+        refused(tmp_path / "set.toml")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(mutations([ENTRY]) | JSON, max_size=3))
+def test_any_jsonl_is_a_report_or_a_sentence(tmp_path, entries):
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    refused(tmp_path / "m.jsonl")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary() | st.text().map(str.encode), st.sampled_from(["x.toml", "x.jsonl"]))
+def test_any_bytes_are_refused_in_a_sentence(tmp_path, content, name):
+    (tmp_path / name).write_bytes(content)
+    assert refused(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +402,10 @@ def test_wrong_sources_are_one_sentence_and_status_2(name, content, sentence, tm
         (("--max_token_length", "100"), "--max_token_length must be a multiple of 75, got 100"),
         (("--tokenizer", "."), "no CLIP tokenizer there, and none downloaded"),
         (("--batch_size", "0"), "batch_size must be a whole number of at least 1"),
+        (("--batch_size", "9" * 30), "--batch_size must be a whole number of at least 1 and at most 1000000, got 999"),
+        (("--world_size", "9" * 30), "--world_size must be a whole number"),
+        (("--seed", "9" * 30), "--seed must be a whole number"),
+        (("--max_token_length", "75" + "0" * 30), "--max_token_length must be a multiple of 75"),
     ],
 )
 def test_wrong_flags_are_one_sentence_and_status_2(words, sentence, images, tokenizer, capsys, monkeypatch):

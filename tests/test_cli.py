@@ -2,8 +2,14 @@
 
 import json
 import sys
+import tempfile
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from test_broken_records import CONFIGS, JSON, RECORDS, mutations
 
 from sdxl_fixes import NoiseSchedule
 from sdxl_fixes.cli import main
@@ -61,6 +67,8 @@ def test_plot_is_a_png_and_nothing_half_written_stays(tmp_path, monkeypatch, cap
         (["--from", "nowhere.json"], "nowhere.json"),
         (["--base", "cosine", "--terminal_sigma", "300", "--terminal_sigma_method", "beta_end"], "use 'rescale', 'tail' or 'last'"),
         (["--from", "x.json", "--base", "flow"], "give one of them"),
+        (["--width", "0", "--height", "8"], "--width 0 --height 8: width, height and base must be positive"),
+        (["--width", "9" * 400, "--height", "8"], "--height 8: "),
     ],
 )
 def test_wrong_input_is_one_sentence_and_status_2(words, sentence, capsys):
@@ -69,8 +77,46 @@ def test_wrong_input_is_one_sentence_and_status_2(words, sentence, capsys):
     assert error.startswith("sdxl-fixes schedule: ") and sentence in error and "\n" not in error
 
 
-@pytest.mark.parametrize("content", ["[1]", "{", "{}", '{"format": "other"}', '{"beta_schedule": "sigmoid"}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[1]",
+        "{",
+        "{}",
+        '{"format": "other"}',
+        '{"beta_schedule": "sigmoid"}',
+        "[" * 100_000,
+        '{"beta_schedule": "linear", "prediction_type": {}}',
+        '{"beta_schedule": "linear", "prediction_type": ' + "[" * 900 + "]" * 900 + "}",
+        '{"record": {"format": "sdxl_fixes.schedule", "version": 1}}',
+    ],
+    ids=lambda content: content[:60],
+)
 def test_a_file_that_describes_no_schedule_is_named(content, tmp_path, capsys):
     file = tmp_path / "odd.json"
     file.write_text(content)
-    assert main(["schedule", "--from", str(file)]) == 2 and "odd.json" in capsys.readouterr().err
+    assert main(["schedule", "--from", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert "odd.json" in error and error.count("\n") == 1 and len(error) < 600
+
+
+def test_what_json_printed_is_read_back(tmp_path, capsys):
+    file = tmp_path / "printed.json"
+    assert main(["schedule", "--terminal_sigma", "300", "--json"]) == 0
+    file.write_text(capsys.readouterr().out)
+    assert main(["schedule", "--from", str(file), "--json"]) == 0 and capsys.readouterr().out.strip() == file.read_text().strip()
+
+
+@given(mutations([*RECORDS, *CONFIGS, {"record": RECORDS[0]}]) | JSON)
+def test_any_json_is_a_schedule_or_a_sentence(content):
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "x.json"
+        file.write_text(json.dumps(content))
+        out, error = StringIO(), StringIO()
+        with redirect_stdout(out), redirect_stderr(error):
+            status = main(["schedule", "--from", str(file), "--json"])
+    if status == 0:
+        json.loads(out.getvalue(), parse_constant=refuse)
+    else:
+        assert status == 2 and ("x.json: " in error.getvalue() or "x.json holds" in error.getvalue())
+        assert error.getvalue().count("\n") == 1

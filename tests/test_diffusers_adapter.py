@@ -83,7 +83,7 @@ def test_fixes_none_is_upstream_under_any_flags(train, how, capsys):
     none = train("--snr_gamma", "5", *flags, *more, "--fixes", "none", how=how)
     said = capsys.readouterr().err
     assert same(none, train("--snr_gamma", "5", how="unpatched"))
-    assert "in huggingface/diffusers example: no fix is on, it trains as upstream does\n" in said
+    assert "in huggingface/diffusers example (made_up_sdxl.py, not tested): no fix is on, it trains as upstream does\n" in said
     (dropped,) = [line for line in said.splitlines() if "no effect" in line]
     assert dropped.startswith("sdxl-fixes: WARNING: --fixes none: --zero_terminal_snr, ")
     ours = (flag[2:] for flag in (*flags, *more) if flag.startswith("--"))
@@ -259,7 +259,7 @@ def test_the_report_names_what_is_on(train, capsys):
     train("--terminal_sigma", "300", *V)
     report = capsys.readouterr().err
     for line in (
-        "sdxl-fixes: 0.1.0 in huggingface/diffusers example",
+        "sdxl-fixes: 0.1.0 in huggingface/diffusers example (made_up_sdxl.py, not tested)",
         "  objective  v_prediction on sigma to 300 (0.33 % of the image left; SDXL's own: 6.8 %); l2 loss",
         "  weights    every timestep counts the same",
         "  data       timesteps drawn uniformly",

@@ -94,6 +94,7 @@ RECORD = json.loads(metadata(SDXL, "epsilon")[RECORD_KEY])
         {"betas": [0.1, -0.1]},
         {"betas": [0.1, 1.5]},
         {"betas": [[0.1, 0.2]]},
+        {"betas": [0.1, 10**400]},
         {"betas": [0.1, 1e-18, 0.1]},
         {"prediction_type": "flow_prediction", "recipe": None},
     ],

@@ -156,6 +156,8 @@ def test_other_models_are_refused(tmp_path, capsys):
         (["--from", "nowhere", "--zero_terminal_snr"], "two sources"),
         (["--prediction_type", "epsilon", "--terminal_sigma", "300", "--yaml"], "a YAML can tell A1111 only v-prediction"),
         (["--prediction_type", "epsilon", "--terminal_sigma", "-1"], "--terminal_sigma -1"),
+        (["--prediction_type", "flow_prediction", "--shift", "0"], "--shift 0: shift must be a positive number"),
+        (["--from", "nowhere", "--terminal_sigma", "0"], "two sources"),
     ],
 )
 def test_wrong_input_is_one_sentence(words, sentence, tmp_path, capsys):
@@ -269,6 +271,14 @@ def test_yaml_is_a_config_that_says_v(tmp_path):
         main(["stamp", str(path), "--prediction_type", "v_prediction", "--yaml"]) == 2
         and (tmp_path / "m.yaml").read_text() == "model: mine"
     )
+
+
+def test_a_yaml_that_is_not_utf8_is_named_and_replaced_only_by_force(tmp_path, capsys):
+    path, yaml = model(tmp_path / "m.safetensors"), tmp_path / "m.yaml"
+    yaml.write_bytes(b"caf\xe9")
+    words = ["stamp", str(path), "--prediction_type", "v_prediction", "--yaml"]
+    assert main(words) == 2 and f"{yaml} exists already and says something else" in capsys.readouterr().err
+    assert main([*words, "--force"]) == 0 and "VScaling" in yaml.read_text()
 
 
 def test_room_of_our_own_saves_is_used(tmp_path):

@@ -27,6 +27,6 @@ def version(script: str | Path) -> str:
     """What is known of a script with the installed diffusers."""
     releases = TESTED.get(Path(script).name)
     if releases is None:
-        return "not tested: every fix that is on is checked in every step"
+        return "not tested"
     here = "" if diffusers.__version__ in releases else f", here is {diffusers.__version__}"
     return f"tested with diffusers {' and '.join(releases)}{here}"

@@ -161,8 +161,8 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
     trained = Sampling(run.schedule, run.prediction_type)
     for name, base in bases(args).items():
         if base != trained:
-            said = f"{name} says that it is sampled as {base}, and your flags train {trained}"
-            warn(f"{said}: the saved file will say what was trained; {_flags_for(base)}")
+            differs = f"{name} says that it is sampled as {base}, and your flags train {trained}"
+            warn(f"{differs}: the saved file will say what was trained; {_flags_for(base)}")
 
 
 def _flags_for(base: Sampling) -> str:

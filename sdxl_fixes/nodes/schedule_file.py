@@ -48,7 +48,7 @@ def read_schedule(path: str) -> Schedule | None:
     modelspec = metadata.get("modelspec.prediction_type")
     try:
         return parse_record(text, markers, modelspec if isinstance(modelspec, str) else None)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path}: its schedule record cannot be used: {error}") from error
 
 
