@@ -265,7 +265,7 @@ def test_the_report_names_what_is_on(train, capsys):
         "  data       timesteps drawn uniformly",
     ):
         assert f"{line}\n" in report
-    saved = "schedule record in U-Net, ControlNet and LoRA files, the scheduler of a saved folder"
+    saved = "schedule record in every model file but the VAE's, the scheduler of a saved folder"
     assert f"  file       {saved}; validation images sample the same\n" in report
     flags = ("--zero_terminal_snr", *V, "--loss_type", "huber", "--snr_gamma", "5")
     train(*flags, "--ip_noise_gamma", "0.1", "--stratified_timesteps")
