@@ -39,7 +39,7 @@ def test_dreambooth_with_prior_preservation(run, made, script):  # noqa: F811
 
 def test_a_trained_text_encoder_is_said(run):  # noqa: F811
     process, _ = run("module", "dreambooth", "--train_text_encoder", *STABLE, steps=2)
-    assert "their text embeddings stay as first seen, though the text encoder is trained" in process.stderr and printed(process)
+    assert "text embeddings stay as first seen, though the text encoder is trained" in process.stderr and printed(process)
 
 
 def test_two_processes_share_the_images(run):  # noqa: F811

@@ -73,7 +73,7 @@ def test_every_prompt_once_an_epoch_at_its_own_length(train, dataset, script, wo
     process, trace = train("module", script, *CHUNKS, *dataset(), *flags, steps=2 * EPOCH)
     assert check(trace) == [Counter(caption(n)[:225] for n in range(21))] * 2
     assert trace["prompts"][:EPOCH] != trace["prompts"][EPOCH:]
-    assert "buckets    on   aspect x chunk, prompts of at most 225 tokens, 75n+2 vectors" in process.stderr
+    assert "prompts of up to 225 tokens in batches of equal aspect and chunks, 75n+2 vectors" in process.stderr
     if workers == "0":
         before = train("unpatched", script, *LIMIT, *dataset(), steps=EPOCH)[1]
         assert [length for _, length in before["contexts"]] == [227] * EPOCH  # as many batches, all of the greatest length
