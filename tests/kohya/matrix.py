@@ -5,6 +5,7 @@ Prints a table (Markdown), then a sentence for everything that is not as it must
   off    our launcher and no flag of a fix trains as upstream does, to the bit: losses, inputs, saved weights;
   none   so it does with every flag that upstream has and --fixes none;
   all    with every fix that the script can have, all checkouts train the same, to the bit;
+  doctor says beforehand what the run with all does, and knows the checkout;
   and every start is reported, and the saved file has the schedule's record with "all" and only then.
 
 A script that the launcher refuses is run without it, and must be refused in one sentence. Without arguments, the checkouts are those of
@@ -153,6 +154,17 @@ def _wrong(script, of, launches):
     for ours, theirs in (("off", "unpatched"), ("none", "upstream")):
         if ours in of and of[ours].status == of[theirs].status == 0 and of[ours].numbers != of[theirs].numbers:
             yield f"{place}: {ours} is not bit-identical to the unpatched run"
+
+
+def _disagrees(script, folder, everything):
+    """A sentence if doctor does not say of a script what a run with every fix that has a place there then did."""
+    from sdxl_fixes.kohya.doctor import examine
+
+    report, fits = examine(folder / script)
+    if fits != (everything.status == 0):
+        yield f"{script} in {everything.checkout}: doctor says that the fixes {'fit' if fits else 'do not fit'}, and the run says otherwise"
+    if "not tested" in report:
+        yield f"{script} in {everything.checkout}: doctor does not know it: integrations/kohya/scripts.py wants its digest"
 
 
 def table(cells):
