@@ -86,6 +86,11 @@ class TimestepSampler:
             u = torch.rand(batch_size, device=device, generator=generator)
         return torch.searchsorted(self._cumulative.on(u.device), u, right=True) + self.min_timestep
 
+    def end_of_step(self) -> None:
+        """The optimizer steps now: the next stratified draw begins a new step, also if fewer than ``accumulation`` were drawn for this one
+        (accelerate steps at the end of an epoch, whatever is left)."""
+        self._drawn += -self._drawn % self._accumulation
+
     def weights(self, timesteps: torch.Tensor) -> torch.Tensor | None:
         """Importance weights of ``timesteps`` (shape [B]), float32; None where all are 1."""
         return None if self._weights is None else self._weights(timesteps)

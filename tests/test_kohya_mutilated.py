@@ -186,6 +186,15 @@ STOPPED = {
         ),
         r"a loss was computed before any latents were noised|asked for but not reached",
     ),
+    "noise added inline": (
+        inlined("noise_scheduler.add_noise(latents, seen, timesteps)",
+                "(lambda a: a.sqrt() * latents + (1 - a).sqrt() * seen)(noise_scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1))", LOSS),
+        r"noise, schedule asked for but not reached",
+    ),
+    "loss changed before its mask": (
+        inlined("            if args.masked_loss:\n", "            loss = loss * 7\n            if args.masked_loss:\n"),
+        r"the trainer changes the loss before its mask",
+    ),
     "timesteps inlined": (
         inlined("get_timesteps(args.min_timestep or 0, args.max_timestep or 1000, len(latents), latents.device)",
                 "torch.randint(0, 1000, (len(latents),))", LOSS),
@@ -209,6 +218,9 @@ STOPPED = {
 }  # fmt: skip
 
 
+RUNTIME = ("arguments shown late", "nor accelerate's backward", "noise added inline", "loss changed before its mask")  # not in the names
+
+
 @pytest.mark.parametrize("name", STOPPED)
 def test_what_is_out_of_reach_stops_in_the_first_step_with_one_sentence(trainer, name, capsys):
     mutilate, sentence = STOPPED[name]
@@ -222,7 +234,7 @@ def test_what_is_out_of_reach_stops_in_the_first_step_with_one_sentence(trainer,
     assert not (trainer / "out" / "steps.pt").exists() and not (trainer / "out" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", [name for name in STOPPED if name not in ("arguments shown late", "nor accelerate's backward")])
+@pytest.mark.parametrize("name", [name for name in STOPPED if name not in RUNTIME])
 def test_doctor_says_beforehand_what_will_stop(trainer, name):
     mutilate, _ = STOPPED[name]
     if name == "no flags":
@@ -285,3 +297,25 @@ def test_fixes_that_are_not_asked_for_may_be_out_of_reach(trainer):
     STOPPED["renamed"][0](trainer)
     run(trainer, FT, "--zero_terminal_snr", "--v_parameterization")
     assert len(losses(trainer)) == 3
+
+
+def test_a_diffusers_folder_that_was_saved_ends_well(trainer):
+    run(trainer, FT, *ALL, "--diffusers")
+    assert (trainer / "out" / "scheduler" / "scheduler_config.json").exists()
+
+
+def test_a_step_that_only_allocates_an_optimizers_state_is_not_training(trainer, right):
+    edit(
+        trainer, FT,
+        ("    steps, times", "    for parameter in unet.parameters():\n        parameter.grad = torch.zeros_like(parameter)\n"
+         "    optimizer.optimizer.step()\n    optimizer.zero_grad()\n    steps, times"),
+    )  # fmt: skip
+    run(trainer, FT, *ALL)
+    assert losses(trainer) == right[FT]
+
+
+def test_weights_that_are_left_to_upstream_do_not_go_with_a_gradient_that_must_know_them(trainer, capsys):
+    flags = ("--loss_type", "huber", "--huber_l2_gradient", "batch", "--min_snr_gamma", "5", "--v_parameterization")
+    with pytest.raises(SystemExit):
+        run(trainer, FT, *flags, "--fixes", "all,-weighting")
+    assert "--huber_l2_gradient batch must know the weights of the loss" in capsys.readouterr().err

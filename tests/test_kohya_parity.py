@@ -350,3 +350,24 @@ def test_every_preview_sampler_follows_the_trained_schedule_and_stays_finite(nam
     for t in made.timesteps:
         x = made.step(torch.zeros_like(x), t, x).prev_sample  # any finite prediction must give a finite sample
     assert torch.isfinite(x).all()
+
+
+def test_timesteps_that_our_sampler_did_not_draw_have_no_importance_weight(run):
+    """The network trainer's validation fixes the timestep (min = max), which upstream draws."""
+    from sdxl_fixes.kohya import timesteps as kohya_timesteps
+
+    made = run(zero_terminal_snr=True, v_parameterization=True, terminal_timestep_share=0.3)
+    prediction, target = torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8)
+
+    def loss(low, high):
+        def upstream(args, noise_scheduler, latents):
+            return None, None, kohya_timesteps.draw(lambda low, high, count, device: torch.full((count,), high), low, high, 4, "cpu")
+
+        kohya_noise.noised(upstream, argparse.Namespace(), None, target)
+        l2 = lambda p, q, kind, reduction, c: (p - q) ** 2  # noqa: E731
+        return kohya_loss.conditional_loss(l2, prediction, target, "l2", "mean")
+
+    plain = torch.nn.functional.mse_loss(prediction, target)
+    torch.testing.assert_close(loss(999, 999), plain)
+    weights = made.timesteps.weights(SESSION.step.timesteps)
+    assert not torch.allclose(weights, torch.ones(4)) and not torch.allclose(loss(0, 1000), plain)

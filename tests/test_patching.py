@@ -281,8 +281,10 @@ def test_a_module_that_is_imported_after_the_patch_gets_the_replacement_too(move
     patches = PatchSet((moving("moving.loss"),), root)
     patches.apply()
     del sys.modules["moving.other"]
-    assert importlib.import_module("moving.other").renamed(1, 2) == 6
+    later = importlib.import_module("moving.other")
+    assert later.renamed(1, 2) == 6
     patches.undo()
+    assert later.renamed(1, 2) == 3 and later.renamed is sys.modules["moving.loss"].weigh
 
 
 def test_without_a_root_only_the_defining_module_is_touched(moved):

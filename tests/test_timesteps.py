@@ -221,3 +221,15 @@ def test_nonsense_is_refused_in_a_sentence(options, message):
 def test_terminal_share_of_a_range_that_is_all_terminal_is_uniform():
     sampler = TimestepSampler(ZTSNR, min_timestep=998, terminal_share=0.5)
     np.testing.assert_allclose(sampler.weights(torch.tensor([998, 999])), [1, 1])
+
+
+def test_an_optimizer_step_that_ends_early_leaves_no_draw_for_the_next():
+    """Six micro-batches an epoch, four to a step: accelerate steps after the sixth, so steps have 4, 2, 4, 2 draws."""
+    sampler = TimestepSampler(SDXL, stratified=True, accumulation=4)
+    for _ in range(3):
+        whole = torch.cat([sampler.draw(1) for _ in range(4)])
+        assert sorted((4 * whole // 1000).tolist()) == [0, 1, 2, 3]
+        sampler.end_of_step()
+        sampler.draw(1), sampler.draw(1)
+        sampler.end_of_step()
+    assert sampler.state_dict()["drawn"] == 24

@@ -27,6 +27,6 @@ def install() -> None:
 
 def uninstall() -> None:
     """Put the libraries' own functions back."""
-    SESSION.unwatch()
     SESSION.patches.undo()
+    SESSION.unwatch()
     SESSION.reset()

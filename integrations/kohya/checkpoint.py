@@ -44,4 +44,5 @@ def save_folder(original: Callable[..., Any], output_dir: str, *args: Any, **kwa
         folder = Path(output_dir) / "scheduler"
         saved = diffusers.EulerDiscreteScheduler.from_pretrained(folder)
         saved.from_config(scheduler_config(run.schedule, run.prediction_type, saved.config)).save_pretrained(folder)
+        SESSION.reached("saving")
     return result

@@ -38,6 +38,6 @@ def install() -> None:
 
 def uninstall() -> None:
     """Put sd-scripts' own functions back."""
-    SESSION.unwatch()
     SESSION.patches.undo()
+    SESSION.unwatch()
     SESSION.reset()

@@ -24,13 +24,10 @@ def noised(
     step.sampled, step.residual = False, None
     if run.stable_loss is not None:
         run.stable_loss.noised(latents)
-    follows = getattr(noise_scheduler, "add_noise", None) == run.noising.add_noise
-    if follows:
-        SESSION.reached("schedule")
     if run.perturbation is not None:
         args = argparse.Namespace(**{**vars(args), "ip_noise_gamma": None})
-        noise_scheduler = noise_scheduler if follows else _Perturbing(noise_scheduler, run.perturbation)
-        SESSION.reached("noise")
+        if getattr(noise_scheduler.add_noise, "run", None) is not run:  # else its own add_noise perturbs
+            noise_scheduler = _Perturbing(noise_scheduler, run.perturbation)
     result = original(args, noise_scheduler, latents, *rest, **kwargs)
     step.timesteps = result[2]
     return result
@@ -43,6 +40,7 @@ class _Perturbing:
         self.__dict__.update(_scheduler=scheduler, _perturbation=perturbation)
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> Any:
+        SESSION.reached("noise")
         return self._scheduler.add_noise(original_samples, self._perturbation(noise), timesteps)
 
     def __getattr__(self, name: str) -> Any:

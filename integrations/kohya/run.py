@@ -142,7 +142,8 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
         names = markers(run.schedule, run.prediction_type) if full else ()
         spec = metadata(run.schedule, run.prediction_type)["modelspec.prediction_type"]
         said = [f"markers {' '.join(names)}"] if names else []
-        files.append(", ".join(["schedule record", *said, *([f"modelspec {spec}"] if spec else [])]))
+        folder = str(getattr(args, "save_model_as", None)).startswith("diffusers")
+        files.append("its scheduler" if folder else ", ".join(["schedule record", *said, *([f"modelspec {spec}"] if spec else [])]))
     if "previews" in run.on:
         files.append("previews sample the same")
     known = version(root) if root is not None else ""

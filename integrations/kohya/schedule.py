@@ -38,4 +38,11 @@ def follow(noise_scheduler: Any, run: Run, device: torch.device) -> None:
     noise_scheduler.alphas = torch.from_numpy(1 - schedule.betas).float()
     noise_scheduler.alphas_cumprod = torch.from_numpy(schedule.alphas_cumprod.copy()).float()
     noise_scheduler.all_snr = torch.from_numpy(schedule.snr.copy()).float().to(device)
-    noise_scheduler.add_noise, noise_scheduler.get_velocity = run.noising.add_noise, run.noising.get_velocity
+
+    def add_noise(original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        for fix in ("schedule", "noise"):
+            SESSION.reached(fix)
+        return run.noising.add_noise(original_samples, noise, timesteps)
+
+    add_noise.run = run  # type: ignore[attr-defined]  # for noise.py, which asks whose perturbation this is; copies of a scheduler share it
+    noise_scheduler.add_noise, noise_scheduler.get_velocity = add_noise, run.noising.get_velocity

@@ -133,6 +133,7 @@ class PatchSet:
 
     def undo(self) -> None:
         """Put every original back, newest first. Raises RuntimeError, naming the target, if somebody replaced ours meanwhile."""
+        wrappers = {id(entry.replacement): entry for entry in self._applied if isinstance(entry.owner, ModuleType)}
         while self._applied:
             entry = self._applied[-1]
             if inspect.getattr_static(entry.owner, entry.name, None) is not entry.replacement:
@@ -145,6 +146,11 @@ class PatchSet:
             else:
                 setattr(entry.owner, entry.name, entry.original)
             self._applied.pop()
+        for module in self._modules() if wrappers else ():  # that imported one from where it was replaced
+            for name, value in list(vars(module).items()):
+                while id(value) in wrappers:
+                    value = wrappers[id(value)].original
+                    setattr(module, name, value)
 
     def _mismatch(self, patch: Patch) -> str | None:
         try:
@@ -205,8 +211,11 @@ class PatchSet:
 
     def _holders(self, function: Any) -> list[tuple[ModuleType, str]]:
         """Every (module, name) of the trainer's that is bound to ``function``."""
-        modules = [module for module in list(sys.modules.values()) if isinstance(module, ModuleType) and self._ours(module)]
-        return [(module, name) for module in modules for name, value in list(vars(module).items()) if value is function]
+        return [(module, name) for module in self._modules() for name, value in list(vars(module).items()) if value is function]
+
+    def _modules(self) -> list[ModuleType]:
+        """The trainer's modules that are loaded."""
+        return [module for module in list(sys.modules.values()) if isinstance(module, ModuleType) and self._ours(module)]
 
     def _ours(self, module: ModuleType) -> bool:
         file = vars(module).get("__file__")  # not getattr: lazy modules would start importing

@@ -90,6 +90,11 @@ def prepare(
         max_timestep=timestep_range[1],
     )
     weighting = Product(weightings) if len(weightings) > 1 else next(iter(weightings), None)
+    if {"loss", "weighting"} & on == {"loss"} and weighting is not None and settings.huber_l2_gradient == "batch":
+        raise FlagError(
+            "--huber_l2_gradient batch must know the weights of the loss, and --fixes leaves them to the trainer: switch weighting on, "
+            "too, or take --huber_l2_gradient sample"
+        )
     perturbation = settings.perturbation() if "noise" in on else None
     loss = settings.loss() if "loss" in on else None
     due: dict[str, frozenset[str]] = {

@@ -67,8 +67,11 @@ class Session:
         """In the place of accelerate's: by now every fix that is on must have done its work in this step."""
         self._guarded = True
         self.check()
-        self.step = StepState()
-        return original(accelerator, *args, **kwargs)
+        self.step = StepState()  # before, so that nothing here keeps the graph
+        result = original(accelerator, *args, **kwargs)
+        if self.run is not None and self.run.timesteps is not None and getattr(accelerator, "sync_gradients", True):
+            self.run.timesteps.end_of_step()
+        return result
 
     def watch_optimizers(self) -> None:
         """Guard the first optimizer step of a training that does not go through accelerate's backward pass, too."""
@@ -82,8 +85,11 @@ class Session:
             self._hook.remove()
             self._hook = None
 
-    def _stepping(self, *_: Any) -> None:
-        if not self._guarded:
+    def _stepping(self, optimizer: Any, *_: Any) -> None:
+        if self._guarded:
+            return
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        if any(parameter.grad is not None and bool(parameter.grad.any()) for parameter in parameters):  # else a step to allocate state
             self.check()
             self._guarded = self.run is not None
 
@@ -110,7 +116,7 @@ class Session:
             parts = [mark for mark in missed if mark not in fixes]
             raise FixError(
                 f"{', '.join(fixes)} asked for but not reached in this training step: this {self.name} does not call what we patch"
-                f"{' (' + ', '.join(parts) + ')' if parts else ''}; leave out its flags or give "
+                f"{' (' + ', '.join(parts) + ')' if parts else ''}, or calls backward twice a step; leave out its flags or give "
                 f"--fixes all,{','.join('-' + fix for fix in fixes)} ({self._look()})"
             )
 

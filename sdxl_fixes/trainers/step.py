@@ -101,6 +101,7 @@ class StepState:
     sampled: bool = False  # whether the run's sampler drew them
     later: torch.Tensor | None = None  # [B], weights that the trainer applies itself
     residual: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None  # prediction, target, the trainer's own loss of them
+    loss: torch.Tensor | None = None  # what was returned for them
     reached: set[str] = field(default_factory=set)  # marks of the work that was done
 
     def of(self, part: torch.Tensor) -> torch.Tensor:
