@@ -188,7 +188,7 @@ STOPPED = {
     ),
     "noise added inline": (
         inlined("noise_scheduler.add_noise(latents, seen, timesteps)",
-                "(lambda a: a.sqrt() * latents + (1 - a).sqrt() * seen)(noise_scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1))", LOSS),
+                "(lambda a: a**0.5 * latents + (1 - a) ** 0.5 * seen)(noise_scheduler.alphas_cumprod[timesteps].view(4, 1, 1, 1))", LOSS),
         r"noise, schedule asked for but not reached",
     ),
     "loss changed before its mask": (
