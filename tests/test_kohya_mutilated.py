@@ -4,6 +4,7 @@ And ``doctor``, which only reads, tells beforehand which of the two it will be.
 """
 
 import re
+from pathlib import Path
 
 import pytest
 from made_up_trainer import build, edit, forget, run, steps
@@ -319,3 +320,9 @@ def test_weights_that_are_left_to_upstream_do_not_go_with_a_gradient_that_must_k
     with pytest.raises(SystemExit):
         run(trainer, FT, *flags, "--fixes", "all,-weighting")
     assert "--huber_l2_gradient batch must know the weights of the loss" in capsys.readouterr().err
+
+
+def test_it_may_be_started_from_the_trainers_own_folder_as_people_do(trainer, right, monkeypatch):
+    monkeypatch.chdir(trainer)
+    run(Path("."), FT, *ALL)
+    assert losses(trainer) == right[FT]

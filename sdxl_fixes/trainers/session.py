@@ -129,7 +129,7 @@ class Session:
         root, frame, found = self.patches.root, sys._getframe(1), []
         while frame is not None:
             file = frame.f_code.co_filename
-            if root is not None and belongs(file, str(root)) and Path(file).resolve().parent == root:
+            if root is not None and file.endswith(".py") and belongs(file, str(root)) and Path(file).resolve().parent == root:
                 found.append(file)
             frame = frame.f_back  # type: ignore[assignment]
         return found
