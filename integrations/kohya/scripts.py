@@ -24,7 +24,7 @@ SCRIPTS: Mapping[str, Mapping[str, str]] = {
 # scripts that look as if they were ours -> why they are not
 REFUSED: Mapping[str, str] = {
     "sdxl_train_leco.py": "it noises no pictures and compares predictions with each other, so no fix of training has a place in it",
-    "sdxl_train_control_net_lllite_old.py": "upstream keeps it for old files only: take sdxl_train_control_net_lllite.py",
+    "sdxl_train_control_net_lllite_old.py": "upstream's own script stops before it trains: take sdxl_train_control_net_lllite.py",
     "sdxl_train_control_lora.py": "it is a fork's own script, which nobody has tried with the fixes",
 }
 
