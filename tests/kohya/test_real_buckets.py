@@ -146,7 +146,6 @@ def test_previews_of_unequal_prompts(train, dataset, tmp_path, layout):  # noqa:
     [
         (("--chunk_buckets",), "", "--chunk_buckets needs --max_token_length 150 or 225"),
         ((*LIMIT, "--chunk_layout", "77n"), "", "--chunk_layout needs --chunk_buckets"),
-        ((*CHUNKS, "--fixes", "all,-buckets"), "", "--chunk_buckets needs the fix 'buckets'"),
         ((*CHUNKS, "--dataset_class", "some.Class"), "", "not one of --dataset_class"),
         (CHUNKS, "token_warmup_step = 3", "does not go with token_warmup_step"),
     ],

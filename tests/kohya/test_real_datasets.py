@@ -32,7 +32,7 @@ def group(assets, tmp_path, monkeypatch):  # noqa: F811
     from library import config_util, strategy_base, strategy_sd
 
     from sdxl_fixes.kohya import worker
-    from sdxl_fixes.kohya.buckets import Options
+    from sdxl_fixes.kohya.chunk_flags import Options
 
     folder = tmp_path / "images"
     folder.mkdir()
@@ -155,12 +155,13 @@ def test_cached_outputs_are_each_prompts_own(group, tmp_path, monkeypatch):
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     from sdxl_fixes.kohya import prompts
+    from sdxl_fixes.kohya.chunk_flags import Options
     from sdxl_fixes.kohya.run import SESSION
 
     torch.manual_seed(0)
     models = [CLIPTextModel(tiny.text_config("te1")).eval(), CLIPTextModelWithProjection(tiny.text_config("te2")).eval()]
-    args = types.SimpleNamespace(chunk_buckets=True, chunk_layout=None, max_token_length=225)
-    monkeypatch.setattr(SESSION, "run", types.SimpleNamespace(on={"buckets"}, args=args))
+    options = Options(limit=3, layout="75n+2", cached=True, weighted=False)
+    monkeypatch.setattr(SESSION, "run", types.SimpleNamespace(on={"buckets"}, options=options))
     caching = strategy_sdxl.SdxlTextEncoderOutputsCachingStrategy(True, 4, False)
     encoding = strategy_sdxl.SdxlTextEncodingStrategy()
     monkeypatch.setattr(strategy_base.TextEncoderOutputsCachingStrategy, "_strategy", caching)

@@ -69,11 +69,12 @@ def strategies(assets):  # noqa: F811
 @pytest.fixture
 def layout(monkeypatch):
     """Switch the fix on as a run would."""
+    from sdxl_fixes.kohya.chunk_flags import Options
     from sdxl_fixes.kohya.run import SESSION
 
     def choose(name):
-        args = types.SimpleNamespace(chunk_buckets=True, chunk_layout=name, max_token_length=225)
-        monkeypatch.setattr(SESSION, "run", types.SimpleNamespace(on={"buckets"}, args=args))
+        options = Options(limit=3, layout=name, cached=False, weighted=False)
+        monkeypatch.setattr(SESSION, "run", types.SimpleNamespace(on={"buckets"}, options=options))
 
     return choose
 
