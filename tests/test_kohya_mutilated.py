@@ -326,3 +326,21 @@ def test_it_may_be_started_from_the_trainers_own_folder_as_people_do(trainer, ri
     monkeypatch.chdir(trainer)
     run(Path("."), FT, *ALL)
     assert losses(trainer) == right[FT]
+
+
+def test_an_uninstall_that_fails_leaves_the_guard_in_place(trainer, monkeypatch):
+    """Somebody replaced ours meanwhile: fixes may still act, so they must still be watched."""
+    import sdxl_fixes.kohya
+    from sdxl_fixes.kohya.run import SESSION
+
+    monkeypatch.syspath_prepend(str(trainer))
+    sdxl_fixes.kohya.install()
+    import library.loss
+
+    ours, library.loss.get_timesteps = library.loss.get_timesteps, lambda *args: None
+    with pytest.raises(RuntimeError, match="replaced again by somebody else"):
+        sdxl_fixes.kohya.uninstall()
+    assert SESSION._hook is not None
+    library.loss.get_timesteps = ours
+    sdxl_fixes.kohya.uninstall()
+    assert SESSION._hook is None

@@ -308,3 +308,17 @@ def test_files_that_say_nothing_end_it_with_what_mends_them(launch, session, sav
         return launch(source)
     with pytest.raises(SystemExit, match=r"no model file .*: sdxl-fixes stamp FILE --prediction_type eps"):
         launch(source)
+
+
+def test_the_timestep_sampler_hears_of_every_optimizer_step_and_of_no_other_backward(session):
+    """Accelerate steps at the end of an epoch whatever is left, so an optimizer step may have fewer draws than the accumulation."""
+    from dataclasses import replace
+
+    from sdxl_fixes import TimestepSampler
+
+    sampler = TimestepSampler(NoiseSchedule.sdxl(), stratified=True, accumulation=4)
+    session.begin(replace(run(), timesteps=sampler))
+    for sync, drawn in ((False, 1), (True, 4), (False, 5)):
+        sampler.draw(2)
+        session.backward(lambda accelerator, loss: None, types.SimpleNamespace(sync_gradients=sync), None)
+        assert sampler.state_dict()["drawn"] == drawn

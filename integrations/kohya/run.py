@@ -17,7 +17,7 @@ from sdxl_fixes.trainers.session import Session
 from sdxl_fixes.weighting import EpsilonLike, PlusVLike, Weighting
 
 from .chunk_flags import Options
-from .scripts import SCRIPTS, version
+from .scripts import SCRIPTS, TESTED, digest, version
 
 
 def changes_schedule(args: argparse.Namespace) -> bool:
@@ -150,7 +150,7 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
     tell(run, may_act, dropped, known, prompts, files)
     if not may_act:
         return
-    if run.on and known and "not tested" in known:
+    if run.on and root is not None and digest(root) not in TESTED:
         warn(f"this sd-scripts is {known}: the fixes that are on are checked in every step, but their numbers were not compared")
     if run.stable_loss is not None and trains_text(args):
         warn("--stable_loss_steps: text embeddings stay as first seen, though the text encoder is trained")
