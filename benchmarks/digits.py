@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from sdxl_fixes import NoiseSchedule, Objective, demo
+from sdxl_fixes import NoiseSchedule, Objective
+from sdxl_fixes.demo import experiment as demo
 
 SIDE, CLASSES = 8, 10
 TRAINED = 1200  # images that are trained on; the other 597 are what generated ones are compared with

@@ -1,6 +1,6 @@
 """What the experiments share: real photographs of a known brightness, a tiny U-Net of SDXL's class, and honest statistics.
 
-Data, network and training are those of the demo (sdxl_fixes/demo.py), which for seed 0 repeats the first runs here. A caption says dark,
+Data, network and training are those of the demo (sdxl_fixes/demo/), which for seed 0 repeats the first runs here. A caption says dark,
 middle or bright, and as with real captions that is not all: the brightness of the photographs under one caption spreads by 0.3 around what
 it says. So a model that sees the brightness in its input learns to read it there.
 """
@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from sdxl_fixes import NoiseSchedule, Objective, demo
-from sdxl_fixes.files import replacing
+from sdxl_fixes import NoiseSchedule, Objective
+from sdxl_fixes.atomic import replacing
+from sdxl_fixes.demo import experiment as demo
 from sdxl_fixes.validation import Validation
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "evidence"

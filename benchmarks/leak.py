@@ -12,7 +12,8 @@ import gaussian
 import lab
 import torch
 
-from sdxl_fixes import NoiseSchedule, Objective, demo, prediction
+from sdxl_fixes import NoiseSchedule, Objective, prediction
+from sdxl_fixes.demo import experiment as demo
 from sdxl_fixes.timesteps import TimestepSampler
 
 ZERO = lab.STOCK.zero_terminal_snr()

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from sdxl_fixes import NoiseSchedule
 from sdxl_fixes.checkpoint import Sampling
-from sdxl_fixes.safetensors_write import data_hash
-from sdxl_fixes.stamp import stamp_file
+from sdxl_fixes.model_files.stamp import stamp_file
+from sdxl_fixes.model_files.write import data_hash
 
 NAMES = {
     "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),

@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sdxl_fixes import __version__, samples_cli, stamp_cli, ui_install
+from sdxl_fixes import __version__
 from sdxl_fixes.checkpoint import read_sampling
+from sdxl_fixes.commands import samples, stamp
+from sdxl_fixes.commands.schedule import as_json, as_text, plot
 from sdxl_fixes.errors import shown
 from sdxl_fixes.flags import SCHEDULE_FLAGS, Settings, add_flags
 from sdxl_fixes.schedule import NoiseSchedule
-from sdxl_fixes.schedule_report import as_json, as_text, plot
+from sdxl_fixes.uis import install
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,9 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_schedule(commands)
     _add_doctor(commands)
-    stamp_cli.add_commands(commands)
-    ui_install.add_commands(commands)
-    samples_cli.add_commands(commands)
+    stamp.add_commands(commands)
+    install.add_commands(commands)
+    samples.add_commands(commands)
     _add_demo(commands)
     _add_buckets(commands)
     args = parser.parse_args(argv)
@@ -103,7 +105,7 @@ def _plain_starts() -> str:
 
 
 def _add_demo(commands: Any) -> None:
-    from sdxl_fixes import demo
+    from sdxl_fixes.demo import experiment as demo
 
     parser = commands.add_parser("demo", help="offline, on the CPU: train a tiny SDXL with and without the fixes and write a report")
     demo.add_arguments(parser)
@@ -111,7 +113,7 @@ def _add_demo(commands: Any) -> None:
 
 
 def _add_buckets(commands: Any) -> None:
-    from sdxl_fixes import buckets_report
+    from sdxl_fixes.commands import buckets as buckets_report
 
     parser = commands.add_parser("buckets", help="what a data set's aspect buckets cost in padding, and what chunk buckets save")
     buckets_report.add_arguments(parser)

@@ -11,7 +11,7 @@ from sdxl_fixes import prediction as predictions
 from sdxl_fixes.loss import Loss, ScheduledHuber
 from sdxl_fixes.noise import InputPerturbation, OffsetNoise
 from sdxl_fixes.schedule import NoiseSchedule
-from sdxl_fixes.tables import Table
+from sdxl_fixes.tensors import Table
 from sdxl_fixes.timesteps import TimestepSampler
 from sdxl_fixes.trainers.step import StepLoss
 from sdxl_fixes.weighting import Weighting

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sdxl_fixes.files import replacing
+from sdxl_fixes.atomic import replacing
 from sdxl_fixes.progress import bar
 
 CHUNK = 75  # tokens; 77 with BOS and EOS

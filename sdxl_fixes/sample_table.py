@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sdxl_fixes.files import replacing
+from sdxl_fixes.atomic import replacing
 
 _DATA = re.compile(r'<script type="application/json" id="samples">(.*?)</script>', re.DOTALL)
 _STYLE = "table{border-collapse:collapse}td,th{padding:4px;vertical-align:top;font:14px sans-serif;text-align:left}img{max-width:320px}"

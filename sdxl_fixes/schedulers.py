@@ -34,7 +34,7 @@ from sdxl_fixes import prediction
 from sdxl_fixes.checkpoint import STAND_IN_SIGMA, scheduler_config
 from sdxl_fixes.schedule import EXACT_KEY, NoiseSchedule
 from sdxl_fixes.spacing import Timesteps, timesteps
-from sdxl_fixes.tables import Table
+from sdxl_fixes.tensors import Table
 
 CLEAN = (1.0, 0.0)
 FOLLOW_INFINITY = ("DDPMScheduler", "DDIMScheduler")  # diffusers' classes that are right at SNR 0, but for epsilon

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from sdxl_fixes.schedule import NoiseSchedule
-from sdxl_fixes.tables import Table
+from sdxl_fixes.tensors import Table
 
 
 class TimestepSampler:

@@ -7,8 +7,8 @@ from models import model
 
 from sdxl_fixes import NoiseSchedule
 from sdxl_fixes.checkpoint import Sampling
-from sdxl_fixes.stamp import stamp_file
-from sdxl_fixes.ui import UIS, verdicts
+from sdxl_fixes.model_files.stamp import stamp_file
+from sdxl_fixes.uis.verdicts import UIS, verdicts
 
 SDXL = NoiseSchedule.sdxl()
 CASES = {
@@ -96,7 +96,7 @@ def page() -> str:
 
 def stamped_folder(folder: Path, sampling: Sampling):
     """The verdicts of the UIs that load a diffusers folder."""
-    from sdxl_fixes.stamp import write_scheduler_config
+    from sdxl_fixes.model_files.stamp import write_scheduler_config
 
     (folder / "unet").mkdir(parents=True)
     (folder / "scheduler").mkdir()

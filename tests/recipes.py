@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sdxl_fixes.dataset import load_toml
+from sdxl_fixes.commands.dataset import load_toml
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "recipes"
 KOHYA = {

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_broken_records import JSON, mutations
 
-from sdxl_fixes.buckets_report import as_json, report
 from sdxl_fixes.cli import main
-from sdxl_fixes.dataset import Dataset, Sample, read
+from sdxl_fixes.commands.buckets import as_json, report
+from sdxl_fixes.commands.dataset import Dataset, Sample, read
 
 
 def refuse(constant):
@@ -378,7 +378,7 @@ def test_any_toml_and_any_metadata_is_a_report_or_a_sentence(tmp_path, toml, met
     content = json.loads(json.dumps(toml).replace('"m.json"', json.dumps(str(tmp_path / "m.json"))))
     (tmp_path / "set.toml").touch()
     with pytest.MonkeyPatch.context() as patch:  # TOML's tables are JSON's objects: what follows never sees the text
-        patch.setattr("sdxl_fixes.dataset.load_toml", lambda path: content if isinstance(content, dict) else {})
+        patch.setattr("sdxl_fixes.commands.dataset.load_toml", lambda path: content if isinstance(content, dict) else {})
         refused(tmp_path / "set.toml")
 
 

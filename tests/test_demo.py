@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("skimage")
 pytest.importorskip("tqdm")
 
-from sdxl_fixes import demo
+from sdxl_fixes.demo import experiment as demo
 
 TINY = demo.Settings(steps=2, finetuning_steps=3, batch=2, crops=4, samples=1, sampling_steps=2, widths=(128, 32))
 FILES = {"demo.png", "report.html", "results.json"}
@@ -79,7 +79,7 @@ def test_a_finetune_does_not_depend_on_the_finetunes_before_it(tiny):
 
 
 def test_verdicts_follow_the_numbers():
-    from sdxl_fixes.demo_report import verdicts
+    from sdxl_fixes.demo.report import verdicts
 
     def numbers(**misses):
         cells = {

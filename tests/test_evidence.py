@@ -16,7 +16,8 @@ import gaussian
 import lab
 import leak
 
-from sdxl_fixes import InputPerturbation, Objective, demo
+from sdxl_fixes import InputPerturbation, Objective
+from sdxl_fixes.demo import experiment as demo
 
 PAGES = {"leak": "leak", "min_snr": "min-snr", "huber": "huber", "perturbation": "perturbation", "generation": "generation"}
 PAGES["chunk_buckets"] = "chunk-buckets"

@@ -11,8 +11,8 @@ from sdxl_fixes.checkpoint import Sampling, read_record
 from sdxl_fixes.kohya import checkpoint
 from sdxl_fixes.kohya import run as kohya_run
 from sdxl_fixes.kohya.run import SESSION
-from sdxl_fixes.safetensors_header import ROOM_KEY
-from sdxl_fixes.stamp import stamp_file
+from sdxl_fixes.model_files.header import ROOM_KEY
+from sdxl_fixes.model_files.stamp import stamp_file
 
 SDXL = NoiseSchedule.sdxl()
 

@@ -10,9 +10,9 @@ from models import model, write
 from sdxl_fixes import NoiseSchedule
 from sdxl_fixes.checkpoint import RECORD_KEY, Sampling, metadata
 from sdxl_fixes.cli import main
-from sdxl_fixes.stamp import stamp_file
-from sdxl_fixes.ui import ZERO_SNR_SIGMA
-from sdxl_fixes.ui_install import FOLDER, STAMP, TARGETS
+from sdxl_fixes.model_files.stamp import stamp_file
+from sdxl_fixes.uis.install import FOLDER, STAMP, TARGETS
+from sdxl_fixes.uis.verdicts import ZERO_SNR_SIGMA
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def reader():
     """schedule_file.py as a UI loads it: by path."""
     from importlib import resources
 
-    path = resources.files("sdxl_fixes").joinpath("nodes/schedule_file.py")
+    path = resources.files("sdxl_fixes").joinpath("uis/nodes/schedule_file.py")
     spec = importlib.util.spec_from_file_location("schedule_file", str(path))
     module = importlib.util.module_from_spec(spec)
     import sys

@@ -10,7 +10,7 @@ from models import header, write
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from sdxl_fixes.safetensors_header import LIMIT, FormatError, encode_header, read_header
+from sdxl_fixes.model_files.header import LIMIT, FormatError, encode_header, read_header
 
 SHAPES = {"a": [2, 3], "b": [], "c": [0, 5], "d": [4]}
 

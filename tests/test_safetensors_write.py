@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from models import write
 
-from sdxl_fixes import safetensors_write as w
-from sdxl_fixes.safetensors_header import FormatError, encode_header, read_header
+from sdxl_fixes.model_files import write as w
+from sdxl_fixes.model_files.header import FormatError, encode_header, read_header
 
 DATA = os.urandom(300_000)
 SHAPES = {"a": [100_000], "b": [50_000]}  # 300 KB: some pages
@@ -193,8 +193,8 @@ def test_two_at_once(file):
 def test_memory_is_constant(tmp_path):
     """64 MiB of tensors, and a peak that grows by less than 24 MiB, by every way of copying."""
     code = (
-        "import os, resource, sys; from pathlib import Path; from sdxl_fixes import safetensors_write as w\n"
-        "from sdxl_fixes.safetensors_header import *\n"
+        "import os, resource, sys; from pathlib import Path; from sdxl_fixes.model_files import write as w\n"
+        "from sdxl_fixes.model_files.header import *\n"
         "for path in map(Path, sys.argv[1:]):\n"
         "    if path.stem == 'plain': w._copy_in_kernel = lambda *args: 0\n"
         "    old = read_header(path); before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"

@@ -8,9 +8,9 @@ from models import KINDS, model, write
 from sdxl_fixes import NoiseSchedule
 from sdxl_fixes.checkpoint import RECORD_KEY, Sampling, metadata
 from sdxl_fixes.cli import main
-from sdxl_fixes.model_file import ModelFile, read_sampling, said_problem, said_sampling
+from sdxl_fixes.model_files.model_file import ModelFile, read_sampling, said_problem, said_sampling
+from sdxl_fixes.model_files.stamp import stock_config
 from sdxl_fixes.schedulers import CLASSES
-from sdxl_fixes.stamp import stock_config
 
 SDXL = NoiseSchedule.sdxl()
 ZERO = SDXL.zero_terminal_snr()

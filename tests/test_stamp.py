@@ -12,11 +12,11 @@ from models import KINDS, model, write
 from sdxl_fixes import NoiseSchedule
 from sdxl_fixes.checkpoint import RECORD_KEY, STAND_IN_SIGMA, Sampling, metadata, read_record
 from sdxl_fixes.cli import main
-from sdxl_fixes.model_file import ModelFile
-from sdxl_fixes.safetensors_header import ROOM_KEY, read_header
-from sdxl_fixes.safetensors_write import data_hash
-from sdxl_fixes.stamp import stamp_file
-from sdxl_fixes.ui import UIS, verdicts
+from sdxl_fixes.model_files.header import ROOM_KEY, read_header
+from sdxl_fixes.model_files.model_file import ModelFile
+from sdxl_fixes.model_files.stamp import stamp_file
+from sdxl_fixes.model_files.write import data_hash
+from sdxl_fixes.uis.verdicts import UIS, verdicts
 
 SDXL = NoiseSchedule.sdxl()
 ZERO = SDXL.zero_terminal_snr()
@@ -304,7 +304,7 @@ def test_inspect_speaks_text_json_and_markdown(tmp_path, capsys):
 
 
 def test_inspect_mends_what_a_crash_left(tmp_path, capsys):
-    from sdxl_fixes import safetensors_write as w
+    from sdxl_fixes.model_files import write as w
 
     path = model(tmp_path / "m.safetensors")
     before = path.read_bytes()
@@ -314,7 +314,7 @@ def test_inspect_mends_what_a_crash_left(tmp_path, capsys):
 
 
 def test_reading_costs_no_diffusers():
-    code = "import sys, sdxl_fixes.stamp_cli; assert not {'diffusers', 'transformers'} & set(sys.modules)"
+    code = "import sys, sdxl_fixes.commands.stamp; assert not {'diffusers', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
 
 

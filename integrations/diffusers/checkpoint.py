@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from sdxl_fixes.atomic import replacing
 from sdxl_fixes.checkpoint import metadata
 from sdxl_fixes.errors import FixError
-from sdxl_fixes.files import replacing
 from sdxl_fixes.schedule import NoiseSchedule
 
 from .run import SESSION

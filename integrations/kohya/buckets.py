@@ -1,6 +1,6 @@
 """Kohya's data sets and tokens by prompt chunks: what ``--chunk_buckets`` puts in their place, in the main process.
 
-What runs in DataLoader workers is in worker.py: subclasses, which spawn keeps.
+What runs in DataLoader workers is in datasets.py: subclasses, which spawn keeps.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ def datasets(original: Callable[..., Any], dataset_group_blueprint: Any, *args: 
         return original(dataset_group_blueprint, *args, **kwargs)
     from library import config_util, strategy_base
 
-    from . import worker
+    from . import datasets
 
-    strategy_base.TokenizeStrategy.get_strategy().__class__ = worker.ChunkTokenizeStrategy
-    worker.OPTIONS, worker.MADE[:] = options, []
+    strategy_base.TokenizeStrategy.get_strategy().__class__ = datasets.ChunkTokenizeStrategy
+    datasets.OPTIONS, datasets.MADE[:] = options, []
     SESSION.reached("buckets")
     names = ("DreamBoothDataset", "FineTuningDataset")
     upstream = [getattr(config_util, name) for name in names]
     try:
-        config_util.DreamBoothDataset, config_util.FineTuningDataset = worker.ChunkDreamBoothDataset, worker.ChunkFineTuningDataset
+        config_util.DreamBoothDataset, config_util.FineTuningDataset = datasets.ChunkDreamBoothDataset, datasets.ChunkFineTuningDataset
         return original(dataset_group_blueprint, *args, **kwargs)
     finally:
         config_util.DreamBoothDataset, config_util.FineTuningDataset = upstream
@@ -43,7 +43,7 @@ def collator(original: Callable[..., None], self: Any, epoch: Any, step: Any, da
     """Upstream tells a data set of the new epoch after the epoch's first batch; ours read it themselves, before."""
     original(self, epoch, step, dataset, *args, **kwargs)
     if SESSION.on("buckets"):
-        from . import worker
+        from . import datasets
 
-        for made in worker.MADE:
+        for made in datasets.MADE:
             made.epoch_now = epoch

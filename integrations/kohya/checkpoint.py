@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sdxl_fixes.checkpoint import markers, metadata, scheduler_config
-from sdxl_fixes.safetensors_header import ROOM, ROOM_KEY
+from sdxl_fixes.model_files.header import ROOM, ROOM_KEY
 
 from .run import SESSION
 

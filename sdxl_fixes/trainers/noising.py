@@ -7,7 +7,7 @@ import torch
 from sdxl_fixes import prediction
 from sdxl_fixes.noise import InputPerturbation
 from sdxl_fixes.schedule import NoiseSchedule
-from sdxl_fixes.tables import Table
+from sdxl_fixes.tensors import Table
 
 
 class Noising:

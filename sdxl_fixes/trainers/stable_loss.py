@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from sdxl_fixes.atomic import replacing
 from sdxl_fixes.errors import FixError
-from sdxl_fixes.files import replacing
 from sdxl_fixes.log import say
 from sdxl_fixes.validation import Validation
 

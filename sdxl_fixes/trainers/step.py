@@ -20,7 +20,7 @@ import torch
 from sdxl_fixes.errors import FixError
 from sdxl_fixes.loss import Loss, ScheduledHuber
 from sdxl_fixes.schedule import NoiseSchedule
-from sdxl_fixes.tables import Table
+from sdxl_fixes.tensors import Table
 from sdxl_fixes.weighting import Weighting
 
 REDUCTIONS = ("mean", "sum", "sample", "none")

@@ -31,7 +31,7 @@ def group(assets, tmp_path, monkeypatch):  # noqa: F811
     """group(kind, more="", **options) -> the data set group of 21 images, each of its own colour, by our classes."""
     from library import config_util, strategy_base, strategy_sd
 
-    from sdxl_fixes.kohya import worker
+    from sdxl_fixes.kohya import datasets
     from sdxl_fixes.kohya.chunk_flags import Options
 
     folder = tmp_path / "images"
@@ -52,12 +52,12 @@ def group(assets, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(strategy_base.LatentsCachingStrategy, "_strategy", latents)
 
     def build(kind, more="", **options):
-        strategy = worker.ChunkTokenizeStrategy(225, str(assets / "tokenizers"))
+        strategy = datasets.ChunkTokenizeStrategy(225, str(assets / "tokenizers"))
         monkeypatch.setattr(strategy_base.TokenizeStrategy, "_strategy", strategy)
-        monkeypatch.setattr(worker, "OPTIONS", Options(3, "75n+2", **{"cached": False, "weighted": False, **options}))
-        monkeypatch.setattr(worker, "MADE", [])
+        monkeypatch.setattr(datasets, "OPTIONS", Options(3, "75n+2", **{"cached": False, "weighted": False, **options}))
+        monkeypatch.setattr(datasets, "MADE", [])
         for name in ("DreamBoothDataset", "FineTuningDataset"):
-            monkeypatch.setattr(config_util, name, getattr(worker, f"Chunk{name}"))
+            monkeypatch.setattr(config_util, name, getattr(datasets, f"Chunk{name}"))
         file = tmp_path / "chunks.toml"
         file.write_text(f"""[general]
 enable_bucket = true
@@ -132,12 +132,12 @@ def test_prompts_drawn_at_run_time_are_those_that_were_planned(group):
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_read_the_trainers_epoch(group, start):
-    from sdxl_fixes.kohya import worker
+    from sdxl_fixes.kohya import datasets
 
     made = group("dreambooth")
     context = multiprocessing.get_context(start)
     epoch = context.Value("i", 2)
-    for dataset in worker.MADE:
+    for dataset in datasets.MADE:
         dataset.epoch_now = epoch
     loader = torch.utils.data.DataLoader(made, batch_size=1, collate_fn=_first, num_workers=1, multiprocessing_context=context)
     assert [images_of(batch) for batch in loader] == PLANNED[1]

@@ -46,7 +46,7 @@ def tokenizing(vocabulary):
     """Upstream's tokenize strategy at 225 tokens and ours."""
     from library.strategy_sdxl import SdxlTokenizeStrategy
 
-    from sdxl_fixes.kohya.worker import ChunkTokenizeStrategy
+    from sdxl_fixes.kohya.datasets import ChunkTokenizeStrategy
 
     return [kind(225, vocabulary) for kind in (SdxlTokenizeStrategy, ChunkTokenizeStrategy)]
 
@@ -58,7 +58,7 @@ def strategies(assets):  # noqa: F811
     from library.strategy_sdxl import SdxlTextEncodingStrategy, SdxlTokenizeStrategy
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    from sdxl_fixes.kohya.worker import ChunkTokenizeStrategy
+    from sdxl_fixes.kohya.datasets import ChunkTokenizeStrategy
 
     torch.manual_seed(0)
     models = [CLIPTextModel(tiny.text_config("te1")).eval(), CLIPTextModelWithProjection(tiny.text_config("te2")).eval()]
@@ -158,7 +158,7 @@ def test_a_batch_is_as_long_as_its_longest_prompt(strategies):
 
 def test_a_caption_padded_to_its_batch_mates_is_what_the_tokenizer_makes_of_it(strategies):
     """Upstream stacks unequal captions by rows of zeros, which would be 77 times the token "!"."""
-    from sdxl_fixes.kohya.worker import _fill
+    from sdxl_fixes.kohya.datasets import _fill
 
     upstream, ours, *_ = strategies
     whole = upstream.tokenize("abc")

@@ -191,7 +191,7 @@ def test_every_save_moment_carries_the_record(train, tmp_path, script):
 def test_a_stamped_base_trained_without_its_flags_is_warned_about_and_told_the_truth_of(train, assets, tmp_path, script):
     """Losses stay upstream's to the bit; the saved file says what was trained, and a later stamp finds room in it."""
     from sdxl_fixes.checkpoint import Sampling
-    from sdxl_fixes.stamp import stamp_file
+    from sdxl_fixes.model_files.stamp import stamp_file
 
     base, zero = tmp_path / "base.safetensors", Sampling(NoiseSchedule.sdxl().zero_terminal_snr(), "v_prediction")
     stamp_file(assets / "model.safetensors", zero, force=True, output=base)

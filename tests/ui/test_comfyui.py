@@ -15,10 +15,10 @@ from models import KINDS, PREFIXED, write
 
 from sdxl_fixes import NoiseSchedule
 from sdxl_fixes.checkpoint import RECORD_KEY, Sampling, read_record
-from sdxl_fixes.safetensors_header import read_header
-from sdxl_fixes.stamp import stamp_file
-from sdxl_fixes.ui import ZERO_SNR_SIGMA, verdicts
-from sdxl_fixes.ui_install import TARGETS, install
+from sdxl_fixes.model_files.header import read_header
+from sdxl_fixes.model_files.stamp import stamp_file
+from sdxl_fixes.uis.install import TARGETS, install
+from sdxl_fixes.uis.verdicts import ZERO_SNR_SIGMA, verdicts
 
 CHECKOUT = os.environ.get("COMFYUI")
 pytestmark = pytest.mark.skipif(

@@ -15,10 +15,10 @@ from models import model
 
 from sdxl_fixes import NoiseSchedule
 from sdxl_fixes.checkpoint import Sampling
+from sdxl_fixes.model_files.stamp import stamp_file
 from sdxl_fixes.prediction import x0_and_noise
-from sdxl_fixes.stamp import stamp_file
-from sdxl_fixes.ui import ZERO_SNR_SIGMA
-from sdxl_fixes.ui_install import TARGETS, install
+from sdxl_fixes.uis.install import TARGETS, install
+from sdxl_fixes.uis.verdicts import ZERO_SNR_SIGMA
 
 SDXL = NoiseSchedule.sdxl()
 CASES = {

@@ -15,8 +15,8 @@ from sdxl_fixes.checkpoint import (
     sampling_of_config,
     sampling_of_metadata,
 )
-from sdxl_fixes.safetensors_header import FormatError, Header, Tensor, read_header
-from sdxl_fixes.safetensors_write import recover
+from sdxl_fixes.model_files.header import FormatError, Header, Tensor, read_header
+from sdxl_fixes.model_files.write import recover
 from sdxl_fixes.schedule import NoiseSchedule
 
 UNET = "model.diffusion_model."

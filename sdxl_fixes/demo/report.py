@@ -14,7 +14,7 @@ import numpy as np
 from sdxl_fixes.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
-    from sdxl_fixes.demo import Result
+    from sdxl_fixes.demo.experiment import Result
 
 COLOURS = {"stock_epsilon": "#e59866", "fixed_epsilon": "#935116", "stock_v": "#c0392b", "longer_v": "#d98880"}
 COLOURS |= {"fixed_v": "#7fb3d5", "ztsnr_v": "#1f618d"}
@@ -31,7 +31,7 @@ def picture(results: list[Result]) -> bytes:
 
 def page(numbers: dict[str, Any], results: list[Result], table: str) -> str:
     """The whole report as HTML that asks for nothing outside itself. ``table`` is the plain-text table of ``numbers``."""
-    from sdxl_fixes.demo import SPREAD
+    from sdxl_fixes.demo.experiment import SPREAD
 
     settings, canvas, stock = numbers["settings"], numbers["canvas"], NoiseSchedule.sdxl()
     zero = next(row for row in numbers["runs"] if row["key"] == "ztsnr_v")
@@ -109,7 +109,7 @@ def verdicts(numbers: dict[str, Any]) -> list[str]:
 
 def _grid(results: list[Result], columns: int, dpi: int = 110) -> bytes:
     """Rows are runs, columns captions; ``columns`` samples side by side in each cell, labelled with brightness asked and got."""
-    from sdxl_fixes.demo import CAPTIONS, GREY, UNIT
+    from sdxl_fixes.demo.experiment import CAPTIONS, GREY, UNIT
 
     figure = _figure(9, (2.6 / columns + 0.45) * len(results) + 0.3)
     axes = figure.subplots(len(results), len(CAPTIONS), squeeze=False)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from sdxl_fixes.files import replacing
+from sdxl_fixes.atomic import replacing
 from sdxl_fixes.objective import Objective
 from sdxl_fixes.schedule import NoiseSchedule
 
@@ -381,7 +381,7 @@ def make_report(settings: Settings, output: Path) -> dict[str, Any]:
 
 def write_report(settings: Settings, results: list[Result], seconds: float, output: Path) -> dict[str, Any]:
     """Write the three files of finished runs. Returns the content of results.json."""
-    from sdxl_fixes import demo_report
+    from sdxl_fixes.demo import report as demo_report
 
     numbers = summarize(settings, results, seconds)
     files = {

@@ -8,10 +8,8 @@ from typing import Any
 
 from sdxl_fixes.checkpoint import Sampling, read_json, read_sampling
 from sdxl_fixes.flags import SCHEDULE_FLAGS, Settings, add_flags
-from sdxl_fixes.model_file import KINDS, ModelFile, said_sampling
-from sdxl_fixes.prediction import PREDICTION_TYPES
-from sdxl_fixes.schedule import NoiseSchedule
-from sdxl_fixes.stamp import (
+from sdxl_fixes.model_files.model_file import KINDS, ModelFile, said_sampling
+from sdxl_fixes.model_files.stamp import (
     SCHEDULER_CONFIG,
     Stamped,
     a1111_yaml,
@@ -21,7 +19,9 @@ from sdxl_fixes.stamp import (
     stamp_file,
     write_scheduler_config,
 )
-from sdxl_fixes.ui import Verdict, as_json, verdicts
+from sdxl_fixes.prediction import PREDICTION_TYPES
+from sdxl_fixes.schedule import NoiseSchedule
+from sdxl_fixes.uis.verdicts import Verdict, as_json, verdicts
 
 WAYS = {
     "header": "written into the header's room",

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_fixes.aspects import RULES, Assigned, assign, assign_without_upscaling, resolutions
+from sdxl_fixes.atomic import replacing
 from sdxl_fixes.buckets import LEFTOVERS, ChunkBucketBatchSampler
-from sdxl_fixes.dataset import Dataset, read
+from sdxl_fixes.commands.dataset import Dataset, read
 from sdxl_fixes.errors import printable, shown
-from sdxl_fixes.files import replacing
 from sdxl_fixes.options import flag, whole
 from sdxl_fixes.prompts import CHUNK, SPLITS, count_chunks, token_ids, too_long
 

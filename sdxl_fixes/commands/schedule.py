@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sdxl_fixes.files import replacing
+from sdxl_fixes.atomic import replacing
 from sdxl_fixes.schedule import NoiseSchedule
 
 FIGURES = {

@@ -30,15 +30,15 @@ TARGETS = {
         "ComfyUI",
         "comfy/model_sampling.py",
         "custom_nodes",
-        {"nodes/comfyui/__init__.py": "__init__.py", "nodes/schedule_file.py": "schedule_file.py"},
+        {"uis/nodes/comfyui/__init__.py": "__init__.py", "uis/nodes/schedule_file.py": "schedule_file.py"},
     ),
     "webui": Target(
         "Forge, reForge or AUTOMATIC1111",
         "modules/script_callbacks.py",
         "extensions",
         {
-            "nodes/webui/scripts/sdxl_fixes_schedule.py": "scripts/sdxl_fixes_schedule.py",
-            "nodes/schedule_file.py": "sdxl_fixes_schedule_file.py",
+            "uis/nodes/webui/scripts/sdxl_fixes_schedule.py": "scripts/sdxl_fixes_schedule.py",
+            "uis/nodes/schedule_file.py": "sdxl_fixes_schedule_file.py",
         },
     ),
 }

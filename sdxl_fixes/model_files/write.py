@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from sdxl_fixes.safetensors_header import FormatError, Header, parse_header, read_header
+from sdxl_fixes.model_files.header import FormatError, Header, parse_header, read_header
 
 try:
     import fcntl

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdxl_fixes.atomic import replacing
 from sdxl_fixes.checkpoint import Sampling, flow_shift, markers, metadata, read_json, sampling_of_config, scheduler_config
-from sdxl_fixes.files import replacing
-from sdxl_fixes.model_file import KINDS, ModelFile
-from sdxl_fixes.safetensors_header import ROOM_KEY, Header, encode_header
-from sdxl_fixes.safetensors_write import data_hash, longer, replace_header
+from sdxl_fixes.model_files.header import ROOM_KEY, Header, encode_header
+from sdxl_fixes.model_files.model_file import KINDS, ModelFile
+from sdxl_fixes.model_files.write import data_hash, longer, replace_header
 from sdxl_fixes.schedule import EXACT_KEY
 
 SCHEDULER_CONFIG = "scheduler_config.json"

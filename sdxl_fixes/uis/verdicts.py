@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_fixes.checkpoint import STAND_IN_SIGMA, Sampling, flow_shift, read_json
-from sdxl_fixes.model_file import UNET, ModelFile
+from sdxl_fixes.model_files.model_file import UNET, ModelFile
+from sdxl_fixes.model_files.stamp import SCHEDULER_CONFIG, beside, model_files, sampling_from_config
 from sdxl_fixes.schedule import NoiseSchedule
-from sdxl_fixes.stamp import SCHEDULER_CONFIG, beside, model_files, sampling_from_config
 
 ZERO_SNR_SIGMA = 4518.7636987  # where ComfyUI, Forge, reForge and A1111 end zero terminal SNR: alphas_cumprod 4.897345e-08
 NODE, EXTENSION = "install the node (sdxl-fixes comfyui install PATH)", "install the extension (sdxl-fixes webui install PATH)"

@@ -1,0 +1,1 @@
+"""The commands of ``sdxl-fixes``, one module each."""

@@ -1,0 +1,1 @@
+"""A tiny SDXL, trained with and without the fixes, and the report on it."""

@@ -1,0 +1,1 @@
+"""Files on disk: the header, writing, what a file says, the stamp."""

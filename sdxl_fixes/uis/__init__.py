@@ -1,0 +1,1 @@
+"""What each UI makes of a file, and what is installed into UIs."""
