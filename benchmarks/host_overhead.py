@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 from made_up_trainer import build, run
 
 V = ("--v_parameterization", "--zero_terminal_snr", "--loss_type", "huber", "--min_snr_gamma", "5", "--ip_noise_gamma", "0.1")

@@ -1,6 +1,6 @@
 """Step time of the real sdxl_train.py with and without --chunk_buckets: SD_SCRIPTS=path/to/sd-scripts python benchmarks/kohya_step.py
 
-A scaled-down SDXL (tests/kohya/tiny.py, TINY_SCALE times its size) on the CPU, 128 x 128 pixels, batch 4, prompts of 1 to 3 chunks as in
+A scaled-down SDXL (tests/kohya/real, TINY_SCALE times its size) on the CPU, 128 x 128 pixels, batch 4, prompts of 1 to 3 chunks as in
 docs/buckets.md, --max_token_length 225. Both ways in turn, a few times; the first step of a run is left out.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 SCALE, IMAGES, BATCH, STEPS, ROUNDS = 4, 32, 4, 8, 2
-KOHYA = Path(__file__).resolve().parent.parent / "tests" / "kohya"
+KOHYA = Path(__file__).resolve().parent.parent / "tests" / "kohya" / "real"
 
 
 def run(folder: Path, flags: list[str]) -> list[tuple[float, int]]:

@@ -22,7 +22,7 @@ RUNS = ((2, 4), (3, 4), (1, 6))  # ranks, batch size
 
 def start(folder, run):
     world_size, batch_size = RUNS[run]
-    words = [sys.executable, str(HERE / "bucket_worker.py"), str(folder), str(run)]
+    words = [sys.executable, str(HERE / "support" / "bucket_worker.py"), str(folder), str(run)]
     return [subprocess.Popen([*words, str(rank), str(world_size), str(batch_size)]) for rank in range(world_size)]
 
 

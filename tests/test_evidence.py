@@ -4,17 +4,14 @@ import importlib
 import json
 import math
 import sys
-from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import digits
 import gaussian
 import lab
 import leak
+import numpy as np
+import pytest
+import torch
 
 from sdxl_fixes import InputPerturbation, Objective
 from sdxl_fixes.demo import experiment as demo

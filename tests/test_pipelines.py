@@ -1,8 +1,5 @@
 """The drop-in schedulers inside diffusers' real SDXL pipelines, whose U-Net is replaced by the exact model of Gaussian data."""
 
-import sys
-from pathlib import Path
-
 import diffusers
 import pytest
 import torch
@@ -10,8 +7,6 @@ import torch
 from sdxl_fixes import NoiseSchedule
 from sdxl_fixes.guidance import rescale_guidance, rescaled_guidance
 from sdxl_fixes.schedulers import SAMPLERS, fix_scheduler
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 ZERO = NoiseSchedule.sdxl().zero_terminal_snr()
 PROMPT = {"prompt_embeds": torch.ones(2, 7, 32), "pooled_prompt_embeds": torch.ones(2, 32)}

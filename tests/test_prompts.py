@@ -38,7 +38,7 @@ def tokenizer(request, folder):
 
 @pytest.mark.parametrize("case", RECORDED["cases"], ids=lambda case: f"{len(case['ids'])} tokens")
 def test_chunks_are_the_uis(case):
-    """Recorded from ComfyUI's and Forge's own code by tests/ui/prompts.py."""
+    """Recorded from ComfyUI's and Forge's own code by tests/uis/prompts.py."""
     plain = split_ids(case["ids"])
     count, last, last_g = case["comfyui"]
     assert len(plain) == count and layout(plain, BOS, EOS, EOS)[-1].tolist() == last and layout(plain, BOS, EOS, 0)[-1].tolist() == last_g
@@ -90,7 +90,7 @@ def test_each_encoder_pads_by_its_own_rule(folder):
 
 @pytest.mark.skipif("COMFYUI" not in os.environ, reason="set COMFYUI to a checkout of ComfyUI (and install its requirements) to run")
 def test_random_prompts_are_token_for_token_comfyuis(monkeypatch):
-    sys.path.insert(0, str(HERE / "ui"))
+    sys.path.insert(0, str(HERE / "uis"))
     monkeypatch.setattr(sys, "argv", sys.argv[:1])
     import prompts as ui
 

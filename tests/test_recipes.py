@@ -1,5 +1,5 @@
 """examples/recipes and docs/recipes.md: our flags in them, their arithmetic, and that the page says what the files say. What the real
-trainers make of the files is in tests/kohya and tests/diffusers_scripts.
+trainers make of the files is in tests/kohya/real and tests/diffusers/real.
 
 ``python tests/test_recipes.py`` prints the page's tables.
 """

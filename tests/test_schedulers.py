@@ -6,9 +6,9 @@ import json
 import math
 import pickle
 import sys
-from pathlib import Path
 
 import diffusers
+import gaussian
 import numpy as np
 import pytest
 import torch
@@ -17,9 +17,6 @@ from hypothesis import strategies as st
 
 from sdxl_fixes import NoiseSchedule, schedulers
 from sdxl_fixes.schedulers import SAMPLERS, fix_scheduler
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import gaussian
 
 STOCK = NoiseSchedule.sdxl()
 ZERO = STOCK.zero_terminal_snr()

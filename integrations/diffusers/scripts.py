@@ -7,7 +7,7 @@ from pathlib import Path
 
 import diffusers
 
-# file name -> releases of diffusers that tests/diffusers_scripts ran it with
+# file name -> releases of diffusers that tests/diffusers/real ran it with
 TESTED: Mapping[str, tuple[str, ...]] = {
     "train_text_to_image_sdxl.py": ("0.42.1",),
     "train_text_to_image_lora_sdxl.py": ("0.42.1",),

@@ -28,7 +28,7 @@ REFUSED: Mapping[str, str] = {
     "sdxl_train_control_lora.py": "it is a fork's own script, which nobody has tried with the fixes",
 }
 
-# digest of a checkout's sources -> what it is; tests/kohya/matrix.py runs each
+# digest of a checkout's sources -> what it is; tests/kohya/real/matrix.py runs each
 TESTED: Mapping[str, str] = {
     "f9b24efd4f609db6": "v0.10.1",  # 48d368f
     "7b45eb8bc93068f5": "v0.10.6",  # d05b2b1

@@ -1,7 +1,7 @@
 """What each UI will make of a file, as data: what it takes the model to predict, on which schedule, up to which sigma.
 
 Read from the UIs' own code (ComfyUI 0.3.64, Forge dfdcbab6, reForge 3b56b268, A1111 dev 2025, SD.Next 058a7f0c, InvokeAI 6.14, SwarmUI
-062407c7, diffusers 0.40); ComfyUI's rows are also a test against that code (tests/ui).
+062407c7, diffusers 0.40); ComfyUI's rows are also a test against that code (tests/uis).
 """
 
 from __future__ import annotations

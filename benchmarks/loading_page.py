@@ -1,8 +1,10 @@
-"""Makes docs/loading.md: python tests/loading_page.py > docs/loading.md. What it says comes from ``sdxl-fixes inspect``."""
+"""Makes docs/loading.md: python benchmarks/loading_page.py > docs/loading.md. What it says comes from ``sdxl-fixes inspect``."""
 
+import sys
 import tempfile
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 from models import model
 
 from sdxl_fixes import NoiseSchedule
@@ -25,7 +27,7 @@ CASES = {
 }
 HEAD = """# How to load a model with another noise schedule
 
-Made by `python tests/loading_page.py` from `sdxl-fixes inspect`. For one model, `sdxl-fixes inspect model.safetensors --markdown`
+Made by `python benchmarks/loading_page.py` from `sdxl-fixes inspect`. For one model, `sdxl-fixes inspect model.safetensors --markdown`
 prints such a page for its card.
 
 A model trained with `--zero_terminal_snr`, `--terminal_sigma` or `--v_parameterization` must be sampled the same way. UIs find that

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sdxl_fixes.commands.dataset import load_toml
 
-FOLDER = Path(__file__).resolve().parent.parent / "examples" / "recipes"
+FOLDER = Path(__file__).resolve().parents[2] / "examples" / "recipes"
 KOHYA = {
     "big_v_ztsnr": "sdxl_train.py",
     "one_card_v_ztsnr": "sdxl_train.py",
@@ -22,7 +22,7 @@ DIFFUSERS = {
     "epsilon": "train_text_to_image_sdxl.py",
 }
 
-# What docs/recipes.md estimates memory and time from, counted by tests/kohya/count_unet.py on SDXL's real U-Net.
+# What docs/recipes.md estimates memory and time from, counted by tests/kohya/real/count_unet.py on SDXL's real U-Net.
 UNET, TEXT_ENCODERS, LORA_32, ADAFACTOR = 2_567_463_684, 817_720_320, 85_114_880, 244_330_500  # numbers
 WHOLE, KEPT, RECOMPUTED = 19.99, 0.551, 0.852  # GB of bfloat16 for a 1024 x 1024 image: no checkpointing; block inputs; the largest block
 FORWARD, FULL, LORA = 6.76, 26.9, 20.2  # TFLOP of a sample: forward; with checkpointing; without the gradients of the weights

@@ -85,7 +85,7 @@ def trace(record, times):
 if __name__ == "__main__":
     how, out, script, *arguments = sys.argv[1:]
     checkout = checkouts.first()
-    sys.path[:0] = [str(checkout), HERE, str(Path(HERE).parent)]
+    sys.path[:0] = [str(checkout), HERE, str(Path(HERE).parents[1] / "support")]
     import tiny
     import torch
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image, ImageFilter
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "support"))
 import checkouts
 import tiny_assets
 

@@ -1,6 +1,6 @@
 """How ComfyUI and Forge cut prompts: their own code, run on token ids or text. Needs COMFYUI and FORGE, checkouts of each.
 
-python tests/ui/prompts.py FILE      records cases as data for the tests that have no checkout
+python tests/uis/prompts.py FILE      records cases as data for the tests that have no checkout
 """
 
 import ast

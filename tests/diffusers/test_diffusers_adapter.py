@@ -1,5 +1,5 @@
 """The diffusers adapter on a script with the structure of the examples (tests/data/made_up_sdxl.py), and against recorded numbers of the
-real ones (tests/diffusers_scripts/record.py). Expected values are worked out in float64 from diffusers' own tables."""
+real ones (tests/diffusers/real/record.py). Expected values are worked out in float64 from diffusers' own tables."""
 
 import argparse
 import contextlib

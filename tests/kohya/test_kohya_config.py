@@ -1,6 +1,6 @@
 """kohya's --config_file: values that argparse never saw, and keys that nobody reads.
 
-tests/kohya/test_real_config.py asks the real parser."""
+tests/kohya/real/test_real_config.py asks the real parser."""
 
 import argparse
 import math

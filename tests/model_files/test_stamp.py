@@ -315,12 +315,12 @@ def test_inspect_mends_what_a_crash_left(tmp_path, capsys):
 
 def test_reading_costs_no_diffusers():
     code = "import sys, sdxl_fixes.commands.stamp; assert not {'diffusers', 'transformers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1] / "support")
 
 
 def test_the_page_on_loading_is_up_to_date():
     from loading_page import page
 
-    assert page() == (Path(__file__).resolve().parent.parent / "docs" / "loading.md").read_text(encoding="utf-8"), (
-        "run python tests/loading_page.py > docs/loading.md"
+    assert page() == (Path(__file__).resolve().parents[2] / "docs" / "loading.md").read_text(encoding="utf-8"), (
+        "run python benchmarks/loading_page.py > docs/loading.md"
     )

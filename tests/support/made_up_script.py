@@ -11,7 +11,7 @@ import torch
 import sdxl_fixes.diffusers
 from sdxl_fixes.diffusers.__main__ import main
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 SCRIPT = DATA / "made_up_sdxl.py"
 SDXL = {
     "_class_name": "EulerDiscreteScheduler",

@@ -1,4 +1,4 @@
-"""python tests/kohya/matrix.py [CHECKOUT ...]: every SDXL trainer of every checkout of sd-scripts, without and with the fixes.
+"""python tests/kohya/real/matrix.py [CHECKOUT ...]: every SDXL trainer of every checkout of sd-scripts, without and with the fixes.
 
 Prints a table (Markdown), then a sentence for everything that is not as it must be, and ends with status 1 if there is any:
 

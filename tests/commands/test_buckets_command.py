@@ -7,10 +7,10 @@ import sys
 import alphabet
 import numpy as np
 import pytest
+from hostile import JSON, mutations
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_broken_records import JSON, mutations
 
 from sdxl_fixes.cli import main
 from sdxl_fixes.commands.buckets import as_json, report

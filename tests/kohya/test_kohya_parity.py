@@ -1,4 +1,4 @@
-"""The core and the kohya adapter against recorded outputs of sd-scripts' own functions (tests/kohya/record.py), where kohya is right."""
+"""The core and the kohya adapter against recorded outputs of sd-scripts' own functions (real/record.py), where kohya is right."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ from sdxl_fixes.trainers.fixes import allowed
 from sdxl_fixes.trainers.patching import PatchSet
 from sdxl_fixes.weighting import EpsilonLike, PlusVLike
 
-RECORD = json.loads((Path(__file__).parent / "data" / "kohya_v0.10.1.json").read_text())
+RECORD = json.loads((Path(__file__).parents[1] / "data" / "kohya_v0.10.1.json").read_text())
 T = torch.tensor(RECORD["timesteps"])
 SDXL = NoiseSchedule.sdxl()
 

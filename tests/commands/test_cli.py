@@ -8,8 +8,8 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from hostile import CONFIGS, JSON, RECORDS, mutations
 from hypothesis import given
-from test_broken_records import CONFIGS, JSON, RECORDS, mutations
 
 from sdxl_fixes import NoiseSchedule
 from sdxl_fixes.cli import main

@@ -1,6 +1,6 @@
 """pytest -p with_plugin: sd-scripts' own tests with the fixes installed and none switched on. In a checkout:
 
-PYTHONPATH=path/to/tests/kohya python -m pytest -p with_plugin
+PYTHONPATH=path/to/tests/kohya/real python -m pytest -p with_plugin
 """
 
 import sdxl_fixes.kohya

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).parent / "data" / "made_up_sd_scripts"
+SOURCE = Path(__file__).parents[1] / "data" / "made_up_sd_scripts"
 MOVED = ("args", "dataset", "logging_util", "loss", "model_io", "sampling")  # what v0.11 took out of train_util
 
 
