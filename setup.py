@@ -1,4 +1,5 @@
-"""The one thing that setup.cfg cannot say: a .pth file goes to the root of site-packages. All else is there."""
+"""The one thing that setup.cfg cannot say: a .pth file goes to the root of site-packages. All else is
+there."""
 
 from pathlib import Path
 

@@ -1,10 +1,13 @@
-"""Plan an epoch of aspect buckets, side by side with the code of other trainers: time, memory, chunks per batch.
+"""Plan an epoch of aspect buckets, side by side with the code of other trainers: time, memory, chunks per
+batch.
 
-    SD_SCRIPTS=path/to/sd-scripts NOVELAI_BUCKETING=path/to/aspect-ratio-bucketing python benchmarks/buckets.py
+    SD_SCRIPTS=path/to/sd-scripts NOVELAI_BUCKETING=path/to/aspect-ratio-bucketing python
+    benchmarks/buckets.py
 
-prints Markdown. Every cell is a process of its own; without a checkout its rows are left out. Images: log-normal aspect ratios around
-common formats; prompts: N(45, 30) words of 1.35 tokens. Build is what is done once, plan is one epoch. Memory is the process's peak above
-what it holds when the inputs are made (Linux: VmHWM, reset); what our plan alone allocates is also counted (tracemalloc).
+prints Markdown. Every cell is a process of its own; without a checkout its rows are left out. Images:
+log-normal aspect ratios around common formats; prompts: N(45, 30) words of 1.35 tokens. Build is what is done
+once, plan is one epoch. Memory is the process's peak above what it holds when the inputs are made (Linux:
+VmHWM, reset); what our plan alone allocates is also counted (tracemalloc).
 """
 
 from __future__ import annotations
@@ -64,7 +67,13 @@ def ours(count: int, batch_size: int) -> dict[str, Any]:
     out["plan_numpy_mb"] = tracemalloc.get_traced_memory()[1] / 1e6
     tracemalloc.stop()
     account = sampler.account()
-    return {**out, "chunks": account.chunks, "floor": account.floor, "lost": account.lost, "batches": account.batches}
+    return {
+        **out,
+        "chunks": account.chunks,
+        "floor": account.floor,
+        "lost": account.lost,
+        "batches": account.batches,
+    }
 
 
 def kohya(count: int, batch_size: int) -> dict[str, Any]:
@@ -103,7 +112,9 @@ def novelai(count: int, batch_size: int) -> dict[str, Any]:
         pickle.dump(dict(enumerate(map(tuple, sizes.tolist()))), file)
         file.flush()
         start = _begin()
-        options = dict(max_size=(1024, 1024), min_dim=512, dim_limit=2048, base_res=(1024, 1024), bsz=batch_size)
+        options = dict(
+            max_size=(1024, 1024), min_dim=512, dim_limit=2048, base_res=(1024, 1024), bsz=batch_size
+        )
         manager = BucketManager(file.name, **options)
     built = time.perf_counter()
     manager.start_epoch()
@@ -121,7 +132,9 @@ def _begin() -> tuple[float, float]:
 
 
 def _peak_mb() -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) * 1024 / 1e6
 
 
@@ -133,7 +146,12 @@ def _end(start: tuple[float, float], built: float) -> dict[str, Any]:
 def _text(batches: list[list[int]], chunks: Any) -> dict[str, Any]:
     longest = sum(int(chunks[batch].max()) * len(batch) for batch in batches)
     seen = sum(map(len, batches))
-    return {"chunks": longest / seen, "floor": float(chunks.mean()), "lost": len(chunks) - seen, "batches": len(batches)}
+    return {
+        "chunks": longest / seen,
+        "floor": float(chunks.mean()),
+        "lost": len(chunks) - seen,
+        "batches": len(batches),
+    }
 
 
 def measure(kind: str, count: int, batch_size: int) -> dict[str, Any]:
@@ -147,9 +165,23 @@ def measure(kind: str, count: int, batch_size: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=float, nargs="+", default=[1e5, 1e6, 1e7], help="data set sizes (1e7 is for us alone)")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[4, 16, 32, 64], help="for the chunks per batch, at 1e5 samples")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--samples",
+        type=float,
+        nargs="+",
+        default=[1e5, 1e6, 1e7],
+        help="data set sizes (1e7 is for us alone)",
+    )
+    parser.add_argument(
+        "--batch_sizes",
+        type=int,
+        nargs="+",
+        default=[4, 16, 32, 64],
+        help="for the chunks per batch, at 1e5 samples",
+    )
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -164,9 +196,12 @@ def main() -> None:
         for kind in kinds if count <= 1_000_000 else ["ours"]:
             cell = measure(kind, count, 16)
             base = cell["plan_s"] if kind == "ours" else base
-            memory = f"{cell['peak_mb']:.0f}" + (f" (plan {cell['plan_numpy_mb']:.0f})" if kind == "ours" else "")
+            memory = f"{cell['peak_mb']:.0f}" + (
+                f" (plan {cell['plan_numpy_mb']:.0f})" if kind == "ours" else ""
+            )
             print(
-                f"| {count:.0e} | {kind} | {cell['build_s']:.2f} | {cell['plan_s']:.3f} | {cell['plan_s'] / base:.1f} x | {memory} "
+                f"| {count:.0e} | {kind} | {cell['build_s']:.2f} | {cell['plan_s']:.3f} | "
+                f"{cell['plan_s'] / base:.1f} x | {memory} "
                 f"| {cell['lost']} | {cell['batches']} |",
                 flush=True,
             )
@@ -174,7 +209,13 @@ def main() -> None:
     print("|---|" + "---:|" * (len(args.batch_sizes) + 1))
     for kind in kinds:
         cells = [measure(kind, 100_000, size) for size in args.batch_sizes]
-        print(f"| {kind} | " + " | ".join(f"{cell['chunks']:.3f}" for cell in cells) + f" | {cells[0]['floor']:.3f} |", flush=True)
+        print(
+            f"| {kind} | "
+            + " | ".join(f"{cell['chunks']:.3f}" for cell in cells)
+            + f" | {cells[0]['floor']:.3f} "
+            "|",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

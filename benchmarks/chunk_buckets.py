@@ -34,7 +34,8 @@ LAYOUTS = {
 
 
 class Prompts:
-    """For every image a prompt of fillers, with the word that names its class somewhere in it. Tokens are frozen random vectors."""
+    """For every image a prompt of fillers, with the word that names its class somewhere in it. Tokens are
+    frozen random vectors."""
 
     def __init__(self, classes: torch.Tensor, seed: int, late: bool = False) -> None:
         """``late``: prompts whose word comes after the first chunk."""
@@ -56,8 +57,11 @@ class Prompts:
         """[B, tokens, WIDTH]: 227 or 77n tokens, with BOS and EOS."""
         chunks = {"padded": 3, "cut": 1}.get(layout, int(self.chunks[index].max()))
         end = torch.full((len(index), 1), len(self.vectors) - 1)
-        pieces = [torch.cat((end, self.tokens[index, n * CHUNK : (n + 1) * CHUNK], end), 1) for n in range(chunks)]
-        encoded = [self.vectors[piece] + self.places for piece in pieces]  # each chunk is encoded by itself, as CLIP does
+        pieces = [
+            torch.cat((end, self.tokens[index, n * CHUNK : (n + 1) * CHUNK], end), 1) for n in range(chunks)
+        ]
+        # each chunk is encoded by itself, as CLIP does
+        encoded = [self.vectors[piece] + self.places for piece in pieces]
         if layout == "padded":  # BOS of the first and EOS of the last chunk only
             encoded = [piece[:, (n > 0) : CHUNK + 2 - (n < chunks - 1)] for n, piece in enumerate(encoded)]
         return torch.cat(encoded, 1)
@@ -65,7 +69,9 @@ class Prompts:
     def batches(self, layout: str, seed: int) -> Iterator[Any]:
         """Indices of one batch after the other, without end."""
         if layout == "buckets":
-            sampler = ChunkBucketBatchSampler(np.zeros(len(self.chunks), int), self.chunks, batch_size=BATCH, seed=seed)
+            sampler = ChunkBucketBatchSampler(
+                np.zeros(len(self.chunks), int), self.chunks, batch_size=BATCH, seed=seed
+            )
             while True:
                 yield from sampler
         rng = np.random.default_rng(seed)
@@ -79,7 +85,9 @@ class Reader(digits.Network):
 
     def __init__(self) -> None:
         super().__init__()
-        self.readers = nn.ModuleList(nn.MultiheadAttention(digits.WIDTH, 4, kdim=WIDTH, vdim=WIDTH, batch_first=True) for _ in range(2))
+        self.readers = nn.ModuleList(
+            nn.MultiheadAttention(digits.WIDTH, 4, kdim=WIDTH, vdim=WIDTH, batch_first=True) for _ in range(2)
+        )
         self.queries = nn.Parameter(0.1 * torch.randn(digits.WIDTH))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
@@ -89,7 +97,9 @@ class Reader(digits.Network):
         for number, block in enumerate(self.blocks):
             if number % 2 == 0:
                 query = (hidden + condition + self.queries)[:, None]
-                hidden = hidden + self.readers[number // 2](query, context, context, need_weights=False)[0][:, 0]
+                hidden = (
+                    hidden + self.readers[number // 2](query, context, context, need_weights=False)[0][:, 0]
+                )
             hidden = hidden + block(hidden + condition)
         return self.leave(hidden).reshape(x.shape)  # type: ignore[no-any-return]
 
@@ -117,7 +127,9 @@ def work(job: lab.Job, folder: Path) -> dict[str, Any]:
         for chunks in (1, 2, 3):
             index = torch.from_numpy(np.flatnonzero(test.chunks == chunks))
             if len(index):
-                generated[index] = digits.sample(network, ZERO, "v_prediction", "dpmpp_2m", 25, job.seed, (test.context(index, layout),))
+                generated[index] = digits.sample(
+                    network, ZERO, "v_prediction", "dpmpp_2m", 25, job.seed, (test.context(index, layout),)
+                )
         right = digits.agrees(generated, data, asked)
         if name == "any":
             result["distance"] = digits.distance(generated, data.held_out)
@@ -135,7 +147,8 @@ def arithmetic() -> dict[int, tuple[float, float]]:
 
 
 def flops() -> dict[int, tuple[float, float]]:
-    """Tokens -> (U-Net forward, both text encoders) in 10^12 operations per sample at 1024 x 1024. Counted on models without weights."""
+    """Tokens -> (U-Net forward, both text encoders) in 10^12 operations per sample at 1024 x 1024. Counted on
+    models without weights."""
     from diffusers import UNet2DConditionModel
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -149,7 +162,9 @@ def flops() -> dict[int, tuple[float, float]]:
             addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
         )  # fmt: skip
         sizes = dict(vocab_size=49408, max_position_embeddings=77)
-        small = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, **sizes)
+        small = CLIPTextConfig(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, **sizes
+        )
         large = CLIPTextConfig(
             hidden_size=1280,
             intermediate_size=5120,
@@ -167,7 +182,12 @@ def flops() -> dict[int, tuple[float, float]]:
         for tokens, chunks in ((77, 1), (154, 2), (231, 3), (227, 3)):
             extra = {"text_embeds": torch.zeros(1, 1280), "time_ids": torch.zeros(1, 6)}
             with FlopCounterMode(display=False) as counter:
-                unet(torch.zeros(1, 4, 128, 128), torch.zeros(1), torch.zeros(1, tokens, 2048), added_cond_kwargs=extra)
+                unet(
+                    torch.zeros(1, 4, 128, 128),
+                    torch.zeros(1),
+                    torch.zeros(1, tokens, 2048),
+                    added_cond_kwargs=extra,
+                )
             found[tokens] = counter.get_total_flops() / 1e12, chunks * one_chunk.get_total_flops() / 1e12
     assert 2.56e9 < sum(p.numel() for p in unet.parameters()) < 2.57e9, "this is not SDXL's U-Net"
     return found
@@ -184,8 +204,10 @@ def page(found: dict[str, list[Any]]) -> list[str]:
         "",
         "## Arithmetic of the real SDXL",
         "",
-        "Operations per sample at 1024 x 1024, counted by torch on models of SDXL's size without weights: the U-Net forward and backward",
-        "(three times forward) and both text encoders forward (frozen, not cached). Prompts as in [buckets.md](../buckets.md): "
+        "Operations per sample at 1024 x 1024, counted by torch on models of SDXL's size without weights: "
+        "the U-Net forward and backward",
+        "(three times forward) and both text encoders forward (frozen, not cached). Prompts as in "
+        "[buckets.md](../buckets.md): "
         + ", ".join(f"{100 * share:.0f} % of {n}" for n, share in shares.items())
         + " chunks.",
         "",
@@ -196,39 +218,58 @@ def page(found: dict[str, list[Any]]) -> list[str]:
     for tokens in (77, 154, 231):
         unet, text = counted[tokens]
         lines.append(f"| {tokens} tokens | {3 * unet:.2f} | {text:.2f} | {total[tokens] / total[77]:.3f} |")
-    mean_unet, mean_text = (sum(share * counted[77 * n][part] for n, share in shares.items()) for part in (0, 1))
-    lines.append(f"| chunk buckets, on average | {3 * mean_unet:.2f} | {mean_text:.2f} | {(3 * mean_unet + mean_text) / total[77]:.3f} |")
-    lines.append(f"| all padded to 227 tokens | {3 * counted[227][0]:.2f} | {counted[227][1]:.2f} | {total[227] / total[77]:.3f} |")
+    mean_unet, mean_text = (
+        sum(share * counted[77 * n][part] for n, share in shares.items()) for part in (0, 1)
+    )
+    lines.append(
+        f"| chunk buckets, on average | {3 * mean_unet:.2f} | {mean_text:.2f} | "
+        f"{(3 * mean_unet + mean_text) / total[77]:.3f} |"
+    )
+    lines.append(
+        f"| all padded to 227 tokens | {3 * counted[227][0]:.2f} | {counted[227][1]:.2f} | "
+        f"{total[227] / total[77]:.3f} |"
+    )
     lines += [
         "",
-        f"So padding everything costs {100 * (total[227] / (3 * mean_unet + mean_text) - 1):.1f} % more arithmetic than buckets",
+        f"So padding everything costs {100 * (total[227] / (3 * mean_unet + mean_text) - 1):.1f} % more "
+        "arithmetic than buckets",
         "do: less than the",
-        "share of padding suggests, since most of SDXL's work does not depend on the prompt. Times are not arithmetic: a real",
+        "share of padding suggests, since most of SDXL's work does not depend on the prompt. Times are not "
+        "arithmetic: a real",
         "trainer's are in [buckets.md](../buckets.md).",
         "",
         "## Quality at equal steps",
         "",
-        "Digits from the word that names them, somewhere among fillers in a prompt of up to 225 tokens (method in `benchmarks/digits.py`",
-        f"and this file), {digits.STEPS} steps of {BATCH} samples (chunk buckets have one smaller batch per chunk count and epoch),",
+        "Digits from the word that names them, somewhere among fillers in a prompt of up to 225 tokens "
+        "(method in `benchmarks/digits.py`",
+        f"and this file), {digits.STEPS} steps of {BATCH} samples (chunk buckets have one smaller batch per "
+        "chunk count and epoch),",
         f"v-prediction, zero terminal SNR; {lab.about('chunk-buckets')}. Every",
-        "layout is sampled as a UI would: prompts in their own length, except *padded* and *cut*, which are sampled as trained. Energy",
-        "distance x 1000 to held-out digits; share of samples of the class that was asked, for words in the first chunk, and for",
+        "layout is sampled as a UI would: prompts in their own length, except *padded* and *cut*, which are "
+        "sampled as trained. Energy",
+        "distance x 1000 to held-out digits; share of samples of the class that was asked, for words in the "
+        "first chunk, and for",
         "prompts with",
         "the word after it. Changes are against *longest*, bold where the interval excludes 0.",
         "",
-        "| layout | tokens per sample | samples | distance | change | right, in chunk 1, % | change | right, after it, % | change |",
+        "| layout | tokens per sample | samples | distance | change | right, in chunk 1, % | change | "
+        "right, after it, % | change |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     real = lab.cached("digits", digits.reference)
     lines.append(
-        f"| *real digits* | | | {1000 * real['distance']:.1f} | | {100 * real['agreement']:.1f} | | {100 * real['agreement']:.1f} | |"
+        f"| *real digits* | | | {1000 * real['distance']:.1f} | | {100 * real['agreement']:.1f} | | "
+        f"{100 * real['agreement']:.1f} | |"
     )
     base = found["longest"]
     for layout, results in found.items():
         cells = [f"{np.mean([r[what] for r in results]):.0f}" for what in ("tokens", "samples")]
         for what, scale in (("distance", 1000), ("any", 100), ("late", 100)):
             change = [scale * (r[what] - b[what]) for r, b in zip(results, base, strict=True)]
-            cells += [lab.show([scale * r[what] for r in results], 1), "" if layout == "longest" else lab.change(change, 1)]
+            cells += [
+                lab.show([scale * r[what] for r in results], 1),
+                "" if layout == "longest" else lab.change(change, 1),
+            ]
         lines.append(f"| {layout} | {' | '.join(cells)} |")
     meanings = [f"- *{layout}*: {meaning}" for layout, meaning in LAYOUTS.items()]
     return [*lines, "", *meanings, "", "![Right samples by layout](chunk-buckets.png)"]
@@ -241,7 +282,14 @@ def plot(found: dict[str, list[Any]]) -> Any:
     for number, (what, label) in enumerate((("any", "word in chunk 1"), ("late", "word after it"))):
         points = [lab.interval([100 * r[what] for r in results]) for results in found.values()]
         means, halves = zip(*points, strict=True)
-        axis.bar([place + 0.3 * (number - 0.5) for place in range(len(found))], means, 0.28, yerr=halves, capsize=3, label=label)
+        axis.bar(
+            [place + 0.3 * (number - 0.5) for place in range(len(found))],
+            means,
+            0.28,
+            yerr=halves,
+            capsize=3,
+            label=label,
+        )
     axis.set_xticks(range(len(found)), list(found))
     axis.set_ylabel("of the class that was asked, %")
     axis.legend(fontsize=8)

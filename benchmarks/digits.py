@@ -1,7 +1,9 @@
-"""What the experiments on digits share: scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, a small network, a two-sample distance.
+"""What the experiments on digits share: scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, a small
+network, a two-sample distance.
 
-Digits are quick enough to train hundreds of models and generate thousands of samples from each, so that a distance between distributions
-can be estimated. They say nothing about brightness: an 8 x 8 canvas hardly leaks.
+Digits are quick enough to train hundreds of models and generate thousands of samples from each, so that a
+distance between distributions can be estimated. They say nothing about brightness: an 8 x 8 canvas hardly
+leaks.
 """
 
 from __future__ import annotations
@@ -35,7 +37,11 @@ class Digits:
         pixels = torch.from_numpy(data.images[order]).float()[:, None]
         images, classes = (pixels - pixels.mean()) / pixels.std(), torch.from_numpy(data.target[order])
         self.images, self.classes = images[:TRAINED].clone(), classes[:TRAINED]
-        self.clean, self.held_out, self.held_out_classes = images[:TRAINED], images[TRAINED:], classes[TRAINED:]
+        self.clean, self.held_out, self.held_out_classes = (
+            images[:TRAINED],
+            images[TRAINED:],
+            classes[TRAINED:],
+        )
         self.pictures = photographs()
         draw = np.random.default_rng(seed)
         bad = torch.from_numpy(draw.permutation(TRAINED)[: round(outliers * TRAINED)])
@@ -44,7 +50,8 @@ class Digits:
 
 @functools.cache
 def photographs() -> torch.Tensor:
-    """[512, 1, 8, 8]: crops of real photographs, of mean 0 and standard deviation 1, to be taken for digits by mistake."""
+    """[512, 1, 8, 8]: crops of real photographs, of mean 0 and standard deviation 1, to be taken for digits
+    by mistake."""
     pixels = nn.functional.avg_pool2d(torch.sigmoid(demo.load_photos(demo.Settings()).logits)[:, None], 8)
     return (pixels - pixels.mean()) / pixels.std()
 
@@ -58,7 +65,10 @@ class Network(nn.Module):
         self.time = nn.Sequential(nn.Linear(64, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
         self.label = nn.Embedding(CLASSES, WIDTH)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.SiLU(), nn.Linear(2 * WIDTH, WIDTH)) for _ in range(4)
+            nn.Sequential(
+                nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.SiLU(), nn.Linear(2 * WIDTH, WIDTH)
+            )
+            for _ in range(4)
         )
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
@@ -81,13 +91,18 @@ def train(objective: Objective, digits: Digits, seed: int, steps: int = STEPS) -
     return train_network(Network(), objective, batch, seed, steps)
 
 
-def train_network(network: Any, objective: Objective, batch: Callable[[torch.Generator], Any], seed: int, steps: int) -> Any:
-    """AdamW, 1e-3 with a cosine to 0; ``batch`` draws images and what else the network is given. Returns the average of the weights
-    (decay 0.995)."""
-    average = torch.optim.swa_utils.AveragedModel(network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995))
+def train_network(
+    network: Any, objective: Objective, batch: Callable[[torch.Generator], Any], seed: int, steps: int
+) -> Any:
+    """AdamW, 1e-3 with a cosine to 0; ``batch`` draws images and what else the network is given. Returns the
+    average of the weights (decay 0.995)."""
+    average = torch.optim.swa_utils.AveragedModel(
+        network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
+    )
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    drawn, noised, perturbed = (torch.Generator().manual_seed(seed + 10**5 * n) for n in range(3))  # so that all but xi is always the same
+    # so that all but xi is always the same
+    drawn, noised, perturbed = (torch.Generator().manual_seed(seed + 10**5 * n) for n in range(3))
     for _ in range(steps):
         images, condition = batch(drawn)
         noise = torch.randn(images.shape, generator=noised)
@@ -102,14 +117,28 @@ def train_network(network: Any, objective: Objective, batch: Callable[[torch.Gen
     return average.module.eval()
 
 
-def generate(network: Any, schedule: NoiseSchedule, prediction_type: str, sampler: str, steps: int, seed: int, count: int = 1000) -> Any:
+def generate(
+    network: Any,
+    schedule: NoiseSchedule,
+    prediction_type: str,
+    sampler: str,
+    steps: int,
+    seed: int,
+    count: int = 1000,
+) -> Any:
     """``count`` digits [count, 1, 8, 8], as many of each class."""
     return sample(network, schedule, prediction_type, sampler, steps, seed, (torch.arange(count) % CLASSES,))
 
 
 @torch.no_grad()
 def sample(
-    network: Any, schedule: NoiseSchedule, prediction_type: str, sampler: str, steps: int, seed: int, condition: tuple[torch.Tensor, ...]
+    network: Any,
+    schedule: NoiseSchedule,
+    prediction_type: str,
+    sampler: str,
+    steps: int,
+    seed: int,
+    condition: tuple[torch.Tensor, ...],
 ) -> torch.Tensor:
     """A digit [B, 1, 8, 8] for each row of the ``condition``."""
     scheduler = schedule.scheduler(sampler, prediction_type)
@@ -119,14 +148,17 @@ def sample(
     x = torch.randn(count, 1, SIDE, SIDE, generator=generator) * scheduler.init_noise_sigma
     extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for t in scheduler.timesteps:
-        output = network(scheduler.scale_model_input(x, t), torch.as_tensor(t).float().expand(count), *condition)
+        output = network(
+            scheduler.scale_model_input(x, t), torch.as_tensor(t).float().expand(count), *condition
+        )
         x = scheduler.step(output, t, x, **extra).prev_sample
     return x
 
 
 def distance(first: torch.Tensor, second: torch.Tensor) -> float:
-    """The energy distance, 2 E|X - Y| - E|X - X'| - E|Y - Y'| over independent pairs: 0 if and only if the distributions are equal
-    (Szekely and Rizzo 2013). This estimate has no bias, so it may come out below 0."""
+    """The energy distance, 2 E|X - Y| - E|X - X'| - E|Y - Y'| over independent pairs: 0 if and only if the
+    distributions are equal (Szekely and Rizzo 2013). This estimate has no bias, so it may come out below
+    0."""
     a, b = first.flatten(1).double(), second.flatten(1).double()
     within = [torch.cdist(x, x).sum() / (len(x) * (len(x) - 1)) for x in (a, b)]
     return float(2 * torch.cdist(a, b).mean() - within[0] - within[1])
@@ -150,7 +182,8 @@ def agrees(generated: torch.Tensor, digits: Digits, asked: torch.Tensor) -> torc
 
 
 def detail(generated: torch.Tensor, digits: Digits) -> float:
-    """Energy of the differences between neighbouring pixels, over that of held-out digits; below 1 is blurred."""
+    """Energy of the differences between neighbouring pixels, over that of held-out digits; below 1 is
+    blurred."""
 
     def energy(x: torch.Tensor) -> float:
         return float(x.diff(dim=2).square().mean() + x.diff(dim=3).square().mean())
@@ -163,4 +196,9 @@ def reference() -> dict[str, float]:
     data = Digits(0)
     nearest = torch.cdist(data.held_out.flatten(1), data.clean.flatten(1)).argmin(1)
     agreement = float((data.classes[nearest] == data.held_out_classes).double().mean())
-    return {"distance": distance(data.clean, data.held_out), "agreement": agreement, "detail": detail(data.clean, data), "outliers": 0.0}
+    return {
+        "distance": distance(data.clean, data.held_out),
+        "agreement": agreement,
+        "detail": detail(data.clean, data),
+        "outliers": 0.0,
+    }

@@ -1,8 +1,10 @@
-"""Data for which a perfect model and the right samples are known in closed form, so that a scheduler can be judged without training.
+"""Data for which a perfect model and the right samples are known in closed form, so that a scheduler can be
+judged without training.
 
-Every coordinate is N(mean, scale^2) by itself. Scale 1 is a single latent value; scale 64 the brightness of a 128 x 128 latent canvas
-(the mean of its values times 128, one coordinate of an orthonormal basis); 8 lies between. From pure noise a perfect sampler returns
-less than the true spread and mean where the schedule ends at a finite sigma: that is the flaw itself, and the ``ideal`` here.
+Every coordinate is N(mean, scale^2) by itself. Scale 1 is a single latent value; scale 64 the brightness of a
+128 x 128 latent canvas (the mean of its values times 128, one coordinate of an orthonormal basis); 8 lies
+between. From pure noise a perfect sampler returns less than the true spread and mean where the schedule ends
+at a finite sigma: that is the flaw itself, and the ``ideal`` here.
 """
 
 from __future__ import annotations
@@ -18,20 +20,30 @@ SCALES = (1.0, 8.0, 64.0)
 MEAN_OVER_SCALE = 2.0
 
 
-def predict(schedule: NoiseSchedule, prediction_type: str, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
-    """What a perfect network returns for ``sample`` [B, 3, 1, 1] at ``timestep``, which must be one that it was trained on."""
+def predict(
+    schedule: NoiseSchedule, prediction_type: str, sample: torch.Tensor, timestep: Any
+) -> torch.Tensor:
+    """What a perfect network returns for ``sample`` [B, 3, 1, 1] at ``timestep``, which must be one that it
+    was trained on."""
     alphas, sigmas, told = schedule.levels(prediction_type == "flow_prediction")
     row = int(abs(told - float(timestep)).argmin())
     if abs(told[row] - float(timestep)) > 1e-3:
         raise ValueError(f"the network was asked at timestep {float(timestep)}, which it was not trained on")
-    alpha, sigma, scale = float(alphas[row]), float(sigmas[row]), torch.tensor(SCALES, dtype=torch.float64).reshape(1, 3, 1, 1)
+    alpha, sigma, scale = (
+        float(alphas[row]),
+        float(sigmas[row]),
+        torch.tensor(SCALES, dtype=torch.float64).reshape(1, 3, 1, 1),
+    )
     sample, mean = sample.double(), MEAN_OVER_SCALE * scale
     x0 = mean + scale**2 * alpha / (alpha**2 * scale**2 + sigma**2) * (sample - alpha * mean)
     return prediction.target(prediction_type, x0, (sample - alpha * x0) / sigma, alpha, sigma)
 
 
-def ideal(schedule: NoiseSchedule, flow: bool = False, scales: tuple[float, ...] = SCALES) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and spread of a perfect sampler that starts from pure noise, both over the true scale, one for each of ``scales``."""
+def ideal(
+    schedule: NoiseSchedule, flow: bool = False, scales: tuple[float, ...] = SCALES
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and spread of a perfect sampler that starts from pure noise, both over the true scale, one for
+    each of ``scales``."""
     alphas, sigmas, _ = schedule.levels(flow)
     alpha, sigma, scale = float(alphas[-1]), float(sigmas[-1]), torch.tensor(scales, dtype=torch.float64)
     start = (alpha**2 + sigma**2) ** 0.5  # spread of the initial noise
@@ -48,11 +60,16 @@ def sampled(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and spread that ``scheduler`` returns in ``steps`` steps, over the true scale, shape [3]. 2 samples (-1 and 1) are exact for
-    a scheduler that draws no noise of its own; the initial noise of more is whitened."""
+    """Mean and spread that ``scheduler`` returns in ``steps`` steps, over the true scale, shape [3]. 2
+    samples (-1 and 1) are exact for a scheduler that draws no noise of its own; the initial noise of more is
+    whitened."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(samples, 3, 1, 1, generator=generator, dtype=torch.float64)
-    noise = torch.tensor([-1.0, 1.0], dtype=torch.float64).reshape(2, 1, 1, 1).repeat(1, 3, 1, 1) if samples == 2 else noise
+    noise = (
+        torch.tensor([-1.0, 1.0], dtype=torch.float64).reshape(2, 1, 1, 1).repeat(1, 3, 1, 1)
+        if samples == 2
+        else noise
+    )
     noise = (noise - noise.mean(0)) / noise.std(0, correction=0)
     scheduler.set_timesteps(steps, device=device)
     if hasattr(scheduler, "set_begin_index"):
@@ -60,7 +77,9 @@ def sampled(
     x = (noise.to(device, dtype) * scheduler.init_noise_sigma).to(dtype)
     options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for t in scheduler.timesteps:
-        output = predict(schedule, prediction_type, scheduler.scale_model_input(x, t).cpu(), t).to(device, dtype)
+        output = predict(schedule, prediction_type, scheduler.scale_model_input(x, t).cpu(), t).to(
+            device, dtype
+        )
         x = scheduler.step(output, t, x, return_dict=False, **options)[0]
     x = x.double().cpu()[:, :, 0, 0] / torch.tensor(SCALES)
     return x.mean(0), x.std(0, correction=0)

@@ -1,8 +1,9 @@
 """python benchmarks/host_overhead.py: what the fixes cost the host per training step, in microseconds.
 
-The made-up sd-scripts of tests/ (a convolution for a U-Net, latents 4 x 4 x 8 x 8) is run unpatched, patched with nothing on, and patched
-with fixes on, in turn, in one process; a step's time is its median over the run. Beside it stands what the same features cost upstream's
-own functions. On a GPU such microseconds are hidden behind the device's work; what counts there is that no step waits for the device.
+The made-up sd-scripts of tests/ (a convolution for a U-Net, latents 4 x 4 x 8 x 8) is run unpatched, patched
+with nothing on, and patched with fixes on, in turn, in one process; a step's time is its median over the run.
+Beside it stands what the same features cost upstream's own functions. On a GPU such microseconds are hidden
+behind the device's work; what counts there is that no step waits for the device.
 """
 
 import itertools
@@ -16,8 +17,23 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 from made_up_trainer import build, run
 
-V = ("--v_parameterization", "--zero_terminal_snr", "--loss_type", "huber", "--min_snr_gamma", "5", "--ip_noise_gamma", "0.1")
-OURS = ("--min_snr_floor", "--stratified_timesteps", "--terminal_timestep_share", "0.3", "--ip_noise_gamma_random_strength")
+V = (
+    "--v_parameterization",
+    "--zero_terminal_snr",
+    "--loss_type",
+    "huber",
+    "--min_snr_gamma",
+    "5",
+    "--ip_noise_gamma",
+    "0.1",
+)
+OURS = (
+    "--min_snr_floor",
+    "--stratified_timesteps",
+    "--terminal_timestep_share",
+    "0.3",
+    "--ip_noise_gamma_random_strength",
+)
 CASES = {
     "unpatched": ("unpatched", ()),
     "patched, nothing on": ("module", ()),

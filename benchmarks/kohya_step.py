@@ -1,7 +1,9 @@
-"""Step time of the real sdxl_train.py with and without --chunk_buckets: SD_SCRIPTS=path/to/sd-scripts python benchmarks/kohya_step.py
+"""Step time of the real sdxl_train.py with and without --chunk_buckets: SD_SCRIPTS=path/to/sd-scripts python
+benchmarks/kohya_step.py
 
-A scaled-down SDXL (tests/kohya/real, TINY_SCALE times its size) on the CPU, 128 x 128 pixels, batch 4, prompts of 1 to 3 chunks as in
-docs/buckets.md, --max_token_length 225. Both ways in turn, a few times; the first step of a run is left out.
+A scaled-down SDXL (tests/kohya/real, TINY_SCALE times its size) on the CPU, 128 x 128 pixels, batch 4,
+prompts of 1 to 3 chunks as in docs/buckets.md, --max_token_length 225. Both ways in turn, a few times; the
+first step of a run is left out.
 """
 
 from __future__ import annotations
@@ -38,13 +40,32 @@ def run(folder: Path, flags: list[str]) -> list[tuple[float, int]]:
         "max_token_length": 225,
     }
     words = [str(x) for name, value in common.items() for x in (f"--{name}", value)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "STEP_TIMES": str(folder / "times.json")}
-    command = [sys.executable, str(KOHYA / "launch.py"), "module", str(trace), "sdxl_train.py", *words, *flags]
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "STEP_TIMES": str(folder / "times.json"),
+    }
+    command = [
+        sys.executable,
+        str(KOHYA / "launch.py"),
+        "module",
+        str(trace),
+        "sdxl_train.py",
+        *words,
+        *flags,
+    ]
     process = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
     if process.returncode:
         raise RuntimeError(process.stderr[-2000:])
-    times, contexts = json.loads((folder / "times.json").read_text()), json.loads(trace.read_text())["contexts"]
-    return [(later - earlier, length) for earlier, later, (_, length) in zip(times, times[1:], contexts[1:], strict=False)]
+    times, contexts = (
+        json.loads((folder / "times.json").read_text()),
+        json.loads(trace.read_text())["contexts"],
+    )
+    return [
+        (later - earlier, length)
+        for earlier, later, (_, length) in zip(times, times[1:], contexts[1:], strict=False)
+    ]
 
 
 def main() -> None:
@@ -52,7 +73,11 @@ def main() -> None:
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        subprocess.run([sys.executable, str(KOHYA / "assets.py"), str(folder / "assets")], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, str(KOHYA / "assets.py"), str(folder / "assets")],
+            check=True,
+            capture_output=True,
+        )
         (folder / "images").mkdir()
         for number in range(IMAGES):
             Image.new("RGB", (128, 128), (number, 0, 0)).save(folder / "images" / f"{number}.png")
@@ -69,7 +94,10 @@ def main() -> None:
             steps["--chunk_buckets"] += run(folder, ["--chunk_buckets"])
     print("| | steps | median step, s | mean context |\n|---|---:|---:|---:|")
     for name, found in steps.items():
-        print(f"| {name} | {len(found)} | {np.median([s for s, _ in found]):.2f} | {np.mean([n for _, n in found]):.0f} |")
+        print(
+            f"| {name} | {len(found)} | {np.median([s for s, _ in found]):.2f} | "
+            f"{np.mean([n for _, n in found]):.0f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""What the experiments share: real photographs of a known brightness, a tiny U-Net of SDXL's class, and honest statistics.
+"""What the experiments share: real photographs of a known brightness, a tiny U-Net of SDXL's class, and
+honest statistics.
 
-Data, network and training are those of the demo (sdxl_fixes/demo/), which for seed 0 repeats the first runs here. A caption says dark,
-middle or bright, and as with real captions that is not all: the brightness of the photographs under one caption spreads by 0.3 around what
-it says. So a model that sees the brightness in its input learns to read it there.
+Data, network and training are those of the demo (sdxl_fixes/demo/), which for seed 0 repeats the first runs
+here. A caption says dark, middle or bright, and as with real captions that is not all: the brightness of the
+photographs under one caption spreads by 0.3 around what it says. So a model that sees the brightness in its
+input learns to read it there.
 """
 
 from __future__ import annotations
@@ -51,12 +53,17 @@ def base(seed: int, work: Path, prediction_type: str = "epsilon") -> Any:
     from safetensors.torch import load_file, save_file
 
     unet = demo.build_unet(replace(SETTINGS, seed=seed))
-    path = work / f"{prediction_type}-{seed}-{hashlib.sha256(repr(SETTINGS).encode()).hexdigest()[:8]}.safetensors"
+    path = (
+        work
+        / f"{prediction_type}-{seed}-{hashlib.sha256(repr(SETTINGS).encode()).hexdigest()[:8]}.safetensors"
+    )
     if path.exists():
         unet.load_state_dict(load_file(path))
         return unet
     rates = demo.rates(SETTINGS.learning_rate, BASE_STEPS, 50, 0.3)
-    for _ in demo.train(unet, Objective(STOCK, prediction_type), photos(seed), demo.embed_captions(0), seed, rates):
+    for _ in demo.train(
+        unet, Objective(STOCK, prediction_type), photos(seed), demo.embed_captions(0), seed, rates
+    ):
         pass
     work.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
@@ -66,12 +73,15 @@ def base(seed: int, work: Path, prediction_type: str = "epsilon") -> Any:
 
 def generate(unet: Any, scheduler: Any, seed: int, network: Any = None) -> torch.Tensor:
     """[captions, SAMPLES, 64, 64] latents in 25 steps, from noise that depends on the seed alone."""
-    return demo.sample(unet, scheduler, demo.embed_captions(0), seed, SAMPLES, 25, lambda work, name: iter(work), network)
+    return demo.sample(
+        unet, scheduler, demo.embed_captions(0), seed, SAMPLES, 25, lambda work, name: iter(work), network
+    )
 
 
 def brightness(pictures: torch.Tensor) -> dict[str, Any]:
-    """Of generated pictures [captions, samples, 64, 64]: "got" per caption, how much of the asked difference is "kept" (1 is right),
-    the "spread" of the brightness under one caption over the truth (1 is right), the "contrast" inside a picture."""
+    """Of generated pictures [captions, samples, 64, 64]: "got" per caption, how much of the asked difference
+    is "kept" (1 is right), the "spread" of the brightness under one caption over the truth (1 is right), the
+    "contrast" inside a picture."""
     means = pictures.double().mean((2, 3))
     got = means.mean(1).tolist()
     return {
@@ -100,10 +110,16 @@ def held_out(photos: demo.Photos, objective: Objective, unet: Any) -> dict[str, 
 
 
 def adapt(
-    job: Job, work: Path, from_type: str, objective: Objective, steps: int, at: Sequence[int], sampler: str = "dpmpp_2m"
+    job: Job,
+    work: Path,
+    from_type: str,
+    objective: Objective,
+    steps: int,
+    at: Sequence[int],
+    sampler: str = "dpmpp_2m",
 ) -> tuple[Any, list[dict[str, Any]]]:
-    """Finetune the stock checkpoint of ``from_type`` for another objective, as the demo does. Returns the network and the measurements
-    after the steps ``at`` (0: before training)."""
+    """Finetune the stock checkpoint of ``from_type`` for another objective, as the demo does. Returns the
+    network and the measurements after the steps ``at`` (0: before training)."""
     unet, crops = base(job.seed, work, from_type).train(), photos(job.seed)
     curve: list[dict[str, Any]] = []
 
@@ -111,13 +127,22 @@ def adapt(
         unet.eval()
         pictures = generate(unet, objective.schedule.scheduler(sampler, objective.prediction_type), job.seed)
         loss = held_out(crops, objective, unet)
-        curve.append({"step": step, **brightness(pictures), "loss": loss["loss_unweighted"], "terminal": loss["loss_unweighted/t999"]})
+        curve.append(
+            {
+                "step": step,
+                **brightness(pictures),
+                "loss": loss["loss_unweighted"],
+                "terminal": loss["loss_unweighted/t999"],
+            }
+        )
         unet.train()
 
     if 0 in at:
         measure(0)
     rates = demo.rates(SETTINGS.finetuning_rate, steps, 20, 0.5)
-    for step, _ in enumerate(demo.train(unet, objective, crops, demo.embed_captions(0), job.seed + 100, rates), 1):
+    for step, _ in enumerate(
+        demo.train(unet, objective, crops, demo.embed_captions(0), job.seed + 100, rates), 1
+    ):
         if step in at:
             measure(step)
     return unet.eval(), curve
@@ -133,8 +158,8 @@ def cached(name: str, make: Callable[[], Any]) -> Any:
 
 
 def reference() -> list[dict[str, Any]]:
-    """Of the photographs themselves, for each seed: "contrast", and what predicting the mean of a caption's photographs would score as
-    "terminal" error."""
+    """Of the photographs themselves, for each seed: "contrast", and what predicting the mean of a caption's
+    photographs would score as "terminal" error."""
     return list(cached("photographs", lambda: [_reference(photos(seed)) for seed in SEEDS]))
 
 
@@ -142,7 +167,10 @@ def _reference(crops: demo.Photos) -> dict[str, Any]:
     latents, caption = crops.draw(3000, torch.Generator().manual_seed(10**6 + 1))
     means = torch.stack([latents[caption == number].mean(0) for number in range(len(ASKED))])
     shown, asked = held_out_photos(crops)
-    return {"contrast": float(demo.unfold(latents).flatten(1).std(1).mean()), "terminal": float((shown - means[asked]).square().mean())}
+    return {
+        "contrast": float(demo.unfold(latents).flatten(1).std(1).mean()),
+        "terminal": float((shown - means[asked]).square().mean()),
+    }
 
 
 # ---------------------------------------------------------------- running
@@ -164,29 +192,49 @@ def arguments(doc: str) -> argparse.Namespace:
     """The command line of an experiment."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default 2)")
-    parser.add_argument("--work", type=Path, default=Path("evidence-work"), help="folder for the base checkpoints (default evidence-work)")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("evidence-work"),
+        help="folder for the base checkpoints (default evidence-work)",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--only", nargs="+", help="these variants only")
-    parser.add_argument("--pages", action="store_true", help="write table and plot of the finished runs, run nothing")
+    parser.add_argument(
+        "--pages", action="store_true", help="write table and plot of the finished runs, run nothing"
+    )
     return parser.parse_args()
 
 
 def run(
-    name: str, work: Callable[[Job, Path], dict[str, Any]], keys: Sequence[str], args: argparse.Namespace, bases: Sequence[str]
+    name: str,
+    work: Callable[[Job, Path], dict[str, Any]],
+    keys: Sequence[str],
+    args: argparse.Namespace,
+    bases: Sequence[str],
 ) -> None:
-    """Run what is not in benchmarks/results/NAME.json yet. ``bases`` are the prediction types of the stock checkpoints that the runs
-    start from. One process at a time: it writes the whole file after every run."""
+    """Run what is not in benchmarks/results/NAME.json yet. ``bases`` are the prediction types of the stock
+    checkpoints that the runs start from. One process at a time: it writes the whole file after every run."""
     path = RESULTS / f"{name}.json"
-    done: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"versions": _versions(), "settings": repr(SETTINGS)}
+    done: dict[str, Any] = (
+        json.loads(path.read_text())
+        if path.exists()
+        else {"versions": _versions(), "settings": repr(SETTINGS)}
+    )
     if done["settings"] != repr(SETTINGS):
-        raise SystemExit(f"{path} was made with {done['settings']}, this is {SETTINGS!r}: move it away to start anew")
+        raise SystemExit(
+            f"{path} was made with {done['settings']}, this is {SETTINGS!r}: move it away to start anew"
+        )
     todo = [Job(key, seed) for seed in args.seeds for key in keys if args.only is None or key in args.only]
     todo = [job for job in todo if job.name not in done]
     if not todo:
         return
     RESULTS.mkdir(exist_ok=True)
     with multiprocessing.get_context("spawn").Pool(args.jobs, _one_thread) as pool:
-        pool.starmap(_prepare, [(seed, args.work, kind) for seed in sorted({job.seed for job in todo}) for kind in bases])
+        pool.starmap(
+            _prepare,
+            [(seed, args.work, kind) for seed in sorted({job.seed for job in todo}) for kind in bases],
+        )
         for number, (job, result) in enumerate(pool.imap_unordered(_Timed(work, args.work), todo), 1):
             done[job.name] = result
             with replacing(path) as file:
@@ -199,10 +247,15 @@ def _prepare(seed: int, work: Path, prediction_type: str) -> None:
 
 
 def finished(name: str, keys: Sequence[str]) -> dict[str, list[Any]]:
-    """The finished runs of an experiment: variant -> one result per seed, in the order of SEEDS; variants that lack one are left out."""
+    """The finished runs of an experiment: variant -> one result per seed, in the order of SEEDS; variants
+    that lack one are left out."""
     path = RESULTS / f"{name}.json"
     done = json.loads(path.read_text()) if path.exists() else {}
-    return {key: [done[f"{key}/{seed}"] for seed in SEEDS] for key in keys if all(f"{key}/{seed}" in done for seed in SEEDS)}
+    return {
+        key: [done[f"{key}/{seed}"] for seed in SEEDS]
+        for key in keys
+        if all(f"{key}/{seed}" in done for seed in SEEDS)
+    }
 
 
 class _Timed:
@@ -230,7 +283,9 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
     if len(values) < 2:
         return float(np.mean(values)), math.nan
-    return float(np.mean(values)), float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+    return float(np.mean(values)), float(
+        t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    )
 
 
 def show(values: Sequence[float], digits: int = 2) -> str:
@@ -258,7 +313,8 @@ def versions(name: str) -> str:
 
 def _versions() -> str:
     return ", ".join(
-        f"{package} {metadata.version(package)}" for package in ("torch", "diffusers", "numpy", "scikit-image", "scikit-learn")
+        f"{package} {metadata.version(package)}"
+        for package in ("torch", "diffusers", "numpy", "scikit-image", "scikit-learn")
     )
 
 
@@ -266,9 +322,16 @@ def text(name: str, keys: Sequence[str], page: Callable[[dict[str, list[Any]]], 
     """A page: a function of the recorded results alone."""
     found = finished(name, keys)
     seconds = sum(result["seconds"] for results in found.values() for result in results)
-    lines = [*page(found), "", f"{sum(map(len, found.values()))} runs, {seconds / 60:.0f} minutes of one core.", ""]
+    lines = [
+        *page(found),
+        "",
+        f"{sum(map(len, found.values()))} runs, {seconds / 60:.0f} minutes of one core.",
+        "",
+    ]
     prose = [
-        list(group) if table else [textwrap.fill(" ".join(group), 140, break_on_hyphens=False, break_long_words=False)]
+        list(group)
+        if table
+        else [textwrap.fill(" ".join(group), 140, break_on_hyphens=False, break_long_words=False)]
         for table, group in itertools.groupby(lines, _stands)
     ]
     return "\n".join(itertools.chain.from_iterable(prose))
@@ -289,13 +352,17 @@ def experiment(
     bases: Sequence[str] = (),
     after: Sequence[str] = (),
 ) -> None:
-    """The main of an experiment: runs what is missing, then writes docs/evidence/NAME.md and NAME.png. ``after`` names the experiments
-    whose results its page shows, too."""
+    """The main of an experiment: runs what is missing, then writes docs/evidence/NAME.md and NAME.png.
+    ``after`` names the experiments whose results its page shows, too."""
     args = arguments(doc or "")
     missing = [other for other in after if not (RESULTS / f"{other}.json").exists()]
     wrong = [key for key in args.only or () if key not in keys]
     if missing or wrong:
-        raise SystemExit(f"run benchmarks/{missing[0]}.py first" if missing else f"--only {wrong[0]!r}: expected some of {', '.join(keys)}")
+        raise SystemExit(
+            f"run benchmarks/{missing[0]}.py first"
+            if missing
+            else f"--only {wrong[0]!r}: expected some of {', '.join(keys)}"
+        )
     if not args.pages:
         run(name, work, keys, args, bases)
     DOCS.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""Makes docs/loading.md: python benchmarks/loading_page.py > docs/loading.md. What it says comes from ``sdxl-fixes inspect``."""
+"""Makes docs/loading.md: python benchmarks/loading_page.py > docs/loading.md. What it says comes from
+``sdxl-fixes inspect``."""
 
 import sys
 import tempfile
@@ -16,7 +17,10 @@ SDXL = NoiseSchedule.sdxl()
 CASES = {
     "eps 14.6": (Sampling(SDXL, "epsilon"), "SDXL's own: epsilon, nothing changed"),
     "v": (Sampling(SDXL, "v_prediction"), "v-prediction on SDXL's schedule"),
-    "v + ZTSNR": (Sampling(SDXL.zero_terminal_snr(), "v_prediction"), "v-prediction with zero terminal SNR, as NoobAI's v-pred models"),
+    "v + ZTSNR": (
+        Sampling(SDXL.zero_terminal_snr(), "v_prediction"),
+        "v-prediction with zero terminal SNR, as NoobAI's v-pred models",
+    ),
     "eps + ZTSNR": (Sampling(SDXL.zero_terminal_snr(), "epsilon"), "epsilon with zero terminal SNR"),
     "eps 300": (Sampling(SDXL.with_terminal_sigma(300), "epsilon"), "epsilon, `--terminal_sigma 300`"),
     "any betas": (

@@ -1,7 +1,9 @@
-"""Stamping against cp, side by side in one run: python benchmarks/stamp.py [--folder DIR] [--gib 2] [--runs 5] > docs/stamp-record.md
+"""Stamping against cp, side by side in one run: python benchmarks/stamp.py [--folder DIR] [--gib 2] [--runs
+5] > docs/stamp-record.md
 
-Every time includes the sync to disk, cp's too (cp and then fsync of the copy: a stamp that is not on the disk is not done). cp and the
-stamps take turns on the same file, so that the disk's moods fall on both. Data are random; every stamped file's tensors are hashed.
+Every time includes the sync to disk, cp's too (cp and then fsync of the copy: a stamp that is not on the disk
+is not done). cp and the stamps take turns on the same file, so that the disk's moods fall on both. Data are
+random; every stamped file's tensors are hashed.
 """
 
 from __future__ import annotations
@@ -27,13 +29,18 @@ NAMES = {
 
 def make(path: Path, size: int) -> None:
     """A checkpoint of about ``size`` bytes of random tensors, with as many entries as SDXL's (2515)."""
-    shapes = {**NAMES, **{f"model.diffusion_model.filler.{i}.weight": (size // 2512 // 2,) for i in range(2512)}}
+    shapes = {
+        **NAMES,
+        **{f"model.diffusion_model.filler.{i}.weight": (size // 2512 // 2,) for i in range(2512)},
+    }
     entries, end = [], 0
     for name, shape in shapes.items():
         count = 2
         for length in shape:
             count *= length
-        entries.append(f'"{name}":{{"dtype":"F16","shape":{list(shape)},"data_offsets":[{end},{end + count}]}}')
+        entries.append(
+            f'"{name}":{{"dtype":"F16","shape":{list(shape)},"data_offsets":[{end},{end + count}]}}'
+        )
         end += count
     text = ("{" + ",".join(entries) + "}").encode()
     with open(path, "wb") as file:
@@ -54,7 +61,8 @@ def copy(source: Path, target: Path) -> float:
 
 
 def copy_over(source: Path, path: Path) -> float:
-    """The same, with the copy then put in the place of ``path``, whose blocks and cached pages have to be freed."""
+    """The same, with the copy then put in the place of ``path``, whose blocks and cached pages have to be
+    freed."""
     part = path.with_suffix(".part")
     start = time.perf_counter()
     copy(source, part)
@@ -84,9 +92,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("."))
     parser.add_argument("--gib", type=float, default=2.0)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each time")
+    parser.add_argument(
+        "--cold", action="store_true", help="drop the files from the page cache before each time"
+    )
     args = parser.parse_args()
-    source, work, other = (args.folder / f"stamp-benchmark-{name}.safetensors" for name in ("source", "work", "cp"))
+    source, work, other = (
+        args.folder / f"stamp-benchmark-{name}.safetensors" for name in ("source", "work", "cp")
+    )
     times: dict[str, list[float]] = {"cp": [], "cp, put in the old file's place": []}
 
     def settle() -> None:
@@ -119,15 +131,23 @@ def main() -> None:
     finally:
         for path in (source, work, other):
             path.unlink(missing_ok=True)
-    system = subprocess.run(["stat", "-f", "-c", "%T", args.folder], capture_output=True, text=True, check=False).stdout.strip()
+    system = subprocess.run(
+        ["stat", "-f", "-c", "%T", args.folder], capture_output=True, text=True, check=False
+    ).stdout.strip()
     cache = "cold" if args.cold else "hot"
-    print(f"{args.gib:g} GiB of random tensors in 2515 entries on {system}, page cache {cache}, {args.runs} runs; every time includes the")
+    print(
+        f"{args.gib:g} GiB of random tensors in 2515 entries on {system}, page cache {cache}, {args.runs} "
+        "runs; every time includes the"
+    )
     print("sync to disk, `cp --reflink=never` and the stamps take turns.\n")
     print("| way | seconds, each run | median | ratio to cp, median of each run's |")
     print("|---|---|---:|---:|")
     for name, seconds in times.items():
         ratio = statistics.median(mine / cp for mine, cp in zip(seconds, times["cp"], strict=True))
-        print(f"| {name} | {' '.join(f'{value:.3g}' for value in seconds)} | {statistics.median(seconds):.3g} | {ratio:.4f} |")
+        print(
+            f"| {name} | {' '.join(f'{value:.3g}' for value in seconds)} | "
+            f"{statistics.median(seconds):.3g} | {ratio:.4f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""A training loop of your own on accelerate, with sdxl-fixes imported directly. Runs offline on a tiny SDXL U-Net.
+"""A training loop of your own on accelerate, with sdxl-fixes imported directly. Runs offline on a tiny SDXL
+U-Net.
 
-    python examples/custom_loop.py --output_dir out --zero_terminal_snr --loss_type huber --min_snr_gamma 5 --stratified_timesteps
-    accelerate launch --num_processes 2 examples/custom_loop.py --output_dir out ...        (more processes)
-    python examples/custom_loop.py --output_dir out --steps 12 --resume ...                 (go on where it stopped, exactly)
-    python examples/custom_loop.py --output_dir out --stable_loss_steps 2 --log_with tensorboard ...       (and a validation loss)
+    python examples/custom_loop.py --output_dir out --zero_terminal_snr --loss_type huber --min_snr_gamma 5
+    --stratified_timesteps accelerate launch --num_processes 2 examples/custom_loop.py --output_dir out ...
+    (more processes) python examples/custom_loop.py --output_dir out --steps 12 --resume ...
+    (go on where it stopped, exactly) python examples/custom_loop.py --output_dir out --stable_loss_steps 2
+    --log_with tensorboard ...       (and a validation loss)
 
-Everything random is a function of (seed, step, process), so a resumed run repeats the uninterrupted one bit for bit.
+Everything random is a function of (seed, step, process), so a resumed run repeats the uninterrupted one bit
+for bit.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from sdxl_fixes.flags import Settings, add_flags
 from sdxl_fixes.validation import Validation
 
 PREDICTION_TYPE = "v_prediction"
-TEXT, POOLED = 80, 48  # widths of the text embeddings, the pooled one and the six time ids make the conditioning
+# widths of the text embeddings, the pooled one and the six time ids make the conditioning
+TEXT, POOLED = 80, 48
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,7 +40,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output_dir")
     parser.add_argument("--log_with", help="tensorboard, wandb, ...: a tracker that accelerate knows")
-    add_flags(parser)  # schedule, loss, weights, noise, timesteps, and the validation loss every --stable_loss_steps
+    # schedule, loss, weights, noise, timesteps, and the validation loss every --stable_loss_steps
+    add_flags(parser)
     return parser.parse_args()
 
 
@@ -60,7 +65,8 @@ def make_unet() -> UNet2DConditionModel:
 
 
 def make_data(count: int = 24, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Stands for your cached latents and embeddings: flat latents of a brightness that the embeddings tell."""
+    """Stands for your cached latents and embeddings: flat latents of a brightness that the embeddings
+    tell."""
     generator = torch.Generator().manual_seed(seed)
     brightness = torch.linspace(-1.5, 1.5, count)
     return {
@@ -72,7 +78,8 @@ def make_data(count: int = 24, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def my_samples(step: int, count: int, args: argparse.Namespace, accelerator: Accelerator) -> np.ndarray:
-    """This process's samples of an optimizer step: every epoch a permutation by (seed, epoch), shared out in order."""
+    """This process's samples of an optimizer step: every epoch a permutation by (seed, epoch), shared out in
+    order."""
     together = args.batch_size * accelerator.num_processes
     epoch, place = divmod(step, count // together)
     order = np.random.default_rng([args.seed, epoch]).permutation(count)
@@ -80,7 +87,9 @@ def my_samples(step: int, count: int, args: argparse.Namespace, accelerator: Acc
     return order[first : first + args.batch_size]
 
 
-def predict(unet: torch.nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def predict(
+    unet: torch.nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, batch: dict[str, torch.Tensor]
+) -> torch.Tensor:
     conditions = {"text_embeds": batch["pooled"], "time_ids": batch["time_ids"]}
     return unet(noisy, timesteps, batch["text"], added_cond_kwargs=conditions, return_dict=False)[0]
 
@@ -90,12 +99,17 @@ def main() -> None:
     accelerator = Accelerator(log_with=args.log_with, project_dir=args.output_dir)
     accelerator.init_trackers("custom_loop")
     settings = Settings.from_args(args)
-    objective = settings.objective(PREDICTION_TYPE, seed=args.seed, rank=accelerator.process_index, world_size=accelerator.num_processes)
+    objective = settings.objective(
+        PREDICTION_TYPE, seed=args.seed, rank=accelerator.process_index, world_size=accelerator.num_processes
+    )
     torch.manual_seed(args.seed)
     unet = make_unet()
     unet, optimizer = accelerator.prepare(unet, torch.optim.AdamW(unet.parameters(), lr=args.learning_rate))
     data = {name: tensor.to(accelerator.device) for name, tensor in make_data().items()}
-    held_out = {name: tensor.to(accelerator.device) for name, tensor in make_data(settings.stable_loss_images or 8, seed=1).items()}
+    held_out = {
+        name: tensor.to(accelerator.device)
+        for name, tensor in make_data(settings.stable_loss_images or 8, seed=1).items()
+    }
     validation, network = Validation(objective), accelerator.unwrap_model(unet)
 
     checkpoint, first_step = args.output_dir / "checkpoint", 0
@@ -107,12 +121,17 @@ def main() -> None:
 
     losses, validated = [], {}
     for step in range(first_step, args.steps):
-        samples = torch.from_numpy(my_samples(step, len(data["latents"]), args, accelerator)).to(accelerator.device)
+        samples = torch.from_numpy(my_samples(step, len(data["latents"]), args, accelerator)).to(
+            accelerator.device
+        )
         batch = {name: tensor[samples] for name, tensor in data.items()}
         generator = torch.Generator(accelerator.device)
-        generator.manual_seed((args.seed * 1_000_003 + step) * accelerator.num_processes + accelerator.process_index)
+        generator.manual_seed(
+            (args.seed * 1_000_003 + step) * accelerator.num_processes + accelerator.process_index
+        )
 
-        drawn = objective.draw(batch["latents"], generator=generator)  # noisy latents, timesteps, target: one schedule
+        # noisy latents, timesteps, target: one schedule
+        drawn = objective.draw(batch["latents"], generator=generator)
         loss = objective.loss(predict(unet, drawn.noisy, drawn.timesteps, batch), drawn)
 
         accelerator.backward(loss)
@@ -122,8 +141,12 @@ def main() -> None:
         accelerator.log({"loss": losses[-1]}, step=step + 1)
 
         if settings.stable_loss_steps and (step + 1) % settings.stable_loss_steps == 0:
-            numbers = validation(  # of the same images, noise and timesteps every time; the training's random numbers stay as they are
-                lambda noisy, timesteps, image: predict(network, noisy, timesteps, {name: held_out[name][image] for name in held_out}),
+            # of the same images, noise and timesteps every time; the training's random numbers stay as they
+            # are
+            numbers = validation(
+                lambda noisy, timesteps, image: predict(
+                    network, noisy, timesteps, {name: held_out[name][image] for name in held_out}
+                ),
                 held_out["latents"],
                 models=(network,),
                 batch_size=args.batch_size,
@@ -142,9 +165,12 @@ def main() -> None:
     accelerator.end_training()
     if accelerator.is_main_process:
         network.save_pretrained(args.output_dir / "unet")
-        # samples the trained schedule, also in stock diffusers; a pipeline's save_pretrained writes the same file
+        # samples the trained schedule, also in stock diffusers; a pipeline's save_pretrained writes the same
+        # file
         objective.schedule.scheduler("ddim", PREDICTION_TYPE).save_pretrained(args.output_dir / "scheduler")
-        (args.output_dir / "losses.json").write_text(json.dumps({"first_step": first_step, "losses": losses, "validation": validated}))
+        (args.output_dir / "losses.json").write_text(
+            json.dumps({"first_step": first_step, "losses": losses, "validation": validated})
+        )
         print(f"steps {first_step} to {args.steps}: losses {' '.join(f'{loss:.4f}' for loss in losses)}")
 
 

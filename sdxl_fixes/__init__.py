@@ -1,4 +1,5 @@
-"""One noise schedule rules everything: zero terminal SNR, scheduled Huber, input perturbation and finite weights for SDXL training."""
+"""One noise schedule rules everything: zero terminal SNR, scheduled Huber, input perturbation and finite
+weights for SDXL training."""
 
 from sdxl_fixes.loss import Loss, ScheduledHuber
 from sdxl_fixes.noise import InputPerturbation, OffsetNoise

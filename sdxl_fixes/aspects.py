@@ -1,4 +1,5 @@
-"""Aspect-ratio buckets: which resolutions there are, and which of them an image belongs to. The rules are kohya's and NovelAI's."""
+"""Aspect-ratio buckets: which resolutions there are, and which of them an image belongs to. The rules are
+kohya's and NovelAI's."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from numpy.typing import ArrayLike, NDArray
 
 RULES = ("kohya", "novelai")
 SDXL_AREA = 1024 * 1024  # pixels
-SDXL_STEP = 64  # SDXL's U-Net halves the latents (8 pixels each) twice, so a side must divide by 32; 64 is the list it was trained on
+# SDXL's U-Net halves the latents (8 pixels each) twice, so a side must divide by 32; 64 is the list it was
+# trained on
+SDXL_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -36,29 +39,38 @@ def resolutions(
     max_side: int = 2048,
     base: tuple[int, int] | None = None,
 ) -> list[tuple[int, int]]:
-    """Sorted (width, height) of all buckets: for every width the largest height that keeps to ``area``, the same transposed, and ``base``
-    (None: the largest square). The rules differ in where heights count from: kohya's are multiples of the step, cut at ``max_side``,
-    NovelAI's count up from ``min_side``. Raises ValueError for limits that leave no bucket and for a step below a latent pixel.
+    """Sorted (width, height) of all buckets: for every width the largest height that keeps to ``area``, the
+    same transposed, and ``base`` (None: the largest square). The rules differ in where heights count from:
+    kohya's are multiples of the step, cut at ``max_side``, NovelAI's count up from ``min_side``. Raises
+    ValueError for limits that leave no bucket and for a step below a latent pixel.
     """
     if rule not in RULES:
         raise ValueError(f"bucket rule must be one of {', '.join(RULES)}, got {rule!r}")
     if step < 8 or step % 8:
         raise ValueError(f"bucket step must be a multiple of 8, a latent pixel, got {step}")
     if not 0 < min_side <= max_side or area < min_side * min_side:
-        raise ValueError(f"need 0 < min_side <= max_side and an area of at least min_side^2, got {min_side}, {max_side}, {area}")
+        raise ValueError(
+            "need 0 < min_side <= max_side and an area of at least min_side^2, got "
+            f"{min_side}, {max_side}, {area}"
+        )
     square = int(math.sqrt(area) // step) * step
     found = {base or (square, square)}
     for width in range(min_side, max_side + 1, step):
         most = area // width
-        height = min(max_side, most // step * step) if rule == "kohya" else min_side + (min(max_side, most) - min_side) // step * step
+        height = (
+            min(max_side, most // step * step)
+            if rule == "kohya"
+            else min_side + (min(max_side, most) - min_side) // step * step
+        )
         if height >= min_side:
             found |= {(width, height), (height, width)}
     return sorted(found)
 
 
 def assign(sizes: ArrayLike, buckets: ArrayLike, max_error: float | None = None) -> Assigned:
-    """Put images of ``sizes`` (width, height; shape [N, 2]) into ``buckets`` (shape [K, 2]): the one of the same resolution, else the one
-    whose width / height is nearest. ``max_error``: images that miss every bucket by this much or more get none (NovelAI: 4)."""
+    """Put images of ``sizes`` (width, height; shape [N, 2]) into ``buckets`` (shape [K, 2]): the one of the
+    same resolution, else the one whose width / height is nearest. ``max_error``: images that miss every
+    bucket by this much or more get none (NovelAI: 4)."""
     shapes, table = _sizes("sizes", sizes), _sizes("buckets", buckets)
     if not len(table):
         raise ValueError("there are no buckets to put images into")
@@ -77,8 +89,9 @@ def assign(sizes: ArrayLike, buckets: ArrayLike, max_error: float | None = None)
 
 
 def assign_without_upscaling(sizes: ArrayLike, area: int = SDXL_AREA, step: int = SDXL_STEP) -> Assigned:
-    """Kohya's ``bucket_no_upscale``: images above ``area`` are shrunk to it, no image is enlarged, and the bucket is what remains when the
-    sides are cut down to multiples of ``step``. An image below the step in either side fits none."""
+    """Kohya's ``bucket_no_upscale``: images above ``area`` are shrunk to it, no image is enlarged, and the
+    bucket is what remains when the sides are cut down to multiples of ``step``. An image below the step in
+    either side fits none."""
     shapes = _sizes("sizes", sizes).astype(np.float64)
     width, height = shapes[:, 0], shapes[:, 1]
     aspect = width / height
@@ -110,8 +123,13 @@ def _round(x: NDArray[np.float64], step: int) -> NDArray[np.float64]:
 def _sizes(name: str, values: ArrayLike) -> NDArray[Any]:
     array = np.asarray(values, dtype=np.int64).reshape(-1, 2) if np.size(values) == 0 else np.asarray(values)
     if array.ndim != 2 or array.shape[1] != 2 or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name} must be whole numbers (width, height), shape [N, 2]; got {array.dtype} of shape {list(array.shape)}")
+        raise ValueError(
+            f"{name} must be whole numbers (width, height), shape [N, 2]; got {array.dtype} of "
+            f"shape {list(array.shape)}"
+        )
     if (array < 1).any():
         worst = int((array < 1).any(axis=1).argmax())
-        raise ValueError(f"{name} must be at least 1 x 1, got {array[worst, 0]} x {array[worst, 1]} for number {worst}")
+        raise ValueError(
+            f"{name} must be at least 1 x 1, got {array[worst, 0]} x {array[worst, 1]} for number {worst}"
+        )
     return array.astype(np.int64)

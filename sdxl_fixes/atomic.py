@@ -10,8 +10,8 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of ``path`` in one move when the block ends. If it fails, ``path`` is as it was and
-    nothing is left behind."""
+    """A path to write to, which takes the place of ``path`` in one move when the block ends. If it fails,
+    ``path`` is as it was and nothing is left behind."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield partial

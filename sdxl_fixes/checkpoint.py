@@ -1,7 +1,9 @@
-"""What a saved model says about its schedule: the record in its metadata, marker tensors for UIs, a scheduler config for folders.
+"""What a saved model says about its schedule: the record in its metadata, marker tensors for UIs, a scheduler
+config for folders.
 
-A UI reads little: ComfyUI, Forge, reForge and A1111 know the empty top-level tensors ``v_pred`` and ``ztsnr``, which mean SDXL's own
-betas; nobody but diffusers can be told another table. A marker that would make a UI build a wrong table is not written.
+A UI reads little: ComfyUI, Forge, reForge and A1111 know the empty top-level tensors ``v_pred`` and
+``ztsnr``, which mean SDXL's own betas; nobody but diffusers can be told another table. A marker that would
+make a UI build a wrong table is not written.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from sdxl_fixes.schedule import EXACT_KEY, NoiseSchedule
 
 RECORD_KEY = "sdxl_fixes.schedule"
 _OBJECT = "the object of a scheduler_config.json or a schedule record"
-STAND_IN_SIGMA = 4096.0  # for samplers that cannot start at infinity; the largest power of 2 whose noise fits float16
+# for samplers that cannot start at infinity; the largest power of 2 whose noise fits float16
+STAND_IN_SIGMA = 4096.0
 
 
 @dataclass(frozen=True)
@@ -29,32 +32,41 @@ class Sampling:
     prediction_type: str
 
     def __str__(self) -> str:
-        return f"{self.prediction_type}, sigma {self.schedule.sigmas[0]:.4g} to {self.schedule.terminal_sigma:.6g}"
+        return (
+            f"{self.prediction_type}, sigma {self.schedule.sigmas[0]:.4g} to "
+            f"{self.schedule.terminal_sigma:.6g}"
+        )
 
 
 def markers(schedule: NoiseSchedule, prediction_type: str) -> tuple[str, ...]:
     """Names of the empty tensors that make UIs load the model right; none where no marker says it."""
     stock = NoiseSchedule.sdxl()
     zero_snr = schedule == stock.zero_terminal_snr()
-    if check_prediction_type(prediction_type) not in ("epsilon", "v_prediction") or not (zero_snr or schedule == stock):
+    if check_prediction_type(prediction_type) not in ("epsilon", "v_prediction") or not (
+        zero_snr or schedule == stock
+    ):
         return ()
     return (("v_pred",) if prediction_type == "v_prediction" else ()) + (("ztsnr",) if zero_snr else ())
 
 
 def metadata(schedule: NoiseSchedule, prediction_type: str) -> dict[str, str | None]:
-    """Entries of ``__metadata__``; None means that the entry must be absent (SwarmUI would build SDXL's own table from it)."""
+    """Entries of ``__metadata__``; None means that the entry must be absent (SwarmUI would build SDXL's own
+    table from it)."""
     known = {("epsilon",): "epsilon", ("v_pred",): "v", ("v_pred", "ztsnr"): "v-zsnr"}
     stock_epsilon = ("epsilon",) if prediction_type == "epsilon" and schedule == NoiseSchedule.sdxl() else ()
     flow = prediction_type == "flow_prediction" and flow_shift(schedule) is not None
     record = {**schedule.to_record(), "prediction_type": check_prediction_type(prediction_type)}
     return {
         RECORD_KEY: json.dumps(record, allow_nan=False, separators=(",", ":")),
-        "modelspec.prediction_type": "sd3" if flow else known.get(stock_epsilon or markers(schedule, prediction_type)),
+        "modelspec.prediction_type": "sd3"
+        if flow
+        else known.get(stock_epsilon or markers(schedule, prediction_type)),
     }
 
 
 def read_record(metadata: Mapping[str, str]) -> Sampling | None:
-    """What the record in a file's metadata says; None without one. Raises ValueError for a broken record or a newer version."""
+    """What the record in a file's metadata says; None without one. Raises ValueError for a broken record or a
+    newer version."""
     text = metadata.get(RECORD_KEY)
     if text is None:
         return None
@@ -70,7 +82,10 @@ def sampling_of_record(record: Any) -> Sampling:
     schedule = NoiseSchedule.from_record(record)
     prediction_type = record.get("prediction_type")
     if not isinstance(prediction_type, str):
-        raise ValueError(f"the schedule record's prediction_type is {shown(prediction_type)}: expected a name such as v_prediction")
+        raise ValueError(
+            f"the schedule record's prediction_type is {shown(prediction_type)}: expected a "
+            "name such as v_prediction"
+        )
     return Sampling(schedule, check_prediction_type(prediction_type))
 
 
@@ -81,7 +96,9 @@ def sampling_of_config(config: Any) -> Sampling:
     prediction_type = check_prediction_type(config.get("prediction_type", "epsilon"))  # diffusers' default
     if config.get("use_flow_sigmas") and prediction_type != "flow_prediction":
         expected = f"expected flow_prediction, got {prediction_type}"
-        raise ValueError(f"the scheduler config has use_flow_sigmas, so its prediction_type is wrong: {expected}")
+        raise ValueError(
+            f"the scheduler config has use_flow_sigmas, so its prediction_type is wrong: {expected}"
+        )
     return Sampling(schedule, prediction_type)
 
 
@@ -116,8 +133,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_sampling(file: Path) -> tuple[Sampling, bool]:
-    """What a scheduler_config.json, a schedule record or the output of ``sdxl-fixes schedule --json`` says, and whether it says what is
-    predicted (if not, epsilon stands there). Raises ValueError, naming the file, if it is none of these or mistakes anything."""
+    """What a scheduler_config.json, a schedule record or the output of ``sdxl-fixes schedule --json`` says,
+    and whether it says what is predicted (if not, epsilon stands there). Raises ValueError, naming the file,
+    if it is none of these or mistakes anything."""
     content = read_json(file)
     record = content.get("record", content)
     try:
@@ -147,15 +165,20 @@ def scheduler_config(
     knows_rescale: bool = True,
     knows_infinity: bool = False,
 ) -> dict[str, Any]:
-    """A config for ``SomeScheduler.from_config`` or a scheduler_config.json: ``base`` with the schedule in place of its own, as far as a
-    stock diffusers class can follow it; our drop-ins read the exact schedule from it.
+    """A config for ``SomeScheduler.from_config`` or a scheduler_config.json: ``base`` with the schedule in
+    place of its own, as far as a stock diffusers class can follow it; our drop-ins read the exact schedule
+    from it.
 
-    ``knows_rescale``: the class has rescale_betas_zero_snr (one that has not would ignore it); ``knows_infinity``: it can step from an
-    infinite sigma. Others are told a finite stand-in, and the drop-ins what it stands for.
+    ``knows_rescale``: the class has rescale_betas_zero_snr (one that has not would ignore it);
+    ``knows_infinity``: it can step from an infinite sigma. Others are told a finite stand-in, and the
+    drop-ins what it stands for.
     """
     stock = NoiseSchedule.sdxl()
-    kept = {key: value for key, value in (base or {}).items() if key not in ("_use_default_values", EXACT_KEY)}
-    if knows_rescale and schedule == stock.zero_terminal_snr():  # named: stock classes and other readers know what the flag means
+    kept = {
+        key: value for key, value in (base or {}).items() if key not in ("_use_default_values", EXACT_KEY)
+    }
+    # named: stock classes and other readers know what the flag means
+    if knows_rescale and schedule == stock.zero_terminal_snr():
         return kept | stock.to_config(prediction_type) | {"rescale_betas_zero_snr": True}
     config = kept | (schedule if knows_infinity else samplable(schedule)).to_config(prediction_type)
     if not knows_rescale:

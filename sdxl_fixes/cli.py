@@ -18,7 +18,8 @@ from sdxl_fixes.uis import install
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status. Wrong input is one sentence on standard error and status 2."""
+    """Run the command; returns the exit status. Wrong input is one sentence on standard error and status
+    2."""
     parser = argparse.ArgumentParser(prog="sdxl-fixes", description="One noise schedule for SDXL training.")
     parser.add_argument("--version", action="version", version=f"sdxl-fixes {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -40,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
 def _add_schedule(commands: Any) -> None:
     parser = commands.add_parser("schedule", help="table and plot of a noise schedule beside SDXL's own")
     add_flags(parser, tuple(SCHEDULE_FLAGS))
-    parser.add_argument("--base", choices=("sdxl", "linear", "cosine", "flow"), default="sdxl", help="schedule to start from")
+    parser.add_argument(
+        "--base", choices=("sdxl", "linear", "cosine", "flow"), default="sdxl", help="schedule to start from"
+    )
     parser.add_argument(
         "--from",
         dest="file",
@@ -48,9 +51,13 @@ def _add_schedule(commands: Any) -> None:
         metavar="JSON",
         help="read a scheduler_config.json, a schedule record, or what --json printed",
     )
-    parser.add_argument("--width", type=int, help="with --height: end at the sigma that fits this canvas, in pixels")
+    parser.add_argument(
+        "--width", type=int, help="with --height: end at the sigma that fits this canvas, in pixels"
+    )
     parser.add_argument("--height", type=int, help="see --width")
-    parser.add_argument("--json", action="store_true", help="print JSON, with the schedule's record, instead of a table")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON, with the schedule's record, instead of a table"
+    )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also write a picture (needs matplotlib)")
     parser.set_defaults(run=_schedule)
 
@@ -59,10 +66,18 @@ def _schedule(args: argparse.Namespace) -> int:
     if (args.width is None) != (args.height is None):
         raise ValueError("--width and --height belong together: give both or neither")
     if args.width is not None and (args.terminal_sigma is not None or args.zero_terminal_snr):
-        raise ValueError("--width and --height choose the terminal sigma: leave --terminal_sigma and --zero_terminal_snr out")
+        raise ValueError(
+            "--width and --height choose the terminal sigma: leave --terminal_sigma and "
+            "--zero_terminal_snr out"
+        )
     if args.file is not None and args.base != "sdxl":
         raise ValueError("--from and --base are two schedules to start from: give one of them")
-    makers = {"sdxl": NoiseSchedule.sdxl, "linear": NoiseSchedule.linear, "cosine": NoiseSchedule.cosine, "flow": NoiseSchedule.flow}
+    makers = {
+        "sdxl": NoiseSchedule.sdxl,
+        "linear": NoiseSchedule.linear,
+        "cosine": NoiseSchedule.cosine,
+        "flow": NoiseSchedule.flow,
+    }
     base = makers[args.base]() if args.file is None else read_sampling(args.file)[0].schedule
     schedule = Settings.from_args(args).schedule(base)
     if args.width is not None:
@@ -100,14 +115,20 @@ def _doctor(args: argparse.Namespace) -> int:
 def _plain_starts() -> str:
     from _sdxl_fixes_autostart import installed
 
-    started = "are started with the fixes" if installed() else "ignore them and say nothing: install sdxl-fixes with pip"
+    started = (
+        "are started with the fixes"
+        if installed()
+        else ("ignore them and say nothing: install sdxl-fixes with pip")
+    )
     return f"plain starts under keys of ours in a --config_file {started}"
 
 
 def _add_demo(commands: Any) -> None:
     from sdxl_fixes.demo import experiment as demo
 
-    parser = commands.add_parser("demo", help="offline, on the CPU: train a tiny SDXL with and without the fixes and write a report")
+    parser = commands.add_parser(
+        "demo", help="offline, on the CPU: train a tiny SDXL with and without the fixes and write a report"
+    )
     demo.add_arguments(parser)
     parser.set_defaults(run=demo.run)
 
@@ -115,7 +136,9 @@ def _add_demo(commands: Any) -> None:
 def _add_buckets(commands: Any) -> None:
     from sdxl_fixes.commands import buckets as buckets_report
 
-    parser = commands.add_parser("buckets", help="what a data set's aspect buckets cost in padding, and what chunk buckets save")
+    parser = commands.add_parser(
+        "buckets", help="what a data set's aspect buckets cost in padding, and what chunk buckets save"
+    )
     buckets_report.add_arguments(parser)
     parser.set_defaults(run=buckets_report.run)
 

@@ -1,4 +1,5 @@
-"""The one kind of error that this package raises for a training that must not go on, and how errors show what they found."""
+"""The one kind of error that this package raises for a training that must not go on, and how errors show what
+they found."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from typing import Any
 
 
 class FixError(RuntimeError):
-    """A fix that was asked for cannot do its work, or would do it wrongly; the message is one sentence for the user."""
+    """A fix that was asked for cannot do its work, or would do it wrongly; the message is one sentence for
+    the user."""
 
 
 def shown(value: Any) -> str:
@@ -19,5 +21,6 @@ def shown(value: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """The text in one line that any terminal prints: line ends, control characters and halves of surrogate pairs are escaped."""
+    """The text in one line that any terminal prints: line ends, control characters and halves of surrogate
+    pairs are escaped."""
     return "".join(c if c.isprintable() or c == "\u3000" else repr(c)[1:-1] for c in text)

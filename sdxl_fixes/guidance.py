@@ -1,6 +1,8 @@
-"""Rescaled classifier-free guidance (arXiv:2305.08891 section 3.4), also for pipelines that have no ``guidance_rescale``.
+"""Rescaled classifier-free guidance (arXiv:2305.08891 section 3.4), also for pipelines that have no
+``guidance_rescale``.
 
-Guidance raises the contrast of the prediction; on a schedule with zero terminal SNR nothing brings it down again, and images overexpose.
+Guidance raises the contrast of the prediction; on a schedule with zero terminal SNR nothing brings it down
+again, and images overexpose.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ import torch
 
 
 def rescale_guidance(guided: torch.Tensor, conditional: torch.Tensor, rescale: float = 0.7) -> torch.Tensor:
-    """``guided`` with the standard deviation of ``conditional`` (both [B, C, H, W], any prediction type), mixed with itself by
-    ``rescale``: 0 changes nothing, 0.7 is the paper's (equations 14 to 16). Arithmetic is float32 or better."""
+    """``guided`` with the standard deviation of ``conditional`` (both [B, C, H, W], any prediction type),
+    mixed with itself by
+    ``rescale``: 0 changes nothing, 0.7 is the paper's (equations 14 to 16). Arithmetic is float32 or
+        better."""
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale must lie in [0, 1], got {rescale}")
     precise = torch.promote_types(guided.dtype, torch.float32)
@@ -26,9 +30,11 @@ def rescale_guidance(guided: torch.Tensor, conditional: torch.Tensor, rescale: f
 
 @contextmanager
 def rescaled_guidance(pipe: Any, rescale: float = 0.7) -> Iterator[Any]:
-    """Within it, ``pipe`` (any diffusers pipeline with a ``unet`` and a ``scheduler``) generates with rescaled guidance.
+    """Within it, ``pipe`` (any diffusers pipeline with a ``unet`` and a ``scheduler``) generates with
+    rescaled guidance.
 
-    The U-Net's last output holds [unconditional, conditional], as in diffusers' SDXL pipelines; without guidance nothing changes.
+    The U-Net's last output holds [unconditional, conditional], as in diffusers' SDXL pipelines; without
+    guidance nothing changes.
     """
     last: list[torch.Tensor] = []
 
@@ -43,7 +49,8 @@ def rescaled_guidance(pipe: Any, rescale: float = 0.7) -> Iterator[Any]:
             model_output = rescale_guidance(model_output, last[0].chunk(2)[1], rescale)
         elif last and last[0].shape[0] != model_output.shape[0]:
             raise ValueError(
-                f"the U-Net returned {last[0].shape[0]} predictions for {model_output.shape[0]} samples: guidance can be rescaled for "
+                f"the U-Net returned {last[0].shape[0]} predictions for {model_output.shape[0]} samples: "
+                "guidance can be rescaled for "
                 "pipelines that ask for two, unconditional and conditional"
             )
         return step(model_output, *args, **kwargs)

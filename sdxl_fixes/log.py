@@ -1,4 +1,5 @@
-"""What this package says: one logger, on standard error, from the main process only; and which process this is."""
+"""What this package says: one logger, on standard error, from the main process only; and which process this
+is."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""Losses of the residual r = prediction - target: l2, l1, and the two pseudo-Huber forms with a delta per sample (arXiv:2403.16728).
+"""Losses of the residual r = prediction - target: l2, l1, and the two pseudo-Huber forms with a delta per
+sample (arXiv:2403.16728).
 
     l2         r^2                                       l1    |r|
     huber      2 delta (sqrt(r^2 + delta^2) - delta)     l2 near 0, 2 delta |r| far out
     smooth_l1  2 (sqrt(r^2 + delta^2) - delta)           the form of latent consistency models; 2 |r| far out
 
-The names are kohya's. sqrt(r^2 + delta^2) - delta cancels to 0 in float32 below |r| = 1e-4, so it is computed as
-r^2 / (sqrt(r^2 + delta^2) + delta).
+The names are kohya's. sqrt(r^2 + delta^2) - delta cancels to 0 in float32 below |r| = 1e-4, so it is computed
+as r^2 / (sqrt(r^2 + delta^2) + delta).
 """
 
 from __future__ import annotations
@@ -52,7 +53,10 @@ class Loss:
 
     def __post_init__(self) -> None:
         if self.kind not in ("l2", "l1"):
-            raise ValueError(f"unknown loss {self.kind!r}: expected l2 or l1, or ScheduledHuber for {' and '.join(HUBER_KINDS)}")
+            raise ValueError(
+                f"unknown loss {self.kind!r}: expected l2 or l1, or ScheduledHuber for "
+                f"{' and '.join(HUBER_KINDS)}"
+            )
 
     def delta(self, schedule: NoiseSchedule) -> Array | None:
         """The loss has no delta."""
@@ -66,7 +70,8 @@ class Loss:
         mask: torch.Tensor | None = None,
         weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Loss of each element, float32, shape of ``prediction`` [B, ...]; ``mask`` (broadcastable, 0 to 1) multiplies it."""
+        """Loss of each element, float32, shape of ``prediction`` [B, ...]; ``mask`` (broadcastable, 0 to 1)
+        multiplies it."""
         residual = prediction.float() - target.float()
         return _masked(l2(residual) if self.kind == "l2" else l1(residual), mask)
 
@@ -78,10 +83,11 @@ class ScheduledHuber:
     schedule     constant     delta = c scale
                  exponential  delta = c^(t/T) scale                         (1 to c)
                  snr          delta = ((1 - c)/(1 + sigma_t)^2 + c) scale   (near 1 to c; exactly c at SNR 0)
-    l2_gradient  A smaller delta also shrinks the gradient, so a learning rate tuned for l2 is too low. This keeps the norm of the
-                 gradient at the prediction what l2 would give, leaving its shape to Huber: "sample" for each sample (a bad image then
-                 counts as much as under l2, bad pixels in it do not), "batch" for the batch as a whole (bad images count less, too;
-                 pass the ``weights`` that will multiply each sample's loss). No gradient flows through the factor.
+    l2_gradient  A smaller delta also shrinks the gradient, so a learning rate tuned for l2 is too low. This
+                 keeps the norm of the gradient at the prediction what l2 would give, leaving its shape to
+                 Huber: "sample" for each sample (a bad image then counts as much as under l2, bad pixels in
+                 it do not), "batch" for the batch as a whole (bad images count less, too; pass the
+                 ``weights`` that will multiply each sample's loss). No gradient flows through the factor.
     """
 
     kind: str = "huber"
@@ -94,7 +100,9 @@ class ScheduledHuber:
         if self.kind not in HUBER_KINDS:
             raise ValueError(f"unknown Huber loss {self.kind!r}: expected one of {', '.join(HUBER_KINDS)}")
         if self.schedule not in HUBER_SCHEDULES:
-            raise ValueError(f"unknown huber_schedule {self.schedule!r}: expected one of {', '.join(HUBER_SCHEDULES)}")
+            raise ValueError(
+                f"unknown huber_schedule {self.schedule!r}: expected one of {', '.join(HUBER_SCHEDULES)}"
+            )
         for name in ("c", "scale"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -121,20 +129,33 @@ class ScheduledHuber:
         mask: torch.Tensor | None = None,
         weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Loss of each element, float32, shape of ``prediction`` [B, ...]; ``delta`` has shape [B] or broadcasts; ``mask``
-        (broadcastable, 0 to 1) multiplies the loss; ``weights`` [B], which the caller will apply, matter to l2_gradient="batch" only."""
+        """Loss of each element, float32, shape of ``prediction`` [B, ...]; ``delta`` has shape [B] or
+        broadcasts; ``mask`` (broadcastable, 0 to 1) multiplies the loss; ``weights`` [B], which the caller
+        will apply, matter to l2_gradient="batch" only."""
         residual = prediction.float() - target.float()
         delta = delta.float()
         delta = delta.reshape(-1, *[1] * (residual.ndim - 1)) if delta.ndim == 1 else delta
         loss = _masked(huber(residual, delta) if self.kind == "huber" else smooth_l1(residual, delta), mask)
-        return loss if self.l2_gradient is None else loss * self._gain(residual.detach(), delta, mask, weights)
+        return (
+            loss if self.l2_gradient is None else loss * self._gain(residual.detach(), delta, mask, weights)
+        )
 
-    def _gain(self, residual: torch.Tensor, delta: torch.Tensor, mask: torch.Tensor | None, weights: torch.Tensor | None) -> torch.Tensor:
+    def _gain(
+        self,
+        residual: torch.Tensor,
+        delta: torch.Tensor,
+        mask: torch.Tensor | None,
+        weights: torch.Tensor | None,
+    ) -> torch.Tensor:
         """|gradient of l2| / |gradient of this loss|, per sample or for the batch; 1 where both are 0."""
         slope = residual / torch.sqrt(residual**2 + delta**2) * (delta if self.kind == "huber" else 1.0)
-        shares = torch.ones_like(residual) if weights is None else weights.reshape(-1, *[1] * (residual.ndim - 1))
+        shares = (
+            torch.ones_like(residual) if weights is None else weights.reshape(-1, *[1] * (residual.ndim - 1))
+        )
         over = list(range(1 if self.l2_gradient == "sample" else 0, residual.ndim))
-        wanted, got = ((_masked(x, mask) * shares).square().sum(over, keepdim=True).sqrt() for x in (residual, slope))
+        wanted, got = (
+            (_masked(x, mask) * shares).square().sum(over, keepdim=True).sqrt() for x in (residual, slope)
+        )
         return torch.where(got > 0, wanted / got.clamp_min(torch.finfo(got.dtype).tiny), torch.ones_like(got))
 
 

@@ -10,7 +10,8 @@ import torch
 
 @dataclass(frozen=True)
 class InputPerturbation:
-    """Input perturbation (arXiv:2301.11706 Alg. 1): the network sees noise + gamma xi, the target keeps the noise alone.
+    """Input perturbation (arXiv:2301.11706 Alg. 1): the network sees noise + gamma xi, the target keeps the
+    noise alone.
 
     ``random=True`` draws a strength uniformly from [0, gamma) for every sample. Generation is unchanged.
     """
@@ -25,7 +26,9 @@ class InputPerturbation:
     def __call__(self, noise: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Perturbed noise, shape of ``noise`` [B, ...]."""
         strength = self.gamma * (_per_sample_uniform(noise, generator) if self.random else 1.0)
-        return noise + strength * torch.randn(noise.shape, dtype=noise.dtype, device=noise.device, generator=generator)
+        return noise + strength * torch.randn(
+            noise.shape, dtype=noise.dtype, device=noise.device, generator=generator
+        )
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,9 @@ class OffsetNoise:
         """Noise with an offset, shape of ``noise`` [B, C, ...]."""
         strength = self.strength * (_per_sample_uniform(noise, generator) if self.random else 1.0)
         shape = (*noise.shape[:2], *[1] * (noise.ndim - 2))
-        return noise + strength * torch.randn(shape, dtype=noise.dtype, device=noise.device, generator=generator)
+        return noise + strength * torch.randn(
+            shape, dtype=noise.dtype, device=noise.device, generator=generator
+        )
 
 
 def _per_sample_uniform(noise: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:

@@ -17,8 +17,10 @@ from sdxl_fixes.trainers.step import StepLoss
 from sdxl_fixes.weighting import Weighting
 
 EPSILON_AT_ZERO_SNR = (
-    "epsilon prediction with zero terminal SNR: at the last timestep the input is the noise itself, so the network learns to copy it and "
-    "nothing about the image, and sampling from it divides by zero. Use v_prediction, or a finite terminal sigma"
+    "epsilon prediction with zero terminal SNR: at the last timestep the input is the noise itself, so the "
+    "network learns to copy it and "
+    "nothing about the image, and sampling from it divides by zero. Use v_prediction, or a finite "
+    "terminal sigma"
 )
 
 
@@ -37,17 +39,16 @@ class Step:
 class Objective:
     """Training objective over one noise schedule.
 
-    schedule         the NoiseSchedule that noise, target, loss weights, Huber's delta and timestep sampling all read
-    prediction_type  epsilon, v_prediction, sample or flow_prediction
-    loss             Loss("l2"), Loss("l1") or ScheduledHuber(...)
-    weighting        MinSNR, SoftMinSNR, Debiased, or None
-    perturbation     InputPerturbation or None; off where ``draw(..., training=False)``
-    offset           OffsetNoise or None
+    schedule         the NoiseSchedule that noise, target, loss weights, Huber's delta and timestep sampling
+    all read prediction_type  epsilon, v_prediction, sample or flow_prediction loss             Loss("l2"),
+    Loss("l1") or ScheduledHuber(...) weighting        MinSNR, SoftMinSNR, Debiased, or None perturbation
+    InputPerturbation or None; off where ``draw(..., training=False)`` offset           OffsetNoise or None
     timesteps        TimestepSampler; None draws uniformly
 
-    flow_prediction trains rectified flow: the input is (1 - s) x0 + s noise with s = sigma/(1 + sigma), and the network is told T s.
-    Schedule arithmetic is float32 whatever the latents' dtype. On an accelerator no method waits for the device, except the first
-    ``draw``, which checks once that the latents are finite (on the CPU every draw checks: it is free there).
+    flow_prediction trains rectified flow: the input is (1 - s) x0 + s noise with s = sigma/(1 + sigma), and
+    the network is told T s. Schedule arithmetic is float32 whatever the latents' dtype. On an accelerator no
+    method waits for the device, except the first ``draw``, which checks once that the latents are finite (on
+    the CPU every draw checks: it is free there).
     """
 
     def __init__(
@@ -65,7 +66,10 @@ class Objective:
         self.weighting, self.perturbation, self.offset = weighting, perturbation, offset
         self.timesteps = TimestepSampler(schedule) if timesteps is None else timesteps
         if self.timesteps.schedule != schedule:
-            raise ValueError(f"the timestep sampler was made for {self.timesteps.schedule!r}, the objective for {schedule!r}: one schedule")
+            raise ValueError(
+                f"the timestep sampler was made for {self.timesteps.schedule!r}, the objective "
+                f"for {schedule!r}: one schedule"
+            )
         if prediction_type == "epsilon" and schedule.residual_signal == 0:
             warnings.warn(EPSILON_AT_ZERO_SNR, stacklevel=2)
         flow = prediction_type == "flow_prediction"
@@ -83,12 +87,14 @@ class Objective:
         index: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
     ) -> Step:
-        """Noise ``latents`` (x0, [B, C, H, W], scaled as the network expects). ``index`` fixes the timesteps ([B], int64), ``noise``
-        the noise ([B, C, H, W], to which no offset is added).
+        """Noise ``latents`` (x0, [B, C, H, W], scaled as the network expects). ``index`` fixes the timesteps
+        ([B], int64), ``noise`` the noise ([B, C, H, W], to which no offset is added).
 
-        ``training=False`` is for evaluation: no perturbation, and a stratified sampler does not advance. Random numbers are drawn in
-        kohya's order (noise, offset, timesteps, perturbation), on the CPU the very same numbers. Stratified timesteps are drawn by
-        numpy: under torch.compile draw outside the compiled function. Raises ValueError for latents that are not finite (see the class).
+        ``training=False`` is for evaluation: no perturbation, and a stratified sampler does not advance.
+        Random numbers are drawn in kohya's order (noise, offset, timesteps, perturbation), on the CPU the
+        very same numbers. Stratified timesteps are drawn by
+        numpy: under torch.compile draw outside the compiled function. Raises ValueError for latents that are
+            not finite (see the class).
         """
         self._check_index(latents, index)
         self._check(latents)
@@ -97,7 +103,10 @@ class Objective:
             noise = torch.randn(latents.shape, dtype=dtype, device=latents.device, generator=generator)
             noise = noise if self.offset is None else self.offset(noise, generator)
         elif noise.shape != latents.shape:
-            raise ValueError(f"noise has shape {tuple(noise.shape)}, the latents {tuple(latents.shape)}: they must be equal")
+            raise ValueError(
+                f"noise has shape {tuple(noise.shape)}, the latents {tuple(latents.shape)}: "
+                "they must be equal"
+            )
         noise = noise.to(latents.device, dtype)
         if index is None:
             index = self.timesteps.draw(len(latents), latents.device, generator, training)
@@ -117,30 +126,44 @@ class Objective:
         """The loss of the residual."""
         return self.step_loss.function
 
-    def loss(self, prediction: torch.Tensor, step: Step, mask: torch.Tensor | None = None, reduction: str = "mean") -> torch.Tensor:
-        """The weighted loss of the network's ``prediction`` for ``step``: a scalar, or shape [B] with ``reduction="none"``.
+    def loss(
+        self, prediction: torch.Tensor, step: Step, mask: torch.Tensor | None = None, reduction: str = "mean"
+    ) -> torch.Tensor:
+        """The weighted loss of the network's ``prediction`` for ``step``: a scalar, or shape [B] with
+        ``reduction="none"``.
 
-        ``mask`` broadcasts against the prediction and multiplies the loss of each element (which is then averaged over all elements).
+        ``mask`` broadcasts against the prediction and multiplies the loss of each element (which is then
+        averaged over all elements).
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"unknown reduction {reduction!r}: expected mean or none")
         if prediction.shape != step.target.shape:
-            raise ValueError(f"prediction has shape {tuple(prediction.shape)}, the target {tuple(step.target.shape)}: they must be equal")
+            raise ValueError(
+                f"prediction has shape {tuple(prediction.shape)}, the target "
+                f"{tuple(step.target.shape)}: they must be equal"
+            )
         reduction = "sample" if reduction == "none" else reduction
         return self.step_loss(prediction, step.target, step.index, mask, step.importance, reduction=reduction)
 
     def weights(self, step: Step) -> torch.Tensor | None:
-        """What multiplies each sample's loss, the SNR weight times the importance weight: float32, [B]; None for 1."""
+        """What multiplies each sample's loss, the SNR weight times the importance weight: float32, [B]; None
+        for 1."""
         return self.step_loss.weights(step.index, step.importance)
 
     def _check_index(self, latents: torch.Tensor, index: torch.Tensor | None) -> None:
         if index is None:
             return
         if index.shape != latents.shape[:1]:
-            raise ValueError(f"index must hold one timestep per sample, shape {tuple(latents.shape[:1])}, got {tuple(index.shape)}")
+            raise ValueError(
+                f"index must hold one timestep per sample, shape {tuple(latents.shape[:1])}, "
+                f"got {tuple(index.shape)}"
+            )
         if index.device.type == "cpu" and not torch.compiler.is_compiling() and len(index):
             if not 0 <= int(index.min()) <= int(index.max()) < len(self.schedule):
-                raise ValueError(f"index must lie in 0..{len(self.schedule) - 1}, got {int(index.min())} to {int(index.max())}")
+                raise ValueError(
+                    f"index must lie in 0..{len(self.schedule) - 1}, got {int(index.min())} to "
+                    f"{int(index.max())}"
+                )
 
     def _check(self, latents: torch.Tensor) -> None:
         if torch.compiler.is_compiling() or (self._checked and latents.device.type != "cpu"):
@@ -148,7 +171,8 @@ class Objective:
         if not bool(torch.isfinite(latents).all()):
             bad = int((~torch.isfinite(latents)).sum())
             raise ValueError(
-                f"{bad} of {latents.numel()} latent values are not finite: re-encode these images with the VAE in float32 "
+                f"{bad} of {latents.numel()} latent values are not finite: re-encode these images with the "
+                "VAE in float32 "
                 "(SDXL's own VAE overflows in float16)"
             )
         self._checked = True

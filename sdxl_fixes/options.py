@@ -1,4 +1,5 @@
-"""Values of a user's file, checked: each of a wrong kind is one sentence that names the place, the key, the value and what was expected."""
+"""Values of a user's file, checked: each of a wrong kind is one sentence that names the place, the key, the
+value and what was expected."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def flag(where: str, options: Mapping[str, Any], key: str) -> bool:
 
 
 def whole(where: str, key: str, value: Any, least: int, most: int) -> int:
-    """``value``, which stands under ``key``, if it is a whole number from ``least`` to ``most``. Raises ValueError if it is not."""
+    """``value``, which stands under ``key``, if it is a whole number from ``least`` to ``most``. Raises
+    ValueError if it is not."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise ValueError(f"{where}: {key} is {shown(value)}: expected a whole number in {least}..{most}")
     return value

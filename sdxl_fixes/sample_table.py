@@ -1,4 +1,5 @@
-"""The same prompts and seeds from every checkpoint, as one HTML file: a column per checkpoint, a row per prompt."""
+"""The same prompts and seeds from every checkpoint, as one HTML file: a column per checkpoint, a row per
+prompt."""
 
 from __future__ import annotations
 
@@ -14,11 +15,15 @@ from typing import Any
 from sdxl_fixes.atomic import replacing
 
 _DATA = re.compile(r'<script type="application/json" id="samples">(.*?)</script>', re.DOTALL)
-_STYLE = "table{border-collapse:collapse}td,th{padding:4px;vertical-align:top;font:14px sans-serif;text-align:left}img{max-width:320px}"
+_STYLE = (
+    "table{border-collapse:collapse}td,th{padding:4px;vertical-align:top;font:14px "
+    "sans-serif;text-align:left}img{max-width:320px}"
+)
 
 
 class SampleTable:
-    """A growing table in one file, which holds its pictures. An existing file of this kind is continued, so a resumed run goes on in it.
+    """A growing table in one file, which holds its pictures. An existing file of this kind is continued, so a
+    resumed run goes on in it.
 
     Raises ValueError for an existing file of another kind.
     """
@@ -41,7 +46,9 @@ class SampleTable:
         for checkpoint, prompt, image in samples:
             buffer = io.BytesIO()
             image.save(buffer, "PNG")
-            self.cells.setdefault(str(checkpoint), {})[str(prompt)] = base64.b64encode(buffer.getvalue()).decode()
+            self.cells.setdefault(str(checkpoint), {})[str(prompt)] = base64.b64encode(
+                buffer.getvalue()
+            ).decode()
         self._write()
 
     def _write(self) -> None:
@@ -57,7 +64,8 @@ class SampleTable:
             f'<!doctype html><meta charset="utf-8"><title>{html.escape(self.title)}</title><style>{_STYLE}</style>\n'
             f"<table><tr><th></th>{head}</tr>\n{rows}</table>\n"
             f'<script type="application/json" id="samples">{data}</script>\n'
-            f"<script>const samples=JSON.parse(document.getElementById('samples').textContent);{fill}</script>\n"
+            "<script>const "
+            f"samples=JSON.parse(document.getElementById('samples').textContent);{fill}</script>\n"
         )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as file:

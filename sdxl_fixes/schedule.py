@@ -1,7 +1,7 @@
 """The noise schedule: one float64 table of betas from which everything else is read.
 
-Noise, targets, loss weights, Huber's delta, previews and saved files all ask the same :class:`NoiseSchedule`; nothing else in this
-package computes a sigma or an SNR.
+Noise, targets, loss weights, Huber's delta, previews and saved files all ask the same :class:`NoiseSchedule`;
+nothing else in this package computes a sigma or an SNR.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ Array = npt.NDArray[np.float64]
 RECORD_FORMAT = "sdxl_fixes.schedule"
 RECORD_VERSION = 1
 TERMINAL_SIGMA_METHODS = ("rescale", "beta_end", "tail", "last")
-# where a diffusers config keeps what its own keys cannot say; private keys pass through every diffusers class unread and without a warning
+# where a diffusers config keeps what its own keys cannot say; private keys pass through every diffusers class
+# unread and without a warning
 EXACT_KEY = "_sdxl_fixes"
 # diffusers' name of each beta schedule that we know -> the maker of the same betas
 DIFFUSERS_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -43,11 +44,13 @@ _ANEW = "make the record anew, with sdxl-fixes stamp --force or NoiseSchedule.to
 
 @dataclass(frozen=True, eq=False, repr=False)
 class NoiseSchedule:
-    """A discrete variance-preserving noise schedule, x_t = sqrt(alphas_cumprod[t]) x_0 + sqrt(1 - alphas_cumprod[t]) noise.
+    """A discrete variance-preserving noise schedule, x_t = sqrt(alphas_cumprod[t])
+    x_0 + sqrt(1 - alphas_cumprod[t]) noise.
 
-    ``betas`` (float64, shape [T]) is the whole state; every other table is derived from it and has the same shape. The last
-    beta may be 1: then the last timestep is pure noise (SNR 0, sigma infinite). ``recipe`` tells how the table was made, in the
-    order of the steps. Instances are immutable, hashable, and equal when their betas are equal bit for bit.
+    ``betas`` (float64, shape [T]) is the whole state; every other table is derived from it and has the same
+    shape. The last beta may be 1: then the last timestep is pure noise (SNR 0, sigma infinite). ``recipe``
+    tells how the table was made, in the order of the steps. Instances are immutable, hashable, and equal when
+    their betas are equal bit for bit.
 
     Raises ValueError for betas that are not one-dimensional, finite, in (0, 1) (1 for the last), i.e. for
     sigmas that do not rise, and for a recipe with a step that does not exist, or that lacks anything.
@@ -67,13 +70,15 @@ class NoiseSchedule:
         if wrong.any():
             t = int(np.argmax(wrong))
             raise ValueError(
-                f"the noise level must rise at every timestep: betas must lie in (0, 1) (the last may be 1), but betas[{t}] = {betas[t]:g}"
+                "the noise level must rise at every timestep: betas must lie in (0, 1) (the last may be "
+                f"1), but betas[{t}] = {betas[t]:g}"
             )
         table = np.cumprod(1 - betas)
         if not (np.diff(table, prepend=1.0) < 0).all():
             t = int(np.argmin(np.diff(table, prepend=1.0) < 0))
             raise ValueError(
-                f"the noise level must rise at every timestep, but at timestep {t} betas = {betas[t]:g} does not raise it in float64"
+                f"the noise level must rise at every timestep, but at timestep {t} betas = {betas[t]:g} "
+                "does not raise it in float64"
             )
         betas.setflags(write=False)
         object.__setattr__(self, "betas", betas)
@@ -91,39 +96,55 @@ class NoiseSchedule:
 
     @classmethod
     def sdxl(cls) -> NoiseSchedule:
-        """Stable Diffusion's and SDXL's own schedule: scaled_linear 0.00085 to 0.012, 1000 timesteps, terminal sigma 14.6146."""
+        """Stable Diffusion's and SDXL's own schedule: scaled_linear 0.00085 to 0.012, 1000 timesteps,
+        terminal sigma 14.6146."""
         return _sdxl()
 
     @classmethod
-    def scaled_linear(cls, beta_start: float = 0.00085, beta_end: float = 0.012, num_timesteps: int = 1000) -> NoiseSchedule:
+    def scaled_linear(
+        cls, beta_start: float = 0.00085, beta_end: float = 0.012, num_timesteps: int = 1000
+    ) -> NoiseSchedule:
         """Betas whose square roots rise linearly (latent diffusion, arXiv:2112.10752)."""
         return cls._from_law("scaled_linear", beta_start, beta_end, num_timesteps)
 
     @classmethod
-    def linear(cls, beta_start: float = 0.0001, beta_end: float = 0.02, num_timesteps: int = 1000) -> NoiseSchedule:
+    def linear(
+        cls, beta_start: float = 0.0001, beta_end: float = 0.02, num_timesteps: int = 1000
+    ) -> NoiseSchedule:
         """Betas that rise linearly (DDPM, arXiv:2006.11239)."""
         return cls._from_law("linear", beta_start, beta_end, num_timesteps)
 
     @classmethod
     def cosine(cls, s: float = 0.008, max_beta: float = 0.999, num_timesteps: int = 1000) -> NoiseSchedule:
-        """alphas_cumprod falls as a squared cosine, betas capped at ``max_beta`` (arXiv:2102.09672 eq. 17)."""
+        """alphas_cumprod falls as a squared cosine, betas capped at ``max_beta`` (arXiv:2102.09672
+        eq. 17)."""
         if not (s >= 0 and 0 < max_beta < 1):
-            raise ValueError(f"cosine needs s >= 0 and max_beta in (0, 1), got s={s:g}, max_beta={max_beta:g}")
+            raise ValueError(
+                f"cosine needs s >= 0 and max_beta in (0, 1), got s={s:g}, max_beta={max_beta:g}"
+            )
         u = np.arange(num_timesteps + 1) / num_timesteps
         alpha_bar = np.cos((u + s) / (1 + s) * math.pi / 2) ** 2
-        step = {"make": "cosine", "s": float(s), "max_beta": float(max_beta), "num_timesteps": int(num_timesteps)}
+        step = {
+            "make": "cosine",
+            "s": float(s),
+            "max_beta": float(max_beta),
+            "num_timesteps": int(num_timesteps),
+        }
         return cls(np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta), (step,))
 
     @classmethod
     def flow(cls, shift: float = 1.0, num_timesteps: int = 1000) -> NoiseSchedule:
-        """Rectified flow's noise levels, in variance-preserving form: sigma/(1 + sigma) = s, with
-        s = shift u / (1 + (shift - 1) u) and u = (t + 1)/T (arXiv:2403.03206 eq. 23). The last timestep is pure noise."""
+        """Rectified flow's noise levels, in variance-preserving form: sigma/(1 + sigma) = s, with s = shift
+        u / (1 + (shift - 1) u) and u = (t + 1)/T (arXiv:2403.03206 eq. 23). The last timestep is pure
+        noise."""
         if not (math.isfinite(shift) and shift > 0):
             raise ValueError(f"shift must be a positive number, got {shift}")
         u = np.arange(1, num_timesteps + 1) / num_timesteps
         with np.errstate(divide="ignore", over="ignore"):
             sigmas = shift * u / (1 - u)  # s/(1 - s)
-        return cls.from_sigmas(sigmas)._renamed({"make": "flow", "shift": float(shift), "num_timesteps": int(num_timesteps)})
+        return cls.from_sigmas(sigmas)._renamed(
+            {"make": "flow", "shift": float(shift), "num_timesteps": int(num_timesteps)}
+        )
 
     @classmethod
     def from_betas(cls, betas: npt.ArrayLike) -> NoiseSchedule:
@@ -142,7 +163,8 @@ class NoiseSchedule:
 
     @classmethod
     def from_sigmas(cls, sigmas: npt.ArrayLike) -> NoiseSchedule:
-        """A schedule from rising sigmas = sqrt((1 - alphas_cumprod)/alphas_cumprod), shape [T]; the last may be infinite."""
+        """A schedule from rising sigmas = sqrt((1 - alphas_cumprod)/alphas_cumprod), shape [T]; the last may
+        be infinite."""
         table = _as_table("sigmas", sigmas, last_may_be_inf=True)
         _check_steps("sigmas", table, falling=False)
         if not table[0] > 0:
@@ -153,7 +175,8 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
-        """The schedule that a diffusers scheduler config describes (the dict of a scheduler_config.json or ``scheduler.config``).
+        """The schedule that a diffusers scheduler config describes (the dict of a scheduler_config.json or
+        ``scheduler.config``).
 
         Reads trained_betas, else beta_schedule with beta_start and beta_end; then rescale_betas_zero_snr,
         which always means a true SNR of 0 here (several diffusers classes put sigma 4096 in its place, or
@@ -173,7 +196,8 @@ class NoiseSchedule:
             betas = _as_table("trained_betas", trained)
             if len(betas) != num_timesteps:
                 raise ValueError(
-                    f"the scheduler config has {len(betas)} trained_betas but num_train_timesteps is {num_timesteps}: they must be equal"
+                    f"the scheduler config has {len(betas)} trained_betas but num_train_timesteps is "
+                    f"{num_timesteps}: they must be equal"
                 )
             if _flag_of(exact, "zero_terminal_snr"):
                 betas[-1] = 1
@@ -181,7 +205,10 @@ class NoiseSchedule:
         elif _flag_of(config, "use_flow_sigmas"):
             return cls.flow(_number_of(config, "flow_shift", 1.0), num_timesteps)
         elif "beta_schedule" not in config:
-            raise ValueError("the scheduler config has neither trained_betas nor beta_schedule, so it describes no noise schedule")
+            raise ValueError(
+                "the scheduler config has neither trained_betas nor beta_schedule, so it "
+                "describes no noise schedule"
+            )
         elif config["beta_schedule"] == "squaredcos_cap_v2":
             schedule = cls.cosine(num_timesteps=num_timesteps)
         elif config["beta_schedule"] in ("linear", "scaled_linear"):
@@ -197,12 +224,15 @@ class NoiseSchedule:
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> NoiseSchedule:
-        """The schedule of a diffusers scheduler instance: its config's, checked against the tables that the instance really uses.
+        """The schedule of a diffusers scheduler instance: its config's, checked against the tables that the
+        instance really uses.
 
-        Raises ValueError when they disagree (a class that ignores rescale_betas_zero_snr, betas overwritten after construction).
+        Raises ValueError when they disagree (a class that ignores rescale_betas_zero_snr, betas overwritten
+        after construction).
         """
         schedule = cls.from_config(scheduler.config)
-        if schedule.recipe[0]["make"] == "flow":  # the instance has tables of the beta_schedule, and uses none
+        # the instance has tables of the beta_schedule, and uses none
+        if schedule.recipe[0]["make"] == "flow":
             return schedule
         for name in ("alphas_cumprod", "betas"):
             if getattr(scheduler, name, None) is None:
@@ -215,8 +245,10 @@ class NoiseSchedule:
                 if same.all():
                     continue
             raise ValueError(
-                f"{type(scheduler).__name__}'s {name} ({len(actual)}, last {actual[-1]:.6g}) is not what its config says "
-                f"({len(expected)}, last {expected[-1]:.6g}): use NoiseSchedule.from_alphas_cumprod(scheduler.alphas_cumprod) if the "
+                f"{type(scheduler).__name__}'s {name} ({len(actual)}, last {actual[-1]:.6g}) is not what "
+                "its config says "
+                f"({len(expected)}, last {expected[-1]:.6g}): use "
+                "NoiseSchedule.from_alphas_cumprod(scheduler.alphas_cumprod) if the "
                 "tensor is right, NoiseSchedule.from_config(scheduler.config) if the config is"
             )
         return schedule
@@ -224,30 +256,40 @@ class NoiseSchedule:
     # ---------------------------------------------------------------- changes
 
     def zero_terminal_snr(self) -> NoiseSchedule:
-        """Shift and scale sqrt(alphas_cumprod) so that the last is exactly 0 and the first unchanged (arXiv:2305.08891 Alg. 1). A
-        schedule that ends there already is returned as it is."""
+        """Shift and scale sqrt(alphas_cumprod) so that the last is exactly 0 and the first unchanged
+        (arXiv:2305.08891 Alg. 1). A schedule that ends there already is returned as it is."""
         return self if self.residual_signal == 0 else self._at_zero_snr
 
     @cached_property
     def _at_zero_snr(self) -> NoiseSchedule:
         return self._rescaled(0.0, {"change": "zero_terminal_snr"})
 
-    def with_terminal_sigma(self, sigma: float, method: str = "rescale", start: int | None = None) -> NoiseSchedule:
+    def with_terminal_sigma(
+        self, sigma: float, method: str = "rescale", start: int | None = None
+    ) -> NoiseSchedule:
         """The same schedule, ending at another sigma. ``method`` says what else may move:
 
-        - ``rescale``: Lin's rescale (arXiv:2305.08891 Alg. 1) aimed at ``sigma`` instead of infinity; moves the end most.
-        - ``beta_end``: the schedule's own law with beta_end solved for; one number, obeyed by every sampler; moves the middle too, so
-          that a trained model has more to learn anew (docs/evidence/leak.md). Needs a linear or scaled_linear schedule, a finite sigma.
-        - ``tail``: nothing below timestep ``start`` (default: three quarters of T) moves; above it the same shift of
-          sqrt(alphas_cumprod) fades in as a square, so that sigma stays smooth and rising.
+        - ``rescale``: Lin's rescale (arXiv:2305.08891 Alg. 1) aimed at ``sigma`` instead of infinity; moves
+            the end most.
+        - ``beta_end``: the schedule's own law with beta_end solved for; one number, obeyed by every sampler;
+          moves the middle too, so that a trained model has more to learn anew (docs/evidence/leak.md). Needs
+          a linear or scaled_linear schedule, a finite sigma.
+        - ``tail``: nothing below timestep ``start`` (default: three quarters of T) moves; above it the same
+          shift of sqrt(alphas_cumprod) fades in as a square, so that sigma stays smooth and rising.
         - ``last``: the last timestep only.
 
         ``sigma`` may be infinite except for ``beta_end``. Raises ValueError if the sigma cannot be reached.
         """
         if method not in TERMINAL_SIGMA_METHODS:
-            raise ValueError(f"unknown terminal sigma method {method!r}: expected one of {', '.join(TERMINAL_SIGMA_METHODS)}")
+            raise ValueError(
+                f"unknown terminal sigma method {method!r}: expected one of "
+                f"{', '.join(TERMINAL_SIGMA_METHODS)}"
+            )
         if math.isnan(sigma) or sigma <= self.sigmas[0]:
-            raise ValueError(f"terminal sigma must be above the schedule's first sigma, {self.sigmas[0]:.4g}, got {sigma:g}")
+            raise ValueError(
+                "terminal sigma must be above the schedule's first sigma, "
+                f"{self.sigmas[0]:.4g}, got {sigma:g}"
+            )
         if start is not None and method != "tail":
             raise ValueError(f"start belongs to method 'tail', not to {method!r}: leave it out")
         if method == "beta_end":
@@ -257,7 +299,11 @@ class NoiseSchedule:
         if method == "rescale":
             return self._rescaled(signal, step)._checked_end(sigma)
         last = len(self) - 1
-        start = last - 1 if method == "last" else (min(3 * len(self) // 4, last - 1) if start is None else int(start))
+        start = (
+            last - 1
+            if method == "last"
+            else (min(3 * len(self) // 4, last - 1) if start is None else int(start))
+        )
         if not 0 <= start < last:
             raise ValueError(f"start must be a timestep in 0..{last - 1}, got {start}")
         fade = np.clip((np.arange(len(self)) - start) / (last - start), 0, 1) ** 2
@@ -270,13 +316,20 @@ class NoiseSchedule:
                 f"terminal sigma {sigma:g} by {method!r} would make sigma fall again before the end "
                 f"(this schedule ends at {self.terminal_sigma:.4g}): use a larger sigma or method 'rescale'"
             )
-        return NoiseSchedule(betas, (*self.recipe, step | ({"start": start} if method == "tail" else {})))._checked_end(sigma)
+        return NoiseSchedule(
+            betas, (*self.recipe, step | ({"start": start} if method == "tail" else {}))
+        )._checked_end(sigma)
 
-    def for_resolution(self, width: int, height: int, base: int = 512, method: str = "rescale") -> NoiseSchedule:
-        """The terminal sigma for a canvas of width x height pixels: it doubles with every doubling of the canvas's length, from this
-        schedule's own at base x base (arXiv:2409.15997 section 2: 14.6 made for 512 becomes 29 at 1024). Infinite stays infinite."""
+    def for_resolution(
+        self, width: int, height: int, base: int = 512, method: str = "rescale"
+    ) -> NoiseSchedule:
+        """The terminal sigma for a canvas of width x height pixels: it doubles with every doubling of the
+        canvas's length, from this schedule's own at base x base (arXiv:2409.15997 section 2: 14.6 made for
+        512 becomes 29 at 1024). Infinite stays infinite."""
         if not (width > 0 and height > 0 and base > 0):
-            raise ValueError(f"width, height and base must be positive pixel counts, got {width}, {height}, {base}")
+            raise ValueError(
+                f"width, height and base must be positive pixel counts, got {width}, {height}, {base}"
+            )
         if math.isinf(self.terminal_sigma):
             return self
         return self.with_terminal_sigma(self.terminal_sigma * math.sqrt(width * height) / base, method)
@@ -318,9 +371,11 @@ class NoiseSchedule:
         return _frozen(log_snr)
 
     def levels(self, flow: bool = False) -> tuple[Array, Array, Array]:
-        """What multiplies the image, what multiplies the noise, and the timestep that the network is told: x = alpha x_0 + sigma noise.
+        """What multiplies the image, what multiplies the noise, and the timestep that the network is told:
+        x = alpha x_0 + sigma noise.
 
-        With ``flow`` (rectified flow's form) the same noise levels as alpha = 1 - s, sigma = s, told T s (arXiv:2209.03003).
+        With ``flow`` (rectified flow's form) the same noise levels as alpha = 1 - s, sigma = s, told T s
+        (arXiv:2209.03003).
         """
         alpha, sigma = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
         if not flow:
@@ -344,7 +399,8 @@ class NoiseSchedule:
     # ---------------------------------------------------------------- records
 
     def to_record(self) -> dict[str, Any]:
-        """All of the schedule as plain JSON values; ``from_record`` gives the equal schedule back, bit for bit."""
+        """All of the schedule as plain JSON values; ``from_record`` gives the equal schedule back, bit for
+        bit."""
         return {
             "format": RECORD_FORMAT,
             "version": RECORD_VERSION,
@@ -401,22 +457,36 @@ class NoiseSchedule:
             raise ValueError(f"not a schedule record: {error}") from error
 
     def to_config(self, prediction_type: str | None = None) -> dict[str, Any]:
-        """This schedule as keywords of a diffusers scheduler config: ``SchedulerClass.from_config(scheduler.config, **these)``. (Merged
-        into a copy of ``scheduler.config`` they would be lost: diffusers drops what its ``_use_default_values`` lists.)
+        """This schedule as keywords of a diffusers scheduler config:
+        ``SchedulerClass.from_config(scheduler.config, **these)``. (Merged into a copy of ``scheduler.config``
+        they would be lost: diffusers drops what its ``_use_default_values`` lists.)
 
-        A linear or scaled_linear law is named (every diffusers class obeys it); any other table becomes trained_betas. Spacing is
-        trailing, so that sampling starts at the terminal timestep. ``NoiseSchedule.from_config`` gives the equal schedule back.
+        A linear or scaled_linear law is named (every diffusers class obeys it); any other table becomes
+        trained_betas. Spacing is trailing, so that sampling starts at the terminal timestep.
+        ``NoiseSchedule.from_config`` gives the equal schedule back.
         """
-        config: dict[str, Any] = {"num_train_timesteps": len(self), "timestep_spacing": "trailing", "rescale_betas_zero_snr": False}
+        config: dict[str, Any] = {
+            "num_train_timesteps": len(self),
+            "timestep_spacing": "trailing",
+            "rescale_betas_zero_snr": False,
+        }
         law = self._law()
         if law is None:
             config |= {"trained_betas": self.betas.tolist()}
         else:
-            config |= {"trained_betas": None, "beta_schedule": law["make"], "beta_start": law["beta_start"], "beta_end": law["beta_end"]}
+            config |= {
+                "trained_betas": None,
+                "beta_schedule": law["make"],
+                "beta_start": law["beta_start"],
+                "beta_end": law["beta_end"],
+            }
         return config | ({} if prediction_type is None else {"prediction_type": prediction_type})
 
-    def scheduler(self, name: str, prediction_type: str = "epsilon", timestep_spacing: str = "log_sigma", **options: Any) -> Any:
-        """A diffusers scheduler that samples exactly this schedule: see :func:`sdxl_fixes.schedulers.scheduler`."""
+    def scheduler(
+        self, name: str, prediction_type: str = "epsilon", timestep_spacing: str = "log_sigma", **options: Any
+    ) -> Any:
+        """A diffusers scheduler that samples exactly this schedule: see
+        :func:`sdxl_fixes.schedulers.scheduler`."""
         from sdxl_fixes import schedulers
 
         return schedulers.scheduler(self, name, prediction_type, timestep_spacing, **options)
@@ -429,7 +499,10 @@ class NoiseSchedule:
 
     def __repr__(self) -> str:
         made = " ".join(_describe(step) for step in self.recipe)
-        return f"<NoiseSchedule {made}: {len(self)} timesteps, sigma {self.sigmas[0]:.4g} to {self.terminal_sigma:.6g}>"
+        return (
+            f"<NoiseSchedule {made}: {len(self)} timesteps, sigma {self.sigmas[0]:.4g} to "
+            f"{self.terminal_sigma:.6g}>"
+        )
 
     # ---------------------------------------------------------------- helpers
 
@@ -440,7 +513,12 @@ class NoiseSchedule:
     @classmethod
     def _from_law(cls, make: str, beta_start: float, beta_end: float, num_timesteps: int) -> NoiseSchedule:
         betas = _law_betas(make, beta_start, beta_end, num_timesteps)
-        step = {"make": make, "beta_start": float(beta_start), "beta_end": float(beta_end), "num_timesteps": int(num_timesteps)}
+        step = {
+            "make": make,
+            "beta_start": float(beta_start),
+            "beta_end": float(beta_end),
+            "num_timesteps": int(num_timesteps),
+        }
         return cls(betas, (step,))
 
     def _check_recipe(self) -> None:
@@ -463,7 +541,8 @@ class NoiseSchedule:
     def _checked_end(self, sigma: float) -> NoiseSchedule:
         if not _same_sigma(sigma, self.terminal_sigma):
             raise ValueError(
-                f"terminal sigma {sigma:g} is too large for a table of float64 betas: use infinity (zero terminal SNR) instead"
+                f"terminal sigma {sigma:g} is too large for a table of float64 betas: use infinity (zero "
+                "terminal SNR) instead"
             )
         return self
 
@@ -479,9 +558,15 @@ class NoiseSchedule:
     def _with_beta_end_for(self, sigma: float) -> NoiseSchedule:
         law = self._law()
         if law is None:
-            raise ValueError("method 'beta_end' needs an unchanged linear or scaled_linear schedule: use 'rescale', 'tail' or 'last'")
+            raise ValueError(
+                "method 'beta_end' needs an unchanged linear or scaled_linear schedule: use "
+                "'rescale', 'tail' or 'last'"
+            )
         if math.isinf(sigma):
-            raise ValueError("no beta_end gives an infinite terminal sigma: use zero_terminal_snr(), or method 'rescale', 'tail' or 'last'")
+            raise ValueError(
+                "no beta_end gives an infinite terminal sigma: use zero_terminal_snr(), or "
+                "method 'rescale', 'tail' or 'last'"
+            )
         start = law["beta_start"]
 
         def reached(end: float) -> float:
@@ -492,10 +577,13 @@ class NoiseSchedule:
         low, high = start, 1 - 1e-9
         if not reached(low) <= sigma <= reached(high):
             raise ValueError(
-                f"no beta_end from {low:g} to 1 gives terminal sigma {sigma:g} (this law reaches {reached(low):.4g} to "
+                f"no beta_end from {low:g} to 1 gives terminal sigma {sigma:g} (this law reaches "
+                f"{reached(low):.4g} to "
                 f"{reached(high):.4g}): use method 'rescale', 'tail' or 'last'"
             )
-        return NoiseSchedule._from_law(law["make"], start, _bisect(lambda end: reached(end) - sigma, low, high), len(self))
+        return NoiseSchedule._from_law(
+            law["make"], start, _bisect(lambda end: reached(end) - sigma, low, high), len(self)
+        )
 
 
 # beta_start, beta_end, T -> betas
@@ -619,7 +707,10 @@ def _check_steps(name: str, table: Array, falling: bool) -> None:
     if wrong.any():
         t = int(np.argmax(wrong))
         way = "fall" if falling else "rise"
-        raise ValueError(f"{name} must {way} at every timestep, but {name}[{t}] = {table[t]:g} and {name}[{t + 1}] = {table[t + 1]:g}")
+        raise ValueError(
+            f"{name} must {way} at every timestep, but {name}[{t}] = {table[t]:g} and "
+            f"{name}[{t + 1}] = {table[t + 1]:g}"
+        )
 
 
 def _betas(alphas_cumprod: Array) -> Array:

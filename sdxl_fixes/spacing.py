@@ -1,8 +1,10 @@
-"""Where the steps of generation lie: trained timesteps, chosen so that no step has to cross more than its share of log sigma.
+"""Where the steps of generation lie: trained timesteps, chosen so that no step has to cross more than its
+share of log sigma.
 
-A solver's error in one step depends on how far log sigma moves in it, whatever the scale of the feature that it draws. Steps even in t
-(diffusers' trailing, linspace, leading) cross a schedule's last sigmas in one leap: of a zero terminal SNR model they return 59 to 75 %
-of the brightness spread at 25 steps. Steps even in log sigma return the same share at every scale.
+A solver's error in one step depends on how far log sigma moves in it, whatever the scale of the feature that
+it draws. Steps even in t (diffusers' trailing, linspace, leading) cross a schedule's last sigmas in one leap:
+of a zero terminal SNR model they return 59 to 75 % of the brightness spread at 25 steps. Steps even in log
+sigma return the same share at every scale.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ def timesteps(schedule: NoiseSchedule, steps: int, spacing: str = "log_sigma", o
     """
     last = len(schedule) - 1
     if not 1 <= steps <= len(schedule):
-        raise ValueError(f"the number of steps must lie in 1..{len(schedule)}, the trained timesteps, got {steps}")
+        raise ValueError(
+            f"the number of steps must lie in 1..{len(schedule)}, the trained timesteps, got {steps}"
+        )
     if spacing == "log_sigma":
         return _distinct(last - _even(_widths(schedule), steps))
     if spacing == "karras":
@@ -41,13 +45,15 @@ def timesteps(schedule: NoiseSchedule, steps: int, spacing: str = "log_sigma", o
     if spacing == "linspace":
         return _distinct(np.round(np.linspace(last, 0 if steps > 1 else last, steps)).astype(np.int64))
     if spacing == "leading":
-        return np.minimum(np.arange(steps)[::-1] * (len(schedule) // steps) + offset, last - np.arange(steps)).astype(np.int64)
+        return np.minimum(
+            np.arange(steps)[::-1] * (len(schedule) // steps) + offset, last - np.arange(steps)
+        ).astype(np.int64)
     raise ValueError(f"unknown timestep_spacing {spacing!r}: expected one of {', '.join(SPACINGS)}")
 
 
 def _widths(schedule: NoiseSchedule) -> Array:
-    """How far log sigma falls after each timestep, from the last to the first. At both ends it falls for ever (from SNR 0, and to the
-    clean image); such a gap counts as much as its neighbour."""
+    """How far log sigma falls after each timestep, from the last to the first. At both ends it falls for ever
+    (from SNR 0, and to the clean image); such a gap counts as much as its neighbour."""
     log_sigmas = -schedule.log_snr[::-1] / 2
     widths = np.empty(len(schedule))
     widths[:-1] = log_sigmas[:-1] - log_sigmas[1:]
@@ -58,20 +64,27 @@ def _widths(schedule: NoiseSchedule) -> Array:
 
 
 def _even(widths: Array, steps: int) -> Timesteps:
-    """Indices into ``widths`` that share out their sum evenly, where no single one counts for more than one share: the share g solves
-    sum(min(width, g)) = steps g, found by leaving the widest out until the rest are narrower than g."""
+    """Indices into ``widths`` that share out their sum evenly, where no single one counts for more than one
+    share: the share g solves sum(min(width, g)) = steps g, found by leaving the widest out until the rest are
+    narrower than g."""
     wide = np.sort(widths)[::-1]
     rest = np.cumsum(wide[::-1])[::-1]  # with the widest 0, 1, ... left out
     shares = rest[:steps] / (steps - np.arange(steps))
     share = shares[np.argmax(wide[:steps] <= shares)]
-    return _nearest(np.concatenate(([0.0], np.cumsum(np.minimum(widths, share))[:-1])) / share, np.arange(steps))
+    return _nearest(
+        np.concatenate(([0.0], np.cumsum(np.minimum(widths, share))[:-1])) / share, np.arange(steps)
+    )
 
 
 def _karras(schedule: NoiseSchedule, steps: int) -> Array:
     high = schedule.terminal_sigma if np.isfinite(schedule.terminal_sigma) else float(schedule.sigmas[-2])
     ramp = np.linspace(0, 1, steps if np.isfinite(schedule.terminal_sigma) else max(steps - 1, 1))
     sigmas: Array = (high ** (1 / 7) + ramp * (schedule.sigmas[0] ** (1 / 7) - high ** (1 / 7))) ** 7
-    return np.concatenate(([schedule.terminal_sigma], sigmas))[:steps] if np.isinf(schedule.terminal_sigma) else sigmas
+    return (
+        np.concatenate(([schedule.terminal_sigma], sigmas))[:steps]
+        if np.isinf(schedule.terminal_sigma)
+        else sigmas
+    )
 
 
 def _nearest(rising: Array, wanted: npt.NDArray[Any]) -> Timesteps:

@@ -8,14 +8,16 @@ import torch
 
 
 class Table:
-    """One number per timestep. Calling it looks timesteps up: copied to a device once, then without a host sync."""
+    """One number per timestep. Calling it looks timesteps up: copied to a device once, then without a host
+    sync."""
 
     def __init__(self, values: npt.NDArray[np.float64]) -> None:
         self._host = torch.from_numpy(np.array(values, dtype=np.float32))
         self._on: dict[torch.device, torch.Tensor] = {}
 
     def __call__(self, index: torch.Tensor, ndim: int = 1) -> torch.Tensor:
-        """Values at ``index`` (integers, shape [B]) as float32 of shape [B, 1, ...] with ``ndim`` dimensions."""
+        """Values at ``index`` (integers, shape [B]) as float32 of shape [B, 1, ...] with ``ndim``
+        dimensions."""
         return self.on(index.device)[index].reshape(-1, *[1] * (ndim - 1))
 
     def on(self, device: torch.device) -> torch.Tensor:

@@ -1,9 +1,11 @@
-"""A loss that two checkpoints can be compared by: the same images, the same noise, the same timesteps, every time.
+"""A loss that two checkpoints can be compared by: the same images, the same noise, the same timesteps, every
+time.
 
-A training loss jumps with every draw of a timestep. Here each image meets the whole range of timesteps, each time with noise of its own
-that depends on nothing but the seed, the image's number and the timestep: not on the batch size, the number of processes, or on what
-was drawn before; and the training's random numbers are left as they were. Called on images that are not trained on it is a validation
-loss; on a few that are, a stable training loss.
+A training loss jumps with every draw of a timestep. Here each image meets the whole range of timesteps, each
+time with noise of its own that depends on nothing but the seed, the image's number and the timestep: not on
+the batch size, the number of processes, or on what was drawn before; and the training's random numbers are
+left as they were. Called on images that are not trained on it is a validation loss; on a few that are, a
+stable training loss.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from sdxl_fixes.trainers.step import StepLoss
 class Validation:
     """Loss of a network on fixed images, noise and timesteps.
 
-    objective  what is trained: its schedule, prediction type, loss and weights (its perturbation and timestep sampler are not used, nor
-               Huber's l2_gradient="batch", a factor that depends on the batch)
+    objective  what is trained: its schedule, prediction type, loss and weights (its perturbation and timestep
+               sampler are not used, nor Huber's l2_gradient="batch", a factor that depends on the batch)
     points     timesteps per image, evenly over the range, the last one among them
     seed       of the noise
     """
@@ -38,8 +40,12 @@ class Validation:
         loss = objective.loss_function
         if isinstance(loss, ScheduledHuber) and loss.l2_gradient == "batch":
             alone = replace(loss, l2_gradient=None)
-            self.objective.step_loss = StepLoss(objective.schedule, objective.prediction_type, alone, objective.weighting)
-        self.timesteps: list[int] = (np.round(steps * np.arange(1, points + 1) / points).astype(int) - 1).tolist()
+            self.objective.step_loss = StepLoss(
+                objective.schedule, objective.prediction_type, alone, objective.weighting
+            )
+        self.timesteps: list[int] = (
+            np.round(steps * np.arange(1, points + 1) / points).astype(int) - 1
+        ).tolist()
 
     def __call__(
         self,
@@ -49,12 +55,13 @@ class Validation:
         batch_size: int = 8,
         accelerator: Any = None,
     ) -> dict[str, float]:
-        """``predict(noisy, timesteps, image)`` is the network with its conditioning: for samples of ``image`` (int64, [B], rows of
-        ``latents`` [N, C, H, W]) it returns predictions [B, C, H, W]. ``models`` are in evaluation mode meanwhile.
+        """``predict(noisy, timesteps, image)`` is the network with its conditioning: for samples of ``image``
+        (int64, [B], rows of ``latents`` [N, C, H, W]) it returns predictions [B, C, H, W]. ``models`` are in
+        evaluation mode meanwhile.
 
-        Returns "loss" (as trained, without the sampler's importance weights), "loss_unweighted" (mean squared error) and the latter at
-        each timestep, "loss_unweighted/t999". With an accelerate ``accelerator`` every process takes its share and all return the same
-        numbers, for ``accelerator.log(numbers, step)``.
+        Returns "loss" (as trained, without the sampler's importance weights), "loss_unweighted" (mean squared
+        error) and the latter at each timestep, "loss_unweighted/t999". With an accelerate ``accelerator``
+        every process takes its share and all return the same numbers, for ``accelerator.log(numbers, step)``.
         """
         share = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
         sums = self.sums(predict, latents, models, batch_size, share=share)
@@ -70,13 +77,15 @@ class Validation:
         numbers: Sequence[int] | None = None,
         share: tuple[int, int] = (0, 1),
     ) -> torch.Tensor:
-        """The losses summed over images, float32, [2, points]: as trained, and squared errors. Sums of images of several shapes, or of
-        several processes, may be added, and :meth:`means` made of them. ``numbers`` tell the images' noise (None: their places);
-        ``share`` (k, n) does every n-th evaluation from the k-th."""
+        """The losses summed over images, float32, [2, points]: as trained, and squared errors. Sums of images
+        of several shapes, or of several processes, may be added, and :meth:`means` made of them. ``numbers``
+        tell the images' noise (None: their places); ``share`` (k, n) does every n-th evaluation from the
+        k-th."""
         numbers = range(len(latents)) if numbers is None else numbers
         work = [(image, t) for t in self.timesteps for image in range(len(latents))][share[0] :: share[1]]
         sums = torch.zeros(2, len(self.timesteps), device=latents.device)
-        modes = [(module, module.training) for model in models for module in model.modules()]  # parts may differ from the whole
+        # parts may differ from the whole
+        modes = [(module, module.training) for model in models for module in model.modules()]
         devices = [latents.device] if latents.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             try:
@@ -84,8 +93,12 @@ class Validation:
                     module.training = False
                 for start in range(0, len(work), batch_size):
                     chunk = work[start : start + batch_size]
-                    noise = torch.stack([self.noise(numbers[image], t, latents.shape[1:]) for image, t in chunk])
-                    images, timesteps = (torch.tensor(column, device=latents.device) for column in zip(*chunk, strict=True))
+                    noise = torch.stack(
+                        [self.noise(numbers[image], t, latents.shape[1:]) for image, t in chunk]
+                    )
+                    images, timesteps = (
+                        torch.tensor(column, device=latents.device) for column in zip(*chunk, strict=True)
+                    )
                     where = torch.tensor([self.timesteps.index(t) for _, t in chunk], device=latents.device)
                     sums.index_add_(1, where, self._losses(predict, latents, images, timesteps, noise))
             finally:
@@ -97,10 +110,17 @@ class Validation:
         """The numbers of :meth:`__call__`, of the sums over ``images``."""
         weighted, plain = (sums / max(1, images)).tolist()
         found = {"loss": float(np.mean(weighted)), "loss_unweighted": float(np.mean(plain))}
-        return found | {f"loss_unweighted/t{t}": value for t, value in zip(self.timesteps, plain, strict=True)}
+        return found | {
+            f"loss_unweighted/t{t}": value for t, value in zip(self.timesteps, plain, strict=True)
+        }
 
     def _losses(
-        self, predict: Any, latents: torch.Tensor, images: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor
+        self,
+        predict: Any,
+        latents: torch.Tensor,
+        images: torch.Tensor,
+        timesteps: torch.Tensor,
+        noise: torch.Tensor,
     ) -> torch.Tensor:
         """[2, B]: as trained, and squared error."""
         step = self.objective.draw(latents[images], training=False, index=timesteps, noise=noise)

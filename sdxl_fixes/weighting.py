@@ -1,11 +1,12 @@
 """Loss weights by SNR, for every prediction, finite at SNR 0.
 
-A weight is thought of on the x0 loss. The same error in x0 makes another error in another prediction, so its weight divides by
+A weight is thought of on the x0 loss. The same error in x0 makes another error in another prediction, so its
+weight divides by
 
     sample 1        epsilon SNR        v_prediction SNR + 1        flow_prediction (sqrt(SNR) + 1)^2
 
-(the squared ratio of the errors at a fixed noisy sample). Each weighting is a function of an array of SNRs; ``table`` evaluates it in
-float64 at a schedule's timesteps.
+(the squared ratio of the errors at a fixed noisy sample). Each weighting is a function of an array of SNRs;
+``table`` evaluates it in float64 at a schedule's timesteps.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ class Weighting:
 class MinSNR(Weighting):
     """min(SNR, gamma) on the x0 loss (arXiv:2303.09556 section 3.4).
 
-    eps: min(SNR, gamma)/SNR, whose limit at SNR 0 is 1. v: min(SNR, gamma)/(SNR + 1), which is 0 at SNR 0: the textbook form gives no
-    weight to the terminal step that zero terminal SNR adds. ``floor=True`` uses min(SNR + 1, gamma) on the x0 loss of v, sample and
-    flow instead, which is min(1, gamma/(SNR + 1)) for v, hence 1 there (for gamma of at least 1); for eps, already 1, nothing changes.
+    eps: min(SNR, gamma)/SNR, whose limit at SNR 0 is 1. v: min(SNR, gamma)/(SNR + 1), which is 0 at SNR 0:
+    the textbook form gives no weight to the terminal step that zero terminal SNR adds. ``floor=True`` uses
+    min(SNR + 1, gamma) on the x0 loss of v, sample and flow instead, which is min(1, gamma/(SNR + 1)) for v,
+    hence 1 there (for gamma of at least 1); for eps, already 1, nothing changes.
     """
 
     gamma: float = 5.0
@@ -55,7 +57,8 @@ class MinSNR(Weighting):
 
 @dataclass(frozen=True)
 class SoftMinSNR(Weighting):
-    """SNR gamma/(SNR + gamma) on the x0 loss: min-SNR without the corner (k-diffusion's soft-min-snr with sigma_data = gamma^-1/2).
+    """SNR gamma/(SNR + gamma) on the x0 loss: min-SNR without the corner (k-diffusion's soft-min-snr with
+    sigma_data = gamma^-1/2).
 
     eps: gamma/(SNR + gamma), 1 at SNR 0. v: SNR gamma/((SNR + gamma)(SNR + 1)), 0 at SNR 0.
     """
@@ -75,9 +78,10 @@ class SoftMinSNR(Weighting):
 class Debiased(Weighting):
     """1/sqrt(SNR) on the eps loss (arXiv:2310.08442), i.e. sqrt(SNR) on the x0 loss.
 
-    eps has no limit at SNR 0, so the weight is capped at ``cap``: by default SDXL's own terminal sigma, 14.6, the largest that stock
-    training ever gives. For v there are two forms in use: ``v_form="kohya"``, 1/(SNR + 1), and ``v_form="onetrainer"``,
-    1/sqrt(SNR + 1); both are 1 at SNR 0. ``snr_limit`` clips the SNR from above before anything else, as kohya does.
+    eps has no limit at SNR 0, so the weight is capped at ``cap``: by default SDXL's own terminal sigma, 14.6,
+    the largest that stock training ever gives. For v there are two forms in use: ``v_form="kohya"``,
+    1/(SNR + 1), and ``v_form="onetrainer"``, 1/sqrt(SNR + 1); both are 1 at SNR 0. ``snr_limit`` clips the
+    SNR from above before anything else, as kohya does.
     """
 
     cap: float = float(NoiseSchedule.sdxl().terminal_sigma)
@@ -101,8 +105,9 @@ class Debiased(Weighting):
 
 @dataclass(frozen=True)
 class EpsilonLike(Weighting):
-    """Gives the v loss the weight that the eps loss would have, SNR/(SNR + 1) (kohya's --scale_v_pred_loss_like_noise_pred); 0 at SNR 0.
-    ``snr_limit`` clips the SNR from above, as kohya does."""
+    """Gives the v loss the weight that the eps loss would have, SNR/(SNR + 1) (kohya's
+    --scale_v_pred_loss_like_noise_pred); 0 at SNR 0. ``snr_limit`` clips the SNR from above, as kohya
+    does."""
 
     snr_limit: float = 1000.0
 
@@ -116,10 +121,12 @@ class EpsilonLike(Weighting):
 
 @dataclass(frozen=True)
 class PlusVLike(Weighting):
-    """The loss plus ``amount`` times the eps loss weighted as a v loss, 1 + amount (SNR + 1)/SNR (kohya's --v_pred_like_loss).
+    """The loss plus ``amount`` times the eps loss weighted as a v loss, 1 + amount (SNR + 1)/SNR (kohya's
+    --v_pred_like_loss).
 
-    The second term has no limit at SNR 0, so (SNR + 1)/SNR is capped at ``cap``: by default SDXL's own at its last timestep, 214.6, the
-    largest that stock training ever gives. ``snr_limit`` clips the SNR from above, as kohya does.
+    The second term has no limit at SNR 0, so (SNR + 1)/SNR is capped at ``cap``: by default SDXL's own at its
+    last timestep, 214.6, the largest that stock training ever gives. ``snr_limit`` clips the SNR from above,
+    as kohya does.
     """
 
     amount: float
@@ -143,13 +150,18 @@ class Product(Weighting):
     parts: tuple[Weighting, ...]
 
     def __call__(self, snr: Array, prediction_type: str) -> Array:
-        return functools.reduce(np.multiply, (part(snr, prediction_type) for part in self.parts), np.ones_like(snr))
+        return functools.reduce(
+            np.multiply, (part(snr, prediction_type) for part in self.parts), np.ones_like(snr)
+        )
 
 
 def _error_ratio(snr: Array, prediction_type: str) -> Array:
-    """Squared error of the prediction over squared error of x0, for the predictions where it is finite and positive at SNR 0."""
+    """Squared error of the prediction over squared error of x0, for the predictions where it is finite and
+    positive at SNR 0."""
     check_prediction_type(prediction_type)
-    return {"sample": np.ones_like(snr), "v_prediction": snr + 1, "flow_prediction": (np.sqrt(snr) + 1) ** 2}[prediction_type]
+    return {"sample": np.ones_like(snr), "v_prediction": snr + 1, "flow_prediction": (np.sqrt(snr) + 1) ** 2}[
+        prediction_type
+    ]
 
 
 def _check_positive(name: str, value: float) -> None:

@@ -1,4 +1,5 @@
-"""Aspect buckets by kohya's and NovelAI's rules. Recorded from their own code; NOVELAI_BUCKETING compares with NovelAI's at length."""
+"""Aspect buckets by kohya's and NovelAI's rules. Recorded from their own code; NOVELAI_BUCKETING compares
+with NovelAI's at length."""
 
 import os
 import pickle
@@ -11,9 +12,21 @@ from hypothesis import strategies as st
 
 from sdxl_fixes.aspects import assign, assign_without_upscaling, resolutions
 
-SDXL_WIDTHS = {  # kohya's make_bucket_resolutions((1024, 1024), 512, 2048, 64): every width and the height it has
+# kohya's make_bucket_resolutions((1024, 1024), 512, 2048, 64): every width and the height it has
+SDXL_WIDTHS = {
     **{512: 2048, 576: 1792, 640: 1600, 704: 1472, 768: 1344, 832: 1216, 896: 1152, 960: 1088, 1024: 1024},
-    **{1088: 960, 1152: 896, 1216: 832, 1280: 768, 1344: 768, 1408: 704, 1472: 704, 1536: 640, 1600: 640, 1664: 576},
+    **{
+        1088: 960,
+        1152: 896,
+        1216: 832,
+        1280: 768,
+        1344: 768,
+        1408: 704,
+        1472: 704,
+        1536: 640,
+        1600: 640,
+        1664: 576,
+    },
 }
 
 
@@ -21,13 +34,22 @@ def test_sdxl_buckets_are_kohyas():
     found = resolutions()
     assert len(found) == 33 and found == sorted(found) and {(h, w) for w, h in found} == set(found)
     assert all((width, height) in found for width, height in SDXL_WIDTHS.items())
-    assert all(w * h <= 1024 * 1024 and w % 64 == h % 64 == 0 and 512 <= min(w, h) <= max(w, h) <= 2048 for w, h in found)
+    assert all(
+        w * h <= 1024 * 1024 and w % 64 == h % 64 == 0 and 512 <= min(w, h) <= max(w, h) <= 2048
+        for w, h in found
+    )
 
 
 def test_novelais_published_buckets():
     """Its defaults: 768 x 512 pixels of area, sides of 256 to 1024."""
     found = resolutions("novelai", 768 * 512, 64, 256, 1024, base=(512, 512))
-    assert len(found) == 19 and (512, 512) in found and (768, 512) in found and (1024, 384) in found and (320, 1024) in found
+    assert (
+        len(found) == 19
+        and (512, 512) in found
+        and (768, 512) in found
+        and (1024, 384) in found
+        and (320, 1024) in found
+    )
     assert (576, 576) not in found
 
 
@@ -37,7 +59,13 @@ def test_the_rules_differ_where_sides_are_no_multiples_of_the_step():
 
 
 @settings(deadline=None)
-@given(st.sampled_from(["kohya", "novelai"]), st.integers(64, 1500), st.integers(1, 8), st.integers(1, 64), st.integers(0, 64))
+@given(
+    st.sampled_from(["kohya", "novelai"]),
+    st.integers(64, 1500),
+    st.integers(1, 8),
+    st.integers(1, 64),
+    st.integers(0, 64),
+)
 def test_buckets_keep_to_the_limits(rule, side, steps, low, more):
     step, area = 8 * steps, side * side
     min_side, max_side = 8 * low, 8 * (low + more)
@@ -82,8 +110,13 @@ def test_no_upscaling_never_enlarges_nor_exceeds_the_area(width, height):
     assert w * h <= 1024 * 1024 * 1.13  # the shorter side is rounded, which may add half a step
 
 
-@pytest.mark.skipif("NOVELAI_BUCKETING" not in os.environ, reason="set NOVELAI_BUCKETING to a checkout of NovelAI's aspect-ratio-bucketing")
-@pytest.mark.parametrize("limits", [((768, 512), 64, 256, 1024), ((1024, 1024), 64, 512, 2048), ((1024, 1024), 64, 256, 2048)])
+@pytest.mark.skipif(
+    "NOVELAI_BUCKETING" not in os.environ,
+    reason="set NOVELAI_BUCKETING to a checkout of NovelAI's aspect-ratio-bucketing",
+)
+@pytest.mark.parametrize(
+    "limits", [((768, 512), 64, 256, 1024), ((1024, 1024), 64, 512, 2048), ((1024, 1024), 64, 256, 2048)]
+)
 def test_novelais_own_code_agrees(limits, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(os.environ["NOVELAI_BUCKETING"])
     from bucketmanager import BucketManager
@@ -93,11 +126,20 @@ def test_novelais_own_code_agrees(limits, tmp_path, monkeypatch):
         pickle.dump(dict(enumerate(map(tuple, sizes.tolist()))), file)
     (width, height), step, least, most = limits
     base = (512, 512)
-    theirs = BucketManager(tmp_path / "sizes.pkl", max_size=(width, height), divisible=step, min_dim=least, base_res=base, dim_limit=most)
+    theirs = BucketManager(
+        tmp_path / "sizes.pkl",
+        max_size=(width, height),
+        divisible=step,
+        min_dim=least,
+        base_res=base,
+        dim_limit=most,
+    )
     table = [tuple(map(int, pair)) for pair in theirs.resolutions]
     if base[0] * base[1] <= width * height:
         extra = {base} if base in table else set()
-        assert set(table) - {base} == set(resolutions("novelai", width * height, step, least, most, base=base)) - {base} and extra <= {base}
+        assert set(table) - {base} == set(
+            resolutions("novelai", width * height, step, least, most, base=base)
+        ) - {base} and extra <= {base}
     expected = np.full(len(sizes), -1)
     for bucket, images in theirs.buckets.items():
         expected[images] = bucket

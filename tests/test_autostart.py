@@ -1,6 +1,7 @@
 """A plain start of a trainer that is given flags of ours becomes the launcher's; nothing else changes.
 
-Most of it runs in an environment that has the two installed files and a launcher which says how it was started; no trainer is needed."""
+Most of it runs in an environment that has the two installed files and a launcher which says how it was
+started; no trainer is needed."""
 
 import argparse
 import contextlib
@@ -21,14 +22,20 @@ SOURCE = Path(__file__).resolve().parent.parent / "integrations" / "autostart"
 SPEC = importlib.util.spec_from_file_location("_sdxl_fixes_autostart", SOURCE / "_sdxl_fixes_autostart.py")
 autostart = importlib.util.module_from_spec(SPEC)  # by its path: an older editable install does not know it
 SPEC.loader.exec_module(autostart)
-SCRIPTS = [f"sdxl_train{x}.py" for x in ("", "_network", "_textual_inversion", "_control_net", "_control_net_lllite", "_leco")]
+SCRIPTS = [
+    f"sdxl_train{x}.py"
+    for x in ("", "_network", "_textual_inversion", "_control_net", "_control_net_lllite", "_leco")
+]
 MODULE = f"{autostart.__name__}.py"
 ENVIRON = {name: value for name, value in os.environ.items() if name not in ("RANK", "PYTHONPATH")}
 CONFIG = 'output_name = "x"\nterminal_sigma = 300\n'
 
 
 def said(places, names, script="sdxl_train.py"):
-    return f"sdxl-fixes: {places} flags of ours ({names}): {script} is started as python -m sdxl_fixes.kohya does\n"
+    return (
+        f"sdxl-fixes: {places} flags of ours ({names}): {script} is started as python -m "
+        "sdxl_fixes.kohya does\n"
+    )
 
 
 IN_FILE = said("my.toml uses", "terminal_sigma")
@@ -56,7 +63,9 @@ class Environment:
 
     def start(self, *words, cwd, **environ):
         command = [str(self.python), *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**ENVIRON, **environ}, timeout=60)
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=cwd, env={**ENVIRON, **environ}, timeout=60
+        )
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +98,16 @@ def plain(environment, checkout):
 
 @pytest.fixture
 def launched(environment, checkout):
-    """Fails unless the words, without ``options`` of the interpreter, are the launcher's, and the sentence is said."""
+    """Fails unless the words, without ``options`` of the interpreter, are the launcher's, and the sentence is
+    said."""
 
     def check(sentence, *words, options=(), cwd=checkout, **environ):
         process = environment.start(*options, *words, cwd=cwd, **environ)
-        expected = [option for option in options if option != "--"] + ["-m", "sdxl_fixes.kohya", *map(str, words)]
+        expected = [option for option in options if option != "--"] + [
+            "-m",
+            "sdxl_fixes.kohya",
+            *map(str, words),
+        ]
         assert (process.returncode, process.stdout, process.stderr) == (0, f"launched {expected}\n", sentence)
 
     return check
@@ -107,7 +121,9 @@ def test_flags_are_those_that_the_launcher_adds():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_sdxl_trainer_with_a_config_file_of_ours_is_launched(launched, script):
-    launched(said("my.toml uses", "terminal_sigma", script), script, "--config_file", "my.toml", "--seed", "1")
+    launched(
+        said("my.toml uses", "terminal_sigma", script), script, "--config_file", "my.toml", "--seed", "1"
+    )
 
 
 @pytest.mark.parametrize(
@@ -166,7 +182,14 @@ def test_false_and_comments_and_other_names_are_no_use_of_ours(checkout, monkeyp
 def test_flags_of_the_command_line_count_too(launched, checkout):
     line = "the command line uses"
     launched(said(line, "fixes"), "sdxl_train.py", "--fixes", "all")
-    launched(said(line, "terminal_sigma, chunk_buckets"), "sdxl_train.py", "--terminal_sigma=300", "--seed", "1", "--chunk_buckets")
+    launched(
+        said(line, "terminal_sigma, chunk_buckets"),
+        "sdxl_train.py",
+        "--terminal_sigma=300",
+        "--seed",
+        "1",
+        "--chunk_buckets",
+    )
     both = said("the command line and my.toml use", "fixes, terminal_sigma")
     launched(both, "sdxl_train.py", "--config_file", "my", "--fixes", "all")
 
@@ -181,15 +204,23 @@ def test_a_trainer_without_flags_of_ours_is_left_alone(plain, checkout):
     plain("sdxl_train.py", "--config_file", "my.toml")
 
 
-@pytest.mark.parametrize("options", ["-u", "-X utf8", "-Xutf8", "-W ignore", "-uW ignore", "-O -B", "-X utf8 -W error -u", "-u --", "-I"])
+@pytest.mark.parametrize(
+    "options",
+    ["-u", "-X utf8", "-Xutf8", "-W ignore", "-uW ignore", "-O -B", "-X utf8 -W error -u", "-u --", "-I"],
+)
 def test_options_of_the_interpreter_are_kept(launched, options):
     launched(IN_FILE, "sdxl_train.py", "--config_file", "my.toml", options=options.split())
 
 
 def test_options_that_cannot_be_told_are_left_out(monkeypatch):
-    """Should something have rewritten the arguments, the launcher is started without them rather than with other words."""
+    """Should something have rewritten the arguments, the launcher is started without them rather than with
+    other words."""
     monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "sdxl_train.py"])
-    for argv, options in ((["sdxl_train.py"], ["-u"]), (["sdxl_train.py", "--more", "words", "than"], []), (["other.py"], [])):
+    for argv, options in (
+        (["sdxl_train.py"], ["-u"]),
+        (["sdxl_train.py", "--more", "words", "than"], []),
+        (["other.py"], []),
+    ):
         monkeypatch.setattr(sys, "argv", argv)
         assert autostart._options() == options
 
@@ -213,7 +244,9 @@ def test_a_program_of_that_name_that_is_not_kohyas_is_left_alone(plain, launched
     util = checkout / "library" / "train_util.py"
     util.rename(checkout / "library" / "custom_train.py")
     plain(*words)
-    (checkout / "library" / "custom_train.py").write_text("def add_custom_train_arguments(parser): ...\n")  # upstream moved its parts
+    (checkout / "library" / "custom_train.py").write_text(
+        "def add_custom_train_arguments(parser): ...\n"
+    )  # upstream moved its parts
     launched(said("the command line and my.toml use", "fixes, terminal_sigma"), *words)
     shutil.rmtree(checkout / "library")
     plain(*words)
@@ -240,7 +273,9 @@ def test_other_programs_import_nothing_more(environment, tmp_path):
     (tmp_path / "other.py").write_text("import sys; print(sorted(sys.modules))\n")
     here = environment.start("other.py", cwd=tmp_path).stdout
     with environment.without(autostart.PTH):
-        (environment.site / "idle.pth").write_text("import sys\n")  # reading one imports a codec in Python 3.13
+        (environment.site / "idle.pth").write_text(
+            "import sys\n"
+        )  # reading one imports a codec in Python 3.13
         assert environment.start("other.py", cwd=tmp_path).stdout == here != ""
         (environment.site / "idle.pth").unlink()
 
@@ -259,7 +294,9 @@ def test_a_missing_launcher_ends_the_run_with_one_sentence(environment, checkout
         plain("sdxl_train.py", "--seed", "1")
         if left:
             (environment.site / "sdxl_fixes").rmdir()
-    sentence = "sdxl-fixes: my.toml uses flags of ours (terminal_sigma), but sdxl_fixes is not installed here: "
+    sentence = (
+        "sdxl-fixes: my.toml uses flags of ours (terminal_sigma), but sdxl_fixes is not installed here: "
+    )
     sentence += "install it again, or leave them out\n"
     assert (process.returncode, process.stdout, process.stderr) == (2, "", sentence)
 
@@ -278,7 +315,9 @@ _sdxl_fixes_autostart._become([sys.executable, "-c", sys.argv[1]])
 """
 
 
-@pytest.mark.parametrize(("program", "status"), [("print(7); raise SystemExit(5)", 5), ("import os; os.abort()", 1)])
+@pytest.mark.parametrize(
+    ("program", "status"), [("print(7); raise SystemExit(5)", 5), ("import os; os.abort()", 1)]
+)
 def test_on_windows_the_process_ends_as_its_child(environment, tmp_path, program, status):
     process = environment.start("-c", WINDOWS, program, cwd=tmp_path)
     assert process.returncode == status and process.stdout == ("7\n" if status == 5 else "")
@@ -287,29 +326,39 @@ def test_on_windows_the_process_ends_as_its_child(environment, tmp_path, program
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
 def test_on_windows_an_interrupt_is_the_childs_to_answer(environment):
     program = "import time; print('up', flush=True); time.sleep(1); raise SystemExit(5)"
-    with subprocess.Popen([str(environment.python), "-c", WINDOWS, program], stdout=subprocess.PIPE, env=ENVIRON) as process:
+    with subprocess.Popen(
+        [str(environment.python), "-c", WINDOWS, program], stdout=subprocess.PIPE, env=ENVIRON
+    ) as process:
         process.stdout.readline()
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 5
 
 
 @pytest.mark.parametrize("editable", [False, True], ids=["wheel", "editable"])
-def test_an_installation_guards_plain_starts_and_uninstalling_it_leaves_nothing(built, checkout, tmp_path, editable):
+def test_an_installation_guards_plain_starts_and_uninstalling_it_leaves_nothing(
+    built, checkout, tmp_path, editable
+):
     python = fresh_python(tmp_path / "venv")
     site = Path(*call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"))
     (site / "zz.pth").write_text(LIBRARIES)  # appended to its path, and no .pth file there is run
     before = {path.name for path in site.iterdir()} | {"__pycache__"}
     call(python, "-m", "pip", "install", "--no-deps", *(["-e", built[0]] if editable else [built[1]]))
     assert (site / autostart.PTH).is_file() and (site / MODULE).is_file() != editable
-    assert call(python, "-c", "import _sdxl_fixes_autostart; print(_sdxl_fixes_autostart.installed())", cwd=tmp_path) == ["True"]
+    assert call(
+        python, "-c", "import _sdxl_fixes_autostart; print(_sdxl_fixes_autostart.installed())", cwd=tmp_path
+    ) == ["True"]
 
     def start(*words):
-        return subprocess.run([str(python), *words], capture_output=True, text=True, cwd=checkout, env=ENVIRON, timeout=120)
+        return subprocess.run(
+            [str(python), *words], capture_output=True, text=True, cwd=checkout, env=ENVIRON, timeout=120
+        )
 
     process = start("-u", "sdxl_train.py", "--config_file", "my.toml")  # as accelerate launch starts it
     assert process.returncode == 1 and process.stdout == ""
     first, *rest = process.stderr.splitlines(keepends=True)
-    assert first == IN_FILE and "sdxl-fixes: sd-scripts v0.10.0 or newer is needed" in rest[-1]  # the real launcher on the stand-in
+    assert (
+        first == IN_FILE and "sdxl-fixes: sd-scripts v0.10.0 or newer is needed" in rest[-1]
+    )  # the real launcher on the stand-in
     process = start("-u", "sdxl_train.py", "--seed", "1")
     assert process.stdout == "plain ['sdxl_train.py', '--seed', '1']\n" and process.stderr == ""
 

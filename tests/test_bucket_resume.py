@@ -1,4 +1,5 @@
-"""kill -9 at any batch and resume on another number of ranks and another batch size; and the sampler inside accelerate."""
+"""kill -9 at any batch and resume on another number of ranks and another batch size; and the sampler inside
+accelerate."""
 
 import json
 import os
@@ -23,19 +24,27 @@ RUNS = ((2, 4), (3, 4), (1, 6))  # ranks, batch size
 def start(folder, run):
     world_size, batch_size = RUNS[run]
     words = [sys.executable, str(HERE / "support" / "bucket_worker.py"), str(folder), str(run)]
-    return [subprocess.Popen([*words, str(rank), str(world_size), str(batch_size)]) for rank in range(world_size)]
+    return [
+        subprocess.Popen([*words, str(rank), str(world_size), str(batch_size)]) for rank in range(world_size)
+    ]
 
 
 def test_killed_and_resumed_on_other_ranks_sees_every_sample_once(tmp_path):
     rng = np.random.default_rng(0)
     samples = 3000
-    np.savez(tmp_path / "data.npz", buckets=rng.integers(0, 7, samples), chunks=rng.choice([1, 2, 3], samples, p=[0.6, 0.35, 0.05]))
+    np.savez(
+        tmp_path / "data.npz",
+        buckets=rng.integers(0, 7, samples),
+        chunks=rng.choice([1, 2, 3], samples, p=[0.6, 0.35, 0.05]),
+    )
     seen, state = Counter(), tmp_path / "state.json"
     for run in range(len(RUNS)):
         processes, last = start(tmp_path, run), run == len(RUNS) - 1
         if not last:
             deadline = time.monotonic() + 180
-            while time.monotonic() < deadline and not (state.exists() and json.loads(state.read_text())["run"] == run):
+            while time.monotonic() < deadline and not (
+                state.exists() and json.loads(state.read_text())["run"] == run
+            ):
                 time.sleep(0.005)
             time.sleep(random.Random(run).uniform(0.02, 0.15))
             for process in processes:
@@ -46,7 +55,9 @@ def test_killed_and_resumed_on_other_ranks_sees_every_sample_once(tmp_path):
         assert saved["run"] == run and saved["steps"] > 0
         for rank in range(RUNS[run][0]):
             lines = (tmp_path / f"log-{run}-{rank}.jsonl").read_text().splitlines()
-            for line in lines[: saved["steps"]]:  # what the last save has; anything after it was trained by nobody
+            for line in lines[
+                : saved["steps"]
+            ]:  # what the last save has; anything after it was trained by nobody
                 seen.update(json.loads(line))
     assert saved["sampler"]["samples"] == samples and len(saved["sampler"]["segments"]) == len(RUNS)
     assert seen == Counter(range(samples))
@@ -70,7 +81,10 @@ def test_accelerates_shards_lose_mix_and_repeat_nothing(world_size):
     assert len({len(epoch) for epoch in epochs}) == 1
     assert Counter(i for epoch in epochs for batch in epoch for i in batch) == Counter(range(500))
     assert all(len(set(buckets[batch])) == 1 for epoch in epochs for batch in epoch)
-    own = [list(ChunkBucketBatchSampler(buckets, chunks, batch_size=8, rank=r, world_size=world_size)) for r in range(world_size)]
+    own = [
+        list(ChunkBucketBatchSampler(buckets, chunks, batch_size=8, rank=r, world_size=world_size))
+        for r in range(world_size)
+    ]
     assert epochs == own
 
 
@@ -101,12 +115,25 @@ def prepared(folder, world_size, state="", steps=0):
     script.write_text(PREPARED)
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world_size}", "--standalone"]
     words = launch if world_size > 1 else [sys.executable]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_USE_CPU": "1",
+    }
     process = subprocess.run(
-        [*words, str(script), state, str(steps)], capture_output=True, text=True, timeout=120, env=environment, cwd=folder
+        [*words, str(script), state, str(steps)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+        cwd=folder,
     )
     assert process.returncode == 0, process.stderr[-2000:]
-    return sorted((json.loads(part.splitlines()[0]) for part in process.stdout.split("OUT")[1:]), key=lambda out: out["rank"])
+    return sorted(
+        (json.loads(part.splitlines()[0]) for part in process.stdout.split("OUT")[1:]),
+        key=lambda out: out["rank"],
+    )
 
 
 @pytest.mark.slow

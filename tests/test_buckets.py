@@ -1,4 +1,5 @@
-"""The batch sampler: every sample once, no mixed batches, equal ranks, resume to the sample; the properties are hypothesis's to break."""
+"""The batch sampler: every sample once, no mixed batches, equal ranks, resume to the sample; the properties
+are hypothesis's to break."""
 
 import itertools
 import json
@@ -41,7 +42,9 @@ OPTIONS = st.fixed_dictionaries(
 
 
 def ranks(data, options, **more):
-    return [ChunkBucketBatchSampler(*data, rank=rank, **options, **more) for rank in range(options["world_size"])]
+    return [
+        ChunkBucketBatchSampler(*data, rank=rank, **options, **more) for rank in range(options["world_size"])
+    ]
 
 
 def flat(epochs):
@@ -59,8 +62,12 @@ def test_an_epoch_holds_every_sample_once_in_unmixed_batches_equally_on_all_rank
     counts = Counter(flat(epochs))
     assert set(counts) == set(range(len(buckets)))
     assert sum(counts.values()) - len(buckets) == account.repeated and account.lost == 0
-    if account.repeated and not options["aligned"]:  # only where there are fewer samples than a step of single ones needs
-        assert account.repeated < options["world_size"] and all(len(batch) == 1 for batches in epochs for batch in batches)
+    if (
+        account.repeated and not options["aligned"]
+    ):  # only where there are fewer samples than a step of single ones needs
+        assert account.repeated < options["world_size"] and all(
+            len(batch) == 1 for batches in epochs for batch in batches
+        )
     steps = list(zip(*epochs, strict=True))
     for batch in (batch for step in steps for batch in step):
         assert 0 < len(batch) <= options["batch_size"]
@@ -70,9 +77,14 @@ def test_an_epoch_holds_every_sample_once_in_unmixed_batches_equally_on_all_rank
         for step in steps:
             assert len({buckets[batch[0]] for batch in step}) == 1
             assert max(map(len, step)) - min(map(len, step)) <= 1
-    own = sum(chunks[batch].tolist() != [chunks[batch].max()] * len(batch) for batch in (b for step in steps for b in step))
+    own = sum(
+        chunks[batch].tolist() != [chunks[batch].max()] * len(batch)
+        for batch in (b for step in steps for b in step)
+    )
     whole = options["world_size"] if options["aligned"] else 1
-    assert own <= whole * len(set(buckets)) * (len(set(chunks)) - 1)  # merging upward mixes at a border of two chunk counts, once
+    assert own <= whole * len(set(buckets)) * (
+        len(set(chunks)) - 1
+    )  # merging upward mixes at a border of two chunk counts, once
 
 
 @given(data(), OPTIONS, st.integers(0, 2), st.data())
@@ -90,7 +102,11 @@ def test_seeking_is_skipping(data, options, epoch, draw):
     resumed = ranks(data, options, seed=99)[-1]
     resumed.load_state_dict(state)
     if taken < len(batches):
-        assert resumed.epoch == epoch and len(resumed) == len(batches) - taken and list(resumed) == batches[taken:]
+        assert (
+            resumed.epoch == epoch
+            and len(resumed) == len(batches) - taken
+            and list(resumed) == batches[taken:]
+        )
         assert resumed.account() == sampler.account()
     else:
         sampler.set_epoch(epoch + 1)
@@ -126,16 +142,29 @@ def test_resumes_under_any_other_settings_see_exactly_the_rest(data, chain, draw
 @given(data(), st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.data())
 def test_another_rank_count_keeps_the_order(data, first_world, second_world, batch_size, draw):
     """Elastic determinism: the batches come in the same order whoever trains them."""
-    alone = [ChunkBucketBatchSampler(*data, batch_size=batch_size, rank=None, world_size=w) for w in (first_world, second_world)]
+    alone = [
+        ChunkBucketBatchSampler(*data, batch_size=batch_size, rank=None, world_size=w)
+        for w in (first_world, second_world)
+    ]
     steps = draw.draw(st.integers(0, max(0, len(alone[0]) // first_world - 3)))
     whole = list(alone[0])
-    alone[1].load_state_dict(ChunkBucketBatchSampler(*data, batch_size=batch_size, world_size=first_world).state_dict(steps))
+    alone[1].load_state_dict(
+        ChunkBucketBatchSampler(*data, batch_size=batch_size, world_size=first_world).state_dict(steps)
+    )
     rest = list(alone[1])
-    untouched = max(0, len(whole) - steps * first_world - 2 * (first_world + second_world) - sum(len(b) < batch_size for b in whole))
+    untouched = max(
+        0,
+        len(whole)
+        - steps * first_world
+        - 2 * (first_world + second_world)
+        - sum(len(b) < batch_size for b in whole),
+    )
     assert rest[:untouched] == whole[steps * first_world :][:untouched]
 
 
-@given(data(), OPTIONS, st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.5, 3.0]), min_size=120, max_size=120))
+@given(
+    data(), OPTIONS, st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.5, 3.0]), min_size=120, max_size=120)
+)
 def test_repeats_hold_exactly_over_the_epochs(data, options, repeats):
     repeats = np.array(repeats[: len(data[0])])
     repeats[0] = 3
@@ -171,7 +200,9 @@ def test_text_costs_the_floor(batch_size):
 def test_a_small_set_loses_and_repeats_nothing(world_size):
     data = facts_model(1000)
     for leftovers in ("merge", "smaller"):
-        account = ChunkBucketBatchSampler(*data, batch_size=16, world_size=world_size, leftovers=leftovers).account()
+        account = ChunkBucketBatchSampler(
+            *data, batch_size=16, world_size=world_size, leftovers=leftovers
+        ).account()
         assert (account.lost, account.repeated) == (0, 0)
     merged = ChunkBucketBatchSampler(*data, batch_size=16, world_size=world_size).account()
     assert merged.smaller < account.smaller and merged.batches < account.batches
@@ -181,7 +212,10 @@ def test_a_small_set_loses_and_repeats_nothing(world_size):
 
 def test_dropping_counts_what_it_drops():
     buckets, chunks = np.array([0] * 10 + [1] * 7), np.ones(17, int)
-    samplers = [ChunkBucketBatchSampler(buckets, chunks, batch_size=4, leftovers="drop", rank=r, world_size=2) for r in range(2)]
+    samplers = [
+        ChunkBucketBatchSampler(buckets, chunks, batch_size=4, leftovers="drop", rank=r, world_size=2)
+        for r in range(2)
+    ]
     assert all(len(batch) == 4 for sampler in samplers for batch in sampler)
     assert (
         samplers[0].account().lost == 17 - 8 and samplers[0].account().batches == 2
@@ -190,7 +224,10 @@ def test_dropping_counts_what_it_drops():
 
 def test_order_is_random_by_seed_and_epoch_and_not_by_anything_else():
     data = facts_model(3000)
-    sampler, other = ChunkBucketBatchSampler(*data, batch_size=8, seed=4), ChunkBucketBatchSampler(*data, batch_size=8, seed=4)
+    sampler, other = (
+        ChunkBucketBatchSampler(*data, batch_size=8, seed=4),
+        ChunkBucketBatchSampler(*data, batch_size=8, seed=4),
+    )
     first, second = list(sampler), list(sampler)
     assert sampler.epoch == 1 and first != second
     other.set_epoch(1)
@@ -202,7 +239,9 @@ def test_order_is_random_by_seed_and_epoch_and_not_by_anything_else():
 
 def test_the_order_is_this_one():
     """Recorded: a change of the plan would break every state that users have saved."""
-    sampler = ChunkBucketBatchSampler([0, 1, 0, 1, 0, 1, 0, 1, 0, 0], [1, 1, 1, 2, 2, 1, 1, 1, 3, 1], batch_size=3, seed=11)
+    sampler = ChunkBucketBatchSampler(
+        [0, 1, 0, 1, 0, 1, 0, 1, 0, 0], [1, 1, 1, 2, 2, 1, 1, 1, 3, 1], batch_size=3, seed=11
+    )
     assert list(sampler) == [[6, 4, 8], [0, 9, 2], [3], [5, 7, 1]]
 
 
@@ -211,12 +250,23 @@ def test_a_bucket_is_met_in_proportion_to_its_size():
     buckets = np.repeat([0, 1, 2], sizes)
     firsts = Counter()
     for seed in range(300):
-        firsts[int(buckets[next(iter(ChunkBucketBatchSampler(buckets, np.ones(700, int), batch_size=10, seed=seed)))[0]])] += 1
+        firsts[
+            int(
+                buckets[
+                    next(iter(ChunkBucketBatchSampler(buckets, np.ones(700, int), batch_size=10, seed=seed)))[
+                        0
+                    ]
+                ]
+            )
+        ] += 1
     assert [firsts[b] / 300 for b in range(3)] == pytest.approx([4 / 7, 2 / 7, 1 / 7], abs=0.09)
 
 
 def test_shuffling_reaches_every_place_equally():
-    sampler, counts = ChunkBucketBatchSampler(np.zeros(6, int), np.ones(6, int), batch_size=6), np.zeros((6, 6))
+    sampler, counts = (
+        ChunkBucketBatchSampler(np.zeros(6, int), np.ones(6, int), batch_size=6),
+        np.zeros((6, 6)),
+    )
     for epoch in range(1200):
         sampler.set_epoch(epoch)
         counts[np.arange(6), next(iter(sampler))] += 1
@@ -225,13 +275,17 @@ def test_shuffling_reaches_every_place_equally():
 
 def test_prompts_drawn_per_epoch_are_bucketed_as_drawn():
     drawn = {epoch: np.random.default_rng(epoch).integers(1, 4, 200) for epoch in range(3)}
-    sampler = ChunkBucketBatchSampler(np.arange(200) % 3, lambda epoch: drawn[epoch], batch_size=4, leftovers="smaller")
+    sampler = ChunkBucketBatchSampler(
+        np.arange(200) % 3, lambda epoch: drawn[epoch], batch_size=4, leftovers="smaller"
+    )
     for epoch in range(3):
         assert all(len(set(drawn[epoch][batch])) == 1 for batch in sampler) and sampler.epoch == epoch
     state = sampler.state_dict(2)
     drawn[2] = drawn[2][::-1]
     with pytest.raises(ValueError, match="other data"):
-        ChunkBucketBatchSampler(np.arange(200) % 3, lambda epoch: drawn[epoch], batch_size=4).load_state_dict(state)
+        ChunkBucketBatchSampler(np.arange(200) % 3, lambda epoch: drawn[epoch], batch_size=4).load_state_dict(
+            state
+        )
 
 
 @pytest.mark.parametrize("change", ["buckets", "chunks", "repeats", "length"])
@@ -245,8 +299,14 @@ def test_a_state_of_other_data_is_refused_and_changes_nothing(change):
         other["repeats"] = 2
     else:
         other[change][50] = other[change][50] % 3 + 1
-    sampler = ChunkBucketBatchSampler(other["buckets"], other["chunks"], batch_size=4, repeats=other["repeats"], seed=2)
-    expected = list(ChunkBucketBatchSampler(other["buckets"], other["chunks"], batch_size=4, repeats=other["repeats"], seed=2))
+    sampler = ChunkBucketBatchSampler(
+        other["buckets"], other["chunks"], batch_size=4, repeats=other["repeats"], seed=2
+    )
+    expected = list(
+        ChunkBucketBatchSampler(
+            other["buckets"], other["chunks"], batch_size=4, repeats=other["repeats"], seed=2
+        )
+    )
     with pytest.raises(ValueError, match="the state was saved with other data"):
         sampler.load_state_dict(state)
     assert list(sampler) == expected
@@ -258,7 +318,10 @@ def test_a_state_of_other_data_is_refused_and_changes_nothing(change):
         (lambda state: state.clear(), "this is no state of a bucket sampler"),
         (lambda state: state.pop("segments"), "damaged"),
         (lambda state: state.update(segments=[]), "damaged"),
-        (lambda state: state["segments"][0].update(batches=10**6), "10\\*\\*6|1000000 batches were seen of .* damaged"),
+        (
+            lambda state: state["segments"][0].update(batches=10**6),
+            "10\\*\\*6|1000000 batches were seen of .* damaged",
+        ),
         (lambda state: state["segments"][0].pop("world_size"), "damaged"),
         (lambda state: state.update(samples=13), "13 samples were seen, which its own plan contradicts"),
     ],
@@ -279,7 +342,10 @@ def test_going_back_behind_a_loaded_state_is_refused():
     state = sampler.state_dict(2)
     resumed = ChunkBucketBatchSampler(*data, batch_size=4)
     resumed.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"set_epoch\(0\) goes back behind the loaded state, which stands in epoch 3: .*iteration"):
+    with pytest.raises(
+        ValueError,
+        match=r"set_epoch\(0\) goes back behind the loaded state, which stands in epoch 3: .*iteration",
+    ):
         resumed.set_epoch(0)
     resumed.set_epoch(3)
     assert list(resumed) == list(sampler)[2:]
@@ -291,7 +357,9 @@ def test_state_of_a_prefetching_loader_counts_what_was_trained():
     data = facts_model(200)
     sampler = ChunkBucketBatchSampler(*data, batch_size=4)
     expected = list(ChunkBucketBatchSampler(*data, batch_size=4))
-    loader = iter(DataLoader(np.arange(200), batch_sampler=sampler, num_workers=2, prefetch_factor=4, collate_fn=list))
+    loader = iter(
+        DataLoader(np.arange(200), batch_sampler=sampler, num_workers=2, prefetch_factor=4, collate_fn=list)
+    )
     trained = [[int(x) for x in next(loader)] for _ in range(5)]
     state = sampler.state_dict(5)
     assert trained == expected[:5] and sampler.state_dict()["samples"] > state["samples"]
@@ -307,7 +375,9 @@ def test_stateful_data_loader(workers):
 
     def loader():
         sampler = ChunkBucketBatchSampler(*data, batch_size=4)
-        return torchdata.StatefulDataLoader(np.arange(200), batch_sampler=sampler, num_workers=workers, collate_fn=list)
+        return torchdata.StatefulDataLoader(
+            np.arange(200), batch_sampler=sampler, num_workers=workers, collate_fn=list
+        )
 
     whole, interrupted, resumed = loader(), loader(), loader()
     expected = [[[int(x) for x in batch] for batch in whole] for _ in range(2)]

@@ -21,7 +21,8 @@ FLAGS = (
 
 @pytest.fixture
 def loop(monkeypatch):
-    """loop(folder, *flags) runs the example in this process and returns what it wrote; ``launcher`` starts it in others instead."""
+    """loop(folder, *flags) runs the example in this process and returns what it wrote; ``launcher`` starts it
+    in others instead."""
 
     def run(folder, *flags, launcher=None):
         arguments = [str(LOOP), "--output_dir", str(folder), *FLAGS, *flags]
@@ -29,8 +30,19 @@ def loop(monkeypatch):
             monkeypatch.setattr(sys, "argv", arguments)
             runpy.run_path(str(LOOP), run_name="__main__")
         else:
-            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-            subprocess.run([sys.executable, *launcher, *arguments], check=True, capture_output=True, env=environment, timeout=300)
+            environment = {
+                **os.environ,
+                "CUDA_VISIBLE_DEVICES": "",
+                "OMP_NUM_THREADS": "1",
+                "ACCELERATE_USE_CPU": "true",
+            }
+            subprocess.run(
+                [sys.executable, *launcher, *arguments],
+                check=True,
+                capture_output=True,
+                env=environment,
+                timeout=300,
+            )
         return json.loads((folder / "losses.json").read_text())
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -51,14 +63,21 @@ def test_the_validation_loss_changes_nothing_and_a_resumed_run_has_the_same(tmp_
     validating = ("--steps", "6", "--stable_loss_steps", "3")
     plain, validated = loop(tmp_path / "plain", "--steps", "6"), loop(tmp_path / "validated", *validating)
     assert validated["losses"] == plain["losses"] and plain["validation"] == {}
-    assert list(validated["validation"]) == ["3", "6"] and validated["validation"]["6"] < validated["validation"]["3"]
+    assert (
+        list(validated["validation"]) == ["3", "6"]
+        and validated["validation"]["6"] < validated["validation"]["3"]
+    )
     loop(tmp_path / "parts", "--steps", "4")
-    assert loop(tmp_path / "parts", *validating, "--resume")["validation"] == {"6": validated["validation"]["6"]}
+    assert loop(tmp_path / "parts", *validating, "--resume")["validation"] == {
+        "6": validated["validation"]["6"]
+    }
 
 
 def test_the_validation_loss_reaches_the_tracker(tmp_path, loop):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    written = loop(tmp_path / "run", "--steps", "2", "--stable_loss_steps", "1", "--log_with", "tensorboard")["validation"]
+    written = loop(tmp_path / "run", "--steps", "2", "--stable_loss_steps", "1", "--log_with", "tensorboard")[
+        "validation"
+    ]
     events = event_accumulator.EventAccumulator(str(tmp_path / "run" / "custom_loop")).Reload()
     logged = {str(event.step): event.value for event in events.Scalars("validation/loss")}
     assert logged == pytest.approx(written, rel=1e-6) and list(logged) == ["1", "2"]

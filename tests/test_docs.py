@@ -1,4 +1,5 @@
-"""The numbers in docs/ are the code's: every table below is computed and must stand in its page, line for line.
+"""The numbers in docs/ are the code's: every table below is computed and must stand in its page, line for
+line.
 
 ``python tests/test_docs.py`` prints them all.
 """
@@ -21,7 +22,13 @@ DOCS = ROOT / "docs"
 SDXL = NoiseSchedule.sdxl()
 ZTSNR = SDXL.zero_terminal_snr()
 PAGES = ("zero-terminal-snr", "min-snr", "huber", "input-perturbation", "timesteps")
-EVIDENCE = {"zero-terminal-snr": "leak", "min-snr": "min-snr", "huber": "huber", "input-perturbation": "perturbation", "timesteps": "leak"}
+EVIDENCE = {
+    "zero-terminal-snr": "leak",
+    "min-snr": "min-snr",
+    "huber": "huber",
+    "input-perturbation": "perturbation",
+    "timesteps": "leak",
+}
 
 
 def table(header, rows):
@@ -33,17 +40,29 @@ def sigmas():
     """Sigma along the timesteps under every method."""
     made = {
         "SDXL": SDXL,
-        **{f"300, {method}": SDXL.with_terminal_sigma(300, method) for method in ("beta_end", "rescale", "tail", "last")},
+        **{
+            f"300, {method}": SDXL.with_terminal_sigma(300, method)
+            for method in ("beta_end", "rescale", "tail", "last")
+        },
         "zero terminal SNR": ZTSNR,
     }
-    rows = [[f"sigma at t = {t}", *(f"{s.sigmas[t]:.4g}" for s in made.values())] for t in (0, 250, 499, 750, 900, 950, 998, 999)]
+    rows = [
+        [f"sigma at t = {t}", *(f"{s.sigmas[t]:.4g}" for s in made.values())]
+        for t in (0, 250, 499, 750, 900, 950, 998, 999)
+    ]
     rows.append(["image left at t = 999, %", *(f"{100 * s.residual_signal:.3g}" for s in made.values())])
-    rows.append(["timesteps above 14.6", *(int((s.sigmas > SDXL.terminal_sigma * (1 + 1e-9)).sum()) for s in made.values())])
+    rows.append(
+        [
+            "timesteps above 14.6",
+            *(int((s.sigmas > SDXL.terminal_sigma * (1 + 1e-9)).sum()) for s in made.values()),
+        ]
+    )
     return table(["", *made], rows)
 
 
 def leak_of(spread, sigma):
-    """(lost share of the mean, remaining share of the spread) of a Gaussian coordinate, sampled exactly from plain noise."""
+    """(lost share of the mean, remaining share of the spread) of a Gaussian coordinate, sampled exactly from
+    plain noise."""
     a = 1 / math.sqrt(1 + sigma**2)
     scale = math.sqrt(a * a * spread * spread + 1 - a * a)
     return spread * a / scale, 1 / scale
@@ -54,25 +73,35 @@ CANVASES = {512: 64, 1024: 128, 1536: 192}  # pixels -> latents
 
 def leak():
     """Loss of brightness and what is left of its spread, by canvas and terminal sigma."""
-    ends = {"14.6": SDXL.terminal_sigma, "29.2": 2 * SDXL.terminal_sigma, **{str(s): s for s in (100, 300, 4096, 20000)}, "inf": math.inf}
+    ends = {
+        "14.6": SDXL.terminal_sigma,
+        "29.2": 2 * SDXL.terminal_sigma,
+        **{str(s): s for s in (100, 300, 4096, 20000)},
+        "inf": math.inf,
+    }
     rows = []
     for pixels, n in CANVASES.items():
         cells = [leak_of(n / 2, sigma) if sigma < math.inf else (0.0, 1.0) for sigma in ends.values()]
-        rows.append([f"{pixels} x {pixels}", n // 2, *(f"{100 * lost:.1f} / {left:.2f}" for lost, left in cells)])
+        rows.append(
+            [f"{pixels} x {pixels}", n // 2, *(f"{100 * lost:.1f} / {left:.2f}" for lost, left in cells)]
+        )
     return table(["canvas", "s", *ends], rows)
 
 
 def needed():
     """The terminal sigma that loses no more than a given share."""
     rows = [
-        [f"{p} x {p}", *(f"{n / 2 * math.sqrt(1 / share**2 - 1):.0f}" for share in (0.5, 0.2, 0.05, 0.01))] for p, n in CANVASES.items()
+        [f"{p} x {p}", *(f"{n / 2 * math.sqrt(1 / share**2 - 1):.0f}" for share in (0.5, 0.2, 0.05, 0.01))]
+        for p, n in CANVASES.items()
     ]
     return table(["canvas", "50 %", "20 %", "5 %", "1 %"], rows)
 
 
 def min_snr():
     """v-prediction weights."""
-    stale = np.minimum(SDXL.snr, 5) / (SDXL.snr + 1)  # kohya under --zero_terminal_snr: the SNR of the old schedule
+    stale = np.minimum(SDXL.snr, 5) / (
+        SDXL.snr + 1
+    )  # kohya under --zero_terminal_snr: the SNR of the old schedule
     columns = {
         "SDXL": MinSNR(5).table(SDXL, "v_prediction"),
         "zero terminal SNR": MinSNR(5).table(ZTSNR, "v_prediction"),
@@ -80,8 +109,13 @@ def min_snr():
         "with the floor": MinSNR(5, floor=True).table(ZTSNR, "v_prediction"),
         "soft": SoftMinSNR(5).table(ZTSNR, "v_prediction"),
     }
-    rows = [[f"t = {t}", *(f"{w[t]:.3g}" for w in columns.values())] for t in (0, 100, 250, 500, 750, 900, 950, 990, 999)]
-    return table(["weight of v", *columns], [*rows, ["mean of all t", *(f"{w.mean():.3f}" for w in columns.values())]])
+    rows = [
+        [f"t = {t}", *(f"{w[t]:.3g}" for w in columns.values())]
+        for t in (0, 100, 250, 500, 750, 900, 950, 990, 999)
+    ]
+    return table(
+        ["weight of v", *columns], [*rows, ["mean of all t", *(f"{w.mean():.3f}" for w in columns.values())]]
+    )
 
 
 def deltas():
@@ -105,12 +139,17 @@ def gradients():
         return f"{x.grad:.3g}"
 
     losses = {"l2": l2, "huber": lambda x: huber(x, 0.1), "smooth_l1": lambda x: smooth_l1(x, 0.1)}
-    return table(["r", *losses], [[r, *(slope(loss, r) for loss in losses.values())] for r in (0.01, 0.1, 1.0, 10.0)])
+    return table(
+        ["r", *losses], [[r, *(slope(loss, r) for loss in losses.values())] for r in (0.01, 0.1, 1.0, 10.0)]
+    )
 
 
 def perturbed():
     """Standard deviation of the perturbed noise."""
-    rows = [[gamma, f"{math.sqrt(1 + gamma**2):.5f}", f"{math.sqrt(1 + gamma**2 / 3):.5f}"] for gamma in (0.05, 0.1, 0.2)]
+    rows = [
+        [gamma, f"{math.sqrt(1 + gamma**2):.5f}", f"{math.sqrt(1 + gamma**2 / 3):.5f}"]
+        for gamma in (0.05, 0.1, 0.2)
+    ]
     return table(["gamma", "fixed", "random"], rows)
 
 
@@ -120,7 +159,9 @@ def strata():
     for n in (4, 8, 16, 64, 2048):
         miss, spread = f"{100 * 0.9**n:.1f} % / {100 * max(0.0, 1 - n / 10):.1f} %", 1000 / math.sqrt(12 * n)
         rows.append([n, miss, f"{spread:.3g} / {spread / n:.3g}"])
-    return table(["samples in a step", "chance of none in the last tenth", "spread of their mean timestep"], rows)
+    return table(
+        ["samples in a step", "chance of none in the last tenth", "spread of their mean timestep"], rows
+    )
 
 
 def shares():
@@ -138,8 +179,28 @@ def shares():
             weights = sampler.weights(torch.tensor([0, first]))
             effective = 1 / float((1000 * sampler.probabilities) ** -1 @ np.full(1000, 1e-3))
             drawn = f"{100 * sampler.probabilities[first:].sum():.1f} %"
-            rows.append([name, f"{first} to 999", share, drawn, *(f"{float(w):.3f}" for w in weights.flip(0)), f"{effective:.2f}"])
-    return table(["schedule", "timesteps", "share asked", "drawn there", "weight there", "elsewhere", "effective samples"], rows)
+            rows.append(
+                [
+                    name,
+                    f"{first} to 999",
+                    share,
+                    drawn,
+                    *(f"{float(w):.3f}" for w in weights.flip(0)),
+                    f"{effective:.2f}",
+                ]
+            )
+    return table(
+        [
+            "schedule",
+            "timesteps",
+            "share asked",
+            "drawn there",
+            "weight there",
+            "elsewhere",
+            "effective samples",
+        ],
+        rows,
+    )
 
 
 TABLES = {
@@ -160,7 +221,9 @@ def test_the_closed_form_of_the_leak_is_the_one_that_the_schedulers_page_measure
     ideal = re.search(r"^\| \*ideal\* \|(.*)$", (DOCS / "schedulers.md").read_text(), re.M)[1].split("|")
     for cell, sigma in zip(ideal[:3], (SDXL.terminal_sigma, 100, 300), strict=True):
         lost, spreads = cell.split("/")
-        assert (float(lost), float(spreads.split(",")[1])) == pytest.approx((-100 * leak_of(64, sigma)[0], leak_of(64, sigma)[1]), abs=0.06)
+        assert (float(lost), float(spreads.split(",")[1])) == pytest.approx(
+            (-100 * leak_of(64, sigma)[0], leak_of(64, sigma)[1]), abs=0.06
+        )
 
 
 def said(page):
@@ -172,9 +235,14 @@ def test_the_numbers_in_the_sentences_are_the_codes():
     assert f"{SDXL.residual_signal:.4f}$: {100 * SDXL.residual_signal:.2f} % of the image" in ends
     assert f"--height 1024`: {SDXL.for_resolution(1024, 1024).terminal_sigma:.1f}." in ends
     assert f"the loss of 512 x 512, {100 * leak_of(32, SDXL.terminal_sigma)[0]:.0f} %," in ends
-    left = torch.from_numpy(SDXL.alphas_cumprod.copy()).to(torch.bfloat16)  # diffusers' add_noise on bfloat16 latents
+    left = torch.from_numpy(SDXL.alphas_cumprod.copy()).to(
+        torch.bfloat16
+    )  # diffusers' add_noise on bfloat16 latents
     multipliers = ((1 - left) ** 0.5).tolist()
-    values = f"the noise's multiplier takes {len(set(multipliers))} values in 1000 timesteps, and is 0 at {multipliers.count(0)}"
+    values = (
+        f"the noise's multiplier takes {len(set(multipliers))} values in 1000 timesteps, and is 0 at "
+        f"{multipliers.count(0)}"
+    )
     assert values in ends and values in said("recipes")
     means = [MinSNR(5, floor).table(ZTSNR, "v_prediction").mean() for floor in (False, True)]
     assert "mean weight rises from {:.3f} to {:.3f}".format(*means) in said("min-snr")
@@ -195,7 +263,10 @@ def test_kohyas_versions_and_scripts_are_those_of_the_adapters_data():
     page, readme = (DOCS / "kohya.md").read_text(), (ROOT / "README.md").read_text()
     for version in TESTED.values():
         assert version in readme.split("## With kohya-ss")[1].split("\n")[0] and version in page
-    rows = [f"| `{script}` | {', '.join(no_place)} |".replace("|  |", "| |") for script, no_place in SCRIPTS.items()]
+    rows = [
+        f"| `{script}` | {', '.join(no_place)} |".replace("|  |", "| |")
+        for script, no_place in SCRIPTS.items()
+    ]
     assert "\n".join(rows) in page and "sdxl_train_leco.py" in REFUSED
 
 
@@ -215,7 +286,9 @@ def test_measured_numbers_are_those_of_the_generated_pages(page):
         assert re.search(rf"(?<![\d.]){re.escape(' '.join(number.split()))}(?!\d)", measured), number
 
 
-@pytest.mark.parametrize("page", sorted(path.relative_to(ROOT).as_posix() for path in (*DOCS.glob("*.md"), *ROOT.glob("*.md"))))
+@pytest.mark.parametrize(
+    "page", sorted(path.relative_to(ROOT).as_posix() for path in (*DOCS.glob("*.md"), *ROOT.glob("*.md")))
+)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", (ROOT / page).read_text(encoding="utf-8")):
         if "://" in target:

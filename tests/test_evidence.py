@@ -16,7 +16,13 @@ import torch
 from sdxl_fixes import InputPerturbation, Objective
 from sdxl_fixes.demo import experiment as demo
 
-PAGES = {"leak": "leak", "min_snr": "min-snr", "huber": "huber", "perturbation": "perturbation", "generation": "generation"}
+PAGES = {
+    "leak": "leak",
+    "min_snr": "min-snr",
+    "huber": "huber",
+    "perturbation": "perturbation",
+    "generation": "generation",
+}
 PAGES["chunk_buckets"] = "chunk-buckets"
 
 
@@ -24,7 +30,9 @@ PAGES["chunk_buckets"] = "chunk-buckets"
 def test_pages_are_generated_from_the_recorded_results(module):
     experiment, name = importlib.import_module(module), PAGES[module]
     assert list(lab.finished(name, experiment.KEYS)) == experiment.KEYS
-    assert (lab.DOCS / f"{name}.md").read_text(encoding="utf-8") == lab.text(name, experiment.KEYS, experiment.page)
+    assert (lab.DOCS / f"{name}.md").read_text(encoding="utf-8") == lab.text(
+        name, experiment.KEYS, experiment.page
+    )
 
 
 def test_a_variant_without_all_seeds_is_left_out(monkeypatch, tmp_path):
@@ -48,11 +56,15 @@ def test_the_interval_is_student_s():
     """Five values: t(0.975, 4) is 2.776445 (any table)."""
     mean, half = lab.interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert mean == 3 and half == pytest.approx(2.776445 * math.sqrt(2.5) / math.sqrt(5), rel=1e-6)
-    assert lab.change([1.0, 2.0, 3.0, 4.0, 5.0], 1) == "**+3.0 ± 2.0**" and lab.change([-1.0, 2.0, -3.0], 1) == "-0.7 ± 6.3"
+    assert (
+        lab.change([1.0, 2.0, 3.0, 4.0, 5.0], 1) == "**+3.0 ± 2.0**"
+        and lab.change([-1.0, 2.0, -3.0], 1) == "-0.7 ± 6.3"
+    )
 
 
 def test_the_distance_is_the_energy_distance():
-    """In one dimension scipy computes it another way, from distribution functions, and with the bias of counting a pair of the same."""
+    """In one dimension scipy computes it another way, from distribution functions, and with the bias of
+    counting a pair of the same."""
     from scipy.stats import energy_distance
 
     rng = np.random.default_rng(0)
@@ -77,27 +89,40 @@ def test_photographs_have_the_brightness_that_was_drawn(photos):
     means = demo.unfold(drawn).mean((1, 2, 3))
     for number, brightness in enumerate(lab.ASKED):
         under = means[caption == number]
-        assert under.mean() == pytest.approx(brightness, abs=0.04) and under.std() == pytest.approx(lab.SPREAD, abs=0.03)
+        assert under.mean() == pytest.approx(brightness, abs=0.04) and under.std() == pytest.approx(
+            lab.SPREAD, abs=0.03
+        )
 
 
 def test_brightness_of_what_is_right_is_right():
     generator = torch.Generator().manual_seed(0)
     means = torch.tensor(lab.ASKED)[:, None] + lab.SPREAD * torch.randn(3, 4000, generator=generator)
     found = lab.brightness(means[..., None, None] + torch.tensor([-0.5, 0.5]).reshape(1, 1, 1, 2))
-    assert found["kept"] == pytest.approx(1, abs=0.02) and found["spread"] == pytest.approx(1, abs=0.03) and found["miss"] < 0.02
+    assert (
+        found["kept"] == pytest.approx(1, abs=0.02)
+        and found["spread"] == pytest.approx(1, abs=0.03)
+        and found["miss"] < 0.02
+    )
     assert found["contrast"] == pytest.approx(0.5 * math.sqrt(2), abs=1e-6)  # the estimate from two pixels
 
 
 @pytest.mark.parametrize("name", leak.SCHEDULES)
 def test_the_closed_form_is_the_page_s_and_the_exact_sampler_s(name):
-    """Of docs/zero-terminal-snr.md, in sigma; and of a perfect network sampled in many steps, at the scale that gaussian.py knows."""
+    """Of docs/zero-terminal-snr.md, in sigma; and of a perfect network sampled in many steps, at the scale
+    that gaussian.py knows."""
     schedule = leak.SCHEDULES[name]
     kept, width = leak.ideal(schedule)
     s, end = 64 * 0.3, schedule.terminal_sigma
-    expected = (1.0, 1.0) if math.isinf(end) else (1 - s / math.hypot(s, end), math.sqrt((1 + end**2) / (s**2 + end**2)))
+    expected = (
+        (1.0, 1.0)
+        if math.isinf(end)
+        else (1 - s / math.hypot(s, end), math.sqrt((1 + end**2) / (s**2 + end**2)))
+    )
     assert (kept, width) == pytest.approx(expected, rel=1e-9)
     if name not in ("300 last", "20000 beta_end"):
-        mean, spread = gaussian.sampled(schedule.scheduler("dpmpp_2m", "v_prediction"), schedule, "v_prediction", 500)
+        mean, spread = gaussian.sampled(
+            schedule.scheduler("dpmpp_2m", "v_prediction"), schedule, "v_prediction", 500
+        )
         ideal_mean, ideal_spread = gaussian.ideal(schedule)
         assert float(mean[2] - ideal_mean[2]) / gaussian.MEAN_OVER_SCALE == pytest.approx(0, abs=5e-3)
         assert float(spread[2]) == pytest.approx(float(ideal_spread[2]), abs=5e-3)
@@ -153,7 +178,9 @@ def test_outliers_and_agreement():
     changed = (data.images != data.clean).flatten(1).any(1)
     assert int(changed.sum()) == 360 and digits.outlier_share(data.images[changed], data) == 1
     assert digits.outlier_share(data.held_out, data) == 0
-    assert digits.detail(data.held_out, data) == 1 and digits.detail(0.5 * data.held_out, data) == pytest.approx(0.25)
+    assert digits.detail(data.held_out, data) == 1 and digits.detail(
+        0.5 * data.held_out, data
+    ) == pytest.approx(0.25)
     assert digits.agrees(data.held_out, data, data.held_out_classes).double().mean() > 0.95
 
 
@@ -191,5 +218,7 @@ def test_batches_of_chunk_buckets_are_of_one_length_and_leave_no_prompt_out():
         epoch.append(list(next(batches)))
         seen += epoch[-1]
     assert sorted(seen) == list(range(400))
-    assert sum(len(set(prompts.chunks[batch])) > 1 for batch in epoch) <= 2  # what fills no batch moves up: once to 2 chunks, once to 3
+    assert (
+        sum(len(set(prompts.chunks[batch])) > 1 for batch in epoch) <= 2
+    )  # what fills no batch moves up: once to 2 chunks, once to 3
     assert list(next(batches)) not in epoch

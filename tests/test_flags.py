@@ -5,7 +5,16 @@ import math
 
 import pytest
 
-from sdxl_fixes import Debiased, InputPerturbation, Loss, MinSNR, NoiseSchedule, OffsetNoise, ScheduledHuber, SoftMinSNR
+from sdxl_fixes import (
+    Debiased,
+    InputPerturbation,
+    Loss,
+    MinSNR,
+    NoiseSchedule,
+    OffsetNoise,
+    ScheduledHuber,
+    SoftMinSNR,
+)
 from sdxl_fixes.flags import FLAGS, FlagError, Settings, add_flags
 
 
@@ -29,7 +38,11 @@ def test_no_flag_is_stock_sdxl():
         (["--terminal_sigma", "inf"], math.inf, True),
         (["--terminal_sigma", "300"], 300, True),
         (["--terminal_sigma", "300", "--terminal_sigma_method", "last"], 300, False),
-        (["--terminal_sigma", "inf", "--terminal_sigma_method", "tail", "--terminal_sigma_start", "900"], math.inf, False),
+        (
+            ["--terminal_sigma", "inf", "--terminal_sigma_method", "tail", "--terminal_sigma_start", "900"],
+            math.inf,
+            False,
+        ),
     ],
 )
 def test_schedule_flags(words, terminal, middle_moves):
@@ -39,8 +52,19 @@ def test_schedule_flags(words, terminal, middle_moves):
 
 
 def test_the_other_flags_reach_the_core():
-    huber = ["--loss_type", "smooth_l1", "--huber_schedule", "exponential", "--huber_c", "0.2", "--huber_scale", "3"]
-    settings = parse(*huber, "--huber_l2_gradient", "batch", "--ip_noise_gamma", "0.1", "--ip_noise_gamma_random_strength")
+    huber = [
+        "--loss_type",
+        "smooth_l1",
+        "--huber_schedule",
+        "exponential",
+        "--huber_c",
+        "0.2",
+        "--huber_scale",
+        "3",
+    ]
+    settings = parse(
+        *huber, "--huber_l2_gradient", "batch", "--ip_noise_gamma", "0.1", "--ip_noise_gamma_random_strength"
+    )
     assert settings.loss() == ScheduledHuber("smooth_l1", "exponential", 0.2, 3.0, "batch")
     assert settings.perturbation() == InputPerturbation(0.1, random=True)
     assert parse("--noise_offset", "0.05").offset() == OffsetNoise(0.05)
@@ -58,7 +82,10 @@ def test_the_other_flags_reach_the_core():
         (["--terminal_sigma", "300", "--zero_terminal_snr"], "give one of them"),
         (["--terminal_sigma_method", "tail"], "--terminal_sigma_method needs --terminal_sigma"),
         (["--terminal_sigma", "99", "--terminal_sigma_start", "900"], "start belongs to method 'tail'"),
-        (["--terminal_sigma", "inf", "--terminal_sigma_method", "beta_end"], "no beta_end gives an infinite terminal sigma"),
+        (
+            ["--terminal_sigma", "inf", "--terminal_sigma_method", "beta_end"],
+            "no beta_end gives an infinite terminal sigma",
+        ),
         (["--huber_l2_gradient", "batch"], "--huber_l2_gradient belongs to --loss_type huber or smooth_l1"),
         (["--min_snr_floor"], "--min_snr_floor needs --min_snr_gamma"),
         (["--min_snr_gamma", "-1"], "min_snr_gamma must be a positive number"),
@@ -75,7 +102,9 @@ def test_what_makes_no_sense_is_one_sentence(words, sentence):
 
 
 def test_two_weightings_are_refused():
-    with pytest.raises(FlagError, match="--min_snr_gamma and --debiased_estimation_loss are different weightings"):
+    with pytest.raises(
+        FlagError, match="--min_snr_gamma and --debiased_estimation_loss are different weightings"
+    ):
         parse("--min_snr_gamma", "5", "--debiased_estimation_loss").weighting()
 
 

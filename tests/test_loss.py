@@ -34,14 +34,18 @@ def call(kind, residual, delta=None, mask=None, **options):
 
 
 def residuals(shape=(4, 3, 5, 5), seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * torch.tensor([0.01, 0.1, 1.0, 10.0]).reshape(-1, 1, 1, 1)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * torch.tensor(
+        [0.01, 0.1, 1.0, 10.0]
+    ).reshape(-1, 1, 1, 1)
 
 
 @pytest.mark.parametrize("kind", ["l2", "l1", "huber", "smooth_l1"])
 def test_values_are_the_textbook_forms(kind):
     delta = torch.tensor([0.1, 1.0, 0.3, 0.05])
     got, r = call(kind, residuals(), delta)
-    torch.testing.assert_close(got.double(), naive(kind, r, delta.double().reshape(-1, 1, 1, 1)), rtol=2e-6, atol=2e-8)
+    torch.testing.assert_close(
+        got.double(), naive(kind, r, delta.double().reshape(-1, 1, 1, 1)), rtol=2e-6, atol=2e-8
+    )
     assert got.dtype == torch.float32 and got.shape == (4, 3, 5, 5)
 
 
@@ -62,7 +66,9 @@ def test_gradients_are_the_published_table(kind, slopes):
 
 
 @pytest.mark.parametrize("kind", HUBER_KINDS)
-@pytest.mark.parametrize(("r", "c"), [(1e-5, 1.0), (1e-4, 1.0), (3e-6, 0.1), (1e-7, 0.013), (0.5, 0.1), (300.0, 0.1)])
+@pytest.mark.parametrize(
+    ("r", "c"), [(1e-5, 1.0), (1e-4, 1.0), (3e-6, 0.1), (1e-7, 0.013), (0.5, 0.1), (300.0, 0.1)]
+)
 def test_float32_keeps_the_digits_that_the_textbook_form_cancels(kind, r, c):
     prediction = torch.tensor([[r]], dtype=torch.float32, requires_grad=True)
     delta = torch.tensor([c], dtype=torch.float32)
@@ -83,7 +89,9 @@ def test_the_textbook_form_would_have_failed_that():
 def test_a_perfect_prediction_has_loss_and_gradient_zero(kind):
     prediction = torch.ones(2, 3, requires_grad=True)
     for gradient in (None, "sample", "batch"):
-        loss = ScheduledHuber(kind, l2_gradient=gradient)(prediction, torch.ones(2, 3), torch.tensor([0.1, 1.0])).sum()
+        loss = ScheduledHuber(kind, l2_gradient=gradient)(
+            prediction, torch.ones(2, 3), torch.tensor([0.1, 1.0])
+        ).sum()
         loss.backward()
         assert loss.item() == 0 and (prediction.grad == 0).all()
 
@@ -92,7 +100,9 @@ def test_a_perfect_prediction_has_loss_and_gradient_zero(kind):
 def test_gradcheck_in_float64(function):
     r = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     delta = torch.tensor([[0.1], [1.0]], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(function, (r, delta)) and torch.autograd.gradgradcheck(function, (r, delta))
+    assert torch.autograd.gradcheck(function, (r, delta)) and torch.autograd.gradgradcheck(
+        function, (r, delta)
+    )
 
 
 def test_elementwise_functions_keep_float64():
@@ -198,13 +208,22 @@ def test_l2_gradient_gives_the_gradient_norm_of_l2(kind, masked):
     shape = gradient(ScheduledHuber(kind), prediction, target, delta, mask)
     per_sample = gradient(ScheduledHuber(kind, l2_gradient="sample"), prediction, target, delta, mask)
     whole = gradient(ScheduledHuber(kind, l2_gradient="batch"), prediction, target, delta, mask)
-    torch.testing.assert_close(per_sample.flatten(1).norm(dim=1), wanted.flatten(1).norm(dim=1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        per_sample.flatten(1).norm(dim=1), wanted.flatten(1).norm(dim=1), rtol=1e-5, atol=0
+    )
     torch.testing.assert_close(whole.norm(), wanted.norm(), rtol=1e-5, atol=0)
     assert not torch.allclose(whole.flatten(1).norm(dim=1), wanted.flatten(1).norm(dim=1), rtol=0.05)
     # the direction stays Huber's: of each sample, and of the batch
     cosine = torch.nn.functional.cosine_similarity
-    torch.testing.assert_close(cosine(per_sample.flatten(1), shape.flatten(1)), torch.ones(4, dtype=torch.float64), rtol=1e-6, atol=0)
-    torch.testing.assert_close(cosine(whole.flatten(), shape.flatten(), dim=0), torch.tensor(1.0, dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        cosine(per_sample.flatten(1), shape.flatten(1)), torch.ones(4, dtype=torch.float64), rtol=1e-6, atol=0
+    )
+    torch.testing.assert_close(
+        cosine(whole.flatten(), shape.flatten(), dim=0),
+        torch.tensor(1.0, dtype=torch.float64),
+        rtol=1e-6,
+        atol=0,
+    )
 
 
 def test_l2_gradient_with_one_perfect_sample_is_finite():
@@ -228,7 +247,10 @@ def test_l2_gradient_with_one_perfect_sample_is_finite():
         (lambda: ScheduledHuber(c=float("nan")), "huber_c must be a positive number, got nan"),
         (lambda: ScheduledHuber(scale=-1), "huber_scale must be a positive number, got -1"),
         (lambda: ScheduledHuber(scale=float("inf")), "huber_scale must be a positive number"),
-        (lambda: ScheduledHuber(l2_gradient="pixel"), "unknown l2_gradient 'pixel': expected sample, batch or None"),
+        (
+            lambda: ScheduledHuber(l2_gradient="pixel"),
+            "unknown l2_gradient 'pixel': expected sample, batch or None",
+        ),
     ],
 )
 def test_nonsense_is_refused_in_a_sentence(make, message):

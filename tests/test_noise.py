@@ -19,7 +19,9 @@ def noise(shape=(64, 4, 32, 32), dtype=torch.float32):
 def test_perturbation_adds_white_noise_of_strength_gamma():
     clean = noise()
     added = InputPerturbation(0.3)(clean, seeded()) - clean
-    assert added.std().item() == pytest.approx(0.3, rel=0.01) and added.mean().item() == pytest.approx(0, abs=0.003)
+    assert added.std().item() == pytest.approx(0.3, rel=0.01) and added.mean().item() == pytest.approx(
+        0, abs=0.003
+    )
     per_sample = added.flatten(1).std(1)
     assert per_sample.min() > 0.28 and per_sample.max() < 0.32
     assert abs((added * clean).mean().item()) < 0.003  # independent of what it is added to
@@ -46,7 +48,9 @@ def test_random_perturbation_draws_a_uniform_strength_for_every_sample():
 def test_random_strengths_do_not_depend_on_place_in_the_batch():
     clean = noise((2000, 1, 16, 16))
     strengths = (InputPerturbation(1.0, random=True)(clean, seeded()) - clean).flatten(1).std(1)
-    assert strengths[::2].mean().item() == pytest.approx(0.5, abs=0.03) and strengths[1::2].mean().item() == pytest.approx(0.5, abs=0.03)
+    assert strengths[::2].mean().item() == pytest.approx(0.5, abs=0.03) and strengths[
+        1::2
+    ].mean().item() == pytest.approx(0.5, abs=0.03)
     assert abs(torch.corrcoef(torch.stack([strengths[1:], strengths[:-1]]))[0, 1].item()) < 0.08
 
 
@@ -73,7 +77,12 @@ def test_input_is_left_alone_and_the_generator_decides(make, random):
     clean = noise((3, 4, 8, 8))
     before, change = clean.clone(), make(0.1, random)
     a, b, c = change(clean, seeded(1)), change(clean, seeded(1)), change(clean, seeded(2))
-    assert torch.equal(clean, before) and torch.equal(a, b) and not torch.equal(a, c) and not torch.equal(a, clean)
+    assert (
+        torch.equal(clean, before)
+        and torch.equal(a, b)
+        and not torch.equal(a, c)
+        and not torch.equal(a, clean)
+    )
     torch.manual_seed(5)
     d = change(clean)
     torch.manual_seed(5)

@@ -1,4 +1,5 @@
-"""Objective: one training step against closed forms in float64, in every dtype, compiled, and without host syncs."""
+"""Objective: one training step against closed forms in float64, in every dtype, compiled, and without host
+syncs."""
 
 import math
 import subprocess
@@ -49,7 +50,12 @@ def levels(schedule, index):
 
 
 def closed_target(kind, x0, noise, alpha, sigma):
-    return {"epsilon": noise, "sample": x0, "v_prediction": alpha * noise - sigma * x0, "flow_prediction": noise - x0}[kind]
+    return {
+        "epsilon": noise,
+        "sample": x0,
+        "v_prediction": alpha * noise - sigma * x0,
+        "flow_prediction": noise - x0,
+    }[kind]
 
 
 # ---------------------------------------------------------------- draw
@@ -65,7 +71,12 @@ def test_noisy_and_target_are_the_closed_form(kind, schedule):
     share = sigma / (alpha + sigma)
     noisy = (1 - share) * x0 + share * noise if kind == "flow_prediction" else alpha * x0 + sigma * noise
     torch.testing.assert_close(step.noisy.double(), noisy, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(step.target.double(), closed_target(kind, x0.double(), noise.double(), alpha, sigma), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        step.target.double(),
+        closed_target(kind, x0.double(), noise.double(), alpha, sigma),
+        rtol=1e-5,
+        atol=1e-6,
+    )
     assert torch.equal(step.noise, noise) and torch.equal(step.index, INDEX) and step.importance is None
 
 
@@ -73,7 +84,10 @@ def test_noisy_and_target_are_the_closed_form(kind, schedule):
 def test_the_last_timestep_of_zero_terminal_snr_is_the_noise_itself(kind):
     step = Objective(ZTSNR, kind).draw(latents(), generator=seeded(), index=torch.full((5,), 999))
     assert torch.equal(step.noisy, step.noise)
-    assert torch.equal(step.target, {"v_prediction": -latents(), "sample": latents(), "flow_prediction": step.noise - latents()}[kind])
+    assert torch.equal(
+        step.target,
+        {"v_prediction": -latents(), "sample": latents(), "flow_prediction": step.noise - latents()}[kind],
+    )
 
 
 def test_timesteps_are_the_index_or_T_times_s_for_flow():
@@ -81,9 +95,13 @@ def test_timesteps_are_the_index_or_T_times_s_for_flow():
     assert torch.equal(step.timesteps, INDEX) and step.timesteps.dtype == torch.int64
     step = Objective(ZTSNR, "flow_prediction").draw(latents(), index=INDEX)
     alpha, sigma = levels(ZTSNR, INDEX)
-    torch.testing.assert_close(step.timesteps.double(), (1000 * sigma / (alpha + sigma)).flatten(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        step.timesteps.double(), (1000 * sigma / (alpha + sigma)).flatten(), rtol=1e-6, atol=0
+    )
     assert step.timesteps[-1] == 1000 and step.timesteps.dtype == torch.float32
-    step = Objective(NoiseSchedule.flow(num_timesteps=50), "flow_prediction").draw(latents(), index=torch.tensor([0, 9, 24, 48, 49]))
+    step = Objective(NoiseSchedule.flow(num_timesteps=50), "flow_prediction").draw(
+        latents(), index=torch.tensor([0, 9, 24, 48, 49])
+    )
     torch.testing.assert_close(step.timesteps, torch.tensor([1.0, 10.0, 25.0, 49.0, 50.0]), rtol=1e-5, atol=0)
 
 
@@ -108,16 +126,22 @@ def test_validation_switches_the_perturbation_off():
 
 
 def test_offset_noise_is_in_the_target_too():
-    step = Objective(SDXL, "epsilon", offset=OffsetNoise(0.5)).draw(latents(), generator=seeded(), index=INDEX)
+    step = Objective(SDXL, "epsilon", offset=OffsetNoise(0.5)).draw(
+        latents(), generator=seeded(), index=INDEX
+    )
     alpha, sigma = levels(SDXL, INDEX)
     assert torch.equal(step.target, step.noise)
-    torch.testing.assert_close(step.noisy.double(), alpha * latents() + sigma * step.target, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        step.noisy.double(), alpha * latents() + sigma * step.target, rtol=1e-5, atol=1e-6
+    )
     offset = step.noise - torch.randn(step.noise.shape, generator=seeded())
     assert offset.flatten(2).std(2).max() < 1e-6 and offset[:, :, 0, 0].abs().min() > 0
 
 
 def test_random_numbers_come_in_kohyas_order():
-    step = Objective(SDXL, perturbation=InputPerturbation(0.1), offset=OffsetNoise(0.2)).draw(latents(), generator=seeded(9))
+    step = Objective(SDXL, perturbation=InputPerturbation(0.1), offset=OffsetNoise(0.2)).draw(
+        latents(), generator=seeded(9)
+    )
     g = seeded(9)
     noise = torch.randn(5, 4, 8, 8, generator=g) + 0.2 * torch.randn(5, 4, 1, 1, generator=g)
     index = torch.randint(0, 1000, (5,), generator=g)
@@ -131,7 +155,11 @@ def test_random_numbers_come_in_kohyas_order():
 def test_a_seed_decides_everything():
     objective = Objective(SDXL, "v_prediction", perturbation=InputPerturbation(0.1, random=True))
     a, b, c = (objective.draw(latents(), generator=seeded(seed)) for seed in (1, 1, 2))
-    assert torch.equal(a.noisy, b.noisy) and torch.equal(a.timesteps, b.timesteps) and not torch.equal(a.noisy, c.noisy)
+    assert (
+        torch.equal(a.noisy, b.noisy)
+        and torch.equal(a.timesteps, b.timesteps)
+        and not torch.equal(a.noisy, c.noisy)
+    )
 
 
 # ---------------------------------------------------------------- dtype and shape
@@ -140,21 +168,26 @@ def test_a_seed_decides_everything():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", TYPES)
 def test_half_precision_latents_keep_their_dtype_and_lose_no_noise_level(kind, dtype):
-    """In bf16 arithmetic alpha(0) would be 1 and sigma(0) 0.029 of itself lost; in fp16 sigma 20000 would be infinite."""
+    """In bf16 arithmetic alpha(0) would be 1 and sigma(0) 0.029 of itself lost; in fp16 sigma 20000 would be
+    infinite."""
     x0 = latents(dtype=dtype)
-    step = Objective(HIGH, kind, loss=ScheduledHuber(), weighting=None if kind == "epsilon" else MinSNR(5)).draw(
-        x0, generator=seeded(), index=INDEX
-    )
+    step = Objective(
+        HIGH, kind, loss=ScheduledHuber(), weighting=None if kind == "epsilon" else MinSNR(5)
+    ).draw(x0, generator=seeded(), index=INDEX)
     noise = torch.randn(x0.shape, generator=seeded()).double()
     alpha, sigma = levels(HIGH, INDEX)
     assert step.noisy.dtype == dtype and step.target.dtype == step.noise.dtype == torch.float32
-    torch.testing.assert_close(step.target.double(), closed_target(kind, x0.double(), noise, alpha, sigma), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        step.target.double(), closed_target(kind, x0.double(), noise, alpha, sigma), rtol=1e-5, atol=1e-6
+    )
     if kind == "flow_prediction":
         alpha, sigma = alpha / (alpha + sigma), sigma / (alpha + sigma)
     exact = alpha * x0.double() + sigma * noise
     assert (step.noisy == exact.to(dtype)).double().mean() > 0.99  # rounded once, at the end
     torch.testing.assert_close(step.noisy.double(), exact, rtol=2**-7, atol=1e-6)
-    assert torch.isfinite(step.noisy).all() and torch.isfinite(Objective(HIGH, kind).loss(step.target.to(dtype), step))
+    assert torch.isfinite(step.noisy).all() and torch.isfinite(
+        Objective(HIGH, kind).loss(step.target.to(dtype), step)
+    )
 
 
 def test_float64_latents_stay_float64():
@@ -183,8 +216,14 @@ def test_any_shape_with_a_batch(kind, shape):
 
 
 @pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("loss", [Loss("l2"), Loss("l1"), ScheduledHuber(), ScheduledHuber("smooth_l1", l2_gradient="sample")], ids=str)
-@pytest.mark.parametrize("weighting", [None, MinSNR(5), MinSNR(5, floor=True), SoftMinSNR(5), Debiased()], ids=str)
+@pytest.mark.parametrize(
+    "loss",
+    [Loss("l2"), Loss("l1"), ScheduledHuber(), ScheduledHuber("smooth_l1", l2_gradient="sample")],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "weighting", [None, MinSNR(5), MinSNR(5, floor=True), SoftMinSNR(5), Debiased()], ids=str
+)
 @pytest.mark.filterwarnings("ignore:epsilon prediction with zero")
 def test_a_perfect_prediction_costs_nothing_and_an_imperfect_one_is_finite(kind, loss, weighting):
     objective = Objective(ZTSNR, kind, loss=loss, weighting=weighting)
@@ -196,8 +235,11 @@ def test_a_perfect_prediction_costs_nothing_and_an_imperfect_one_is_finite(kind,
 
 
 def test_the_whole_step_is_the_closed_form():
-    """min(SNR, 5)/(SNR + 1) times the mean of 2 d (sqrt(r^2 + d^2) - d), d = 0.9/(1 + sigma/alpha)^2 + 0.1, in float64."""
-    objective = Objective(SDXL, "v_prediction", loss=ScheduledHuber(schedule="snr", c=0.1), weighting=MinSNR(5))
+    """min(SNR, 5)/(SNR + 1) times the mean of 2 d (sqrt(r^2 + d^2) - d), d = 0.9/(1 + sigma/alpha)^2 + 0.1,
+    in float64."""
+    objective = Objective(
+        SDXL, "v_prediction", loss=ScheduledHuber(schedule="snr", c=0.1), weighting=MinSNR(5)
+    )
     step = objective.draw(latents(), generator=seeded(), index=INDEX)
     prediction = prediction_like(step, requires_grad=True)
     alpha, sigma = levels(SDXL, INDEX)
@@ -207,7 +249,9 @@ def test_the_whole_step_is_the_closed_form():
     delta = 0.9 / (1 + sigma / alpha) ** 2 + 0.1
     snr = (alpha / sigma).square().flatten()
     each = snr.clamp(max=5) / (snr + 1) * (2 * delta * ((r**2 + delta**2).sqrt() - delta)).mean((1, 2, 3))
-    torch.testing.assert_close(objective.loss(prediction, step, reduction="none").double(), each, rtol=2e-5, atol=0)
+    torch.testing.assert_close(
+        objective.loss(prediction, step, reduction="none").double(), each, rtol=2e-5, atol=0
+    )
     loss = objective.loss(prediction, step)
     torch.testing.assert_close(loss.double(), each.mean(), rtol=2e-5, atol=0)
     loss.backward(), each.mean().backward()
@@ -260,14 +304,22 @@ def test_l2_gradient_of_the_sample_holds_for_the_weighted_loss():
 # ---------------------------------------------------------------- warnings and refusals
 
 
-@pytest.mark.parametrize("make", [lambda: Objective(ZTSNR), lambda: Objective(SDXL.with_terminal_sigma(math.inf, "last"), "epsilon")])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Objective(ZTSNR), lambda: Objective(SDXL.with_terminal_sigma(math.inf, "last"), "epsilon")],
+)
 def test_epsilon_with_zero_terminal_snr_warns(make):
-    with pytest.warns(UserWarning, match="epsilon prediction with zero terminal SNR: .* Use v_prediction") as caught:
+    with pytest.warns(
+        UserWarning, match="epsilon prediction with zero terminal SNR: .* Use v_prediction"
+    ) as caught:
         make()
     assert caught[0].filename == __file__  # it points at the caller
 
 
-@pytest.mark.parametrize(("schedule", "kind"), [(ZTSNR, "v_prediction"), (HIGH, "epsilon"), (SDXL, "epsilon"), (ZTSNR, "flow_prediction")])
+@pytest.mark.parametrize(
+    ("schedule", "kind"),
+    [(ZTSNR, "v_prediction"), (HIGH, "epsilon"), (SDXL, "epsilon"), (ZTSNR, "flow_prediction")],
+)
 def test_nothing_else_warns(schedule, kind):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -279,7 +331,9 @@ def test_latents_that_are_not_finite_are_refused_in_a_sentence(value):
     objective, x0 = Objective(SDXL), latents()
     objective.draw(x0)
     x0[1, 2, 3, 4:7] = value
-    with pytest.raises(ValueError, match=r"3 of 1280 latent values are not finite: re-encode .* VAE in float32"):
+    with pytest.raises(
+        ValueError, match=r"3 of 1280 latent values are not finite: re-encode .* VAE in float32"
+    ):
         objective.draw(x0)
 
 
@@ -296,7 +350,10 @@ def test_an_accelerator_is_asked_about_finite_latents_once():
     ("call", "message"),
     [
         (lambda o, s: o.loss(s.target, s, reduction="sum"), "unknown reduction 'sum': expected mean or none"),
-        (lambda o, s: o.loss(s.target[:1], s), r"prediction has shape \(1, 4, 8, 8\), the target \(5, 4, 8, 8\)"),
+        (
+            lambda o, s: o.loss(s.target[:1], s),
+            r"prediction has shape \(1, 4, 8, 8\), the target \(5, 4, 8, 8\)",
+        ),
         (lambda o, s: Objective(SDXL, "velocity"), "unknown prediction_type 'velocity'"),
     ],
 )
@@ -319,7 +376,9 @@ FULL = {
 @pytest.mark.parametrize("kind", ["v_prediction", "flow_prediction"])
 @pytest.mark.parametrize("terminal_share", [0.0, 0.3])
 def test_compiling_a_whole_step_changes_nothing(kind, terminal_share):
-    objective = Objective(ZTSNR, kind, **FULL, timesteps=TimestepSampler(ZTSNR, terminal_share=terminal_share))
+    objective = Objective(
+        ZTSNR, kind, **FULL, timesteps=TimestepSampler(ZTSNR, terminal_share=terminal_share)
+    )
 
     def run(x0, prediction):
         step = objective.draw(x0)
@@ -336,18 +395,29 @@ def test_compiling_a_whole_step_changes_nothing(kind, terminal_share):
 
 
 class NoSync(TorchDispatchMode):
-    """Raises where an accelerator would have to wait: a value read by the host, or a shape that depends on values."""
+    """Raises where an accelerator would have to wait: a value read by the host, or a shape that depends on
+    values."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if any(
-            name in str(function) for name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal.default", "unique")
+            name in str(function)
+            for name in (
+                "_local_scalar_dense",
+                "nonzero",
+                "masked_select",
+                "is_nonzero",
+                "equal.default",
+                "unique",
+            )
         ):
             raise AssertionError(f"{function} makes the host wait")
         return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("sampler", [{}, {"terminal_share": 0.3, "terminal_start": 900}, {"stratified": True}], ids=str)
+@pytest.mark.parametrize(
+    "sampler", [{}, {"terminal_share": 0.3, "terminal_start": 900}, {"stratified": True}], ids=str
+)
 def test_a_step_never_makes_the_host_wait(kind, sampler, monkeypatch):
     objective = Objective(SDXL, kind, **FULL, timesteps=TimestepSampler(SDXL, **sampler))
     monkeypatch.setattr(objective, "_check", lambda latents: None)  # free on a CPU, once on an accelerator
@@ -362,14 +432,19 @@ def test_a_step_never_makes_the_host_wait(kind, sampler, monkeypatch):
 def test_import_is_light():
     """Neither diffusers nor transformers, and little time beyond torch's own."""
     code = (
-        "import sys, torch, numpy, time; start = time.perf_counter(); import sdxl_fixes; cost = time.perf_counter() - start; "
-        "print(cost, *(name for name in ('diffusers', 'transformers', 'accelerate', 'matplotlib') if name in sys.modules))"
+        "import sys, torch, numpy, time; start = time.perf_counter(); import sdxl_fixes; cost = "
+        "time.perf_counter() - start; "
+        "print(cost, *(name for name in ('diffusers', 'transformers', 'accelerate', 'matplotlib') if name "
+        "in sys.modules))"
     )
-    cost, *heavy = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    cost, *heavy = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert heavy == [] and float(cost) < 2
 
 
-# ---------------------------------------------------------------- known defects of the subject, not of the test
+# ---------------------------------------------------------------- known defects of the subject, not of the
+# test
 
 
 def test_a_sampler_made_for_another_schedule_is_refused():

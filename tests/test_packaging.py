@@ -1,4 +1,5 @@
-"""Wheel, sdist and editable installs hold every package, where design says: integrations/kohya is sdxl_fixes.kohya."""
+"""Wheel, sdist and editable installs hold every package, where design says: integrations/kohya is
+sdxl_fixes.kohya."""
 
 import os
 import zipfile
@@ -11,7 +12,8 @@ PROBE = f"""
 import sys
 sys.path.append({LIBRARIES!r})  # appended, so that no .pth file there is run
 import sdxl_fixes, sdxl_fixes.kohya, sdxl_fixes.diffusers, sdxl_fixes.kohya.patches, importlib.metadata as m
-print(sdxl_fixes.__file__, sdxl_fixes.kohya.__file__, sdxl_fixes.diffusers.__file__, m.version("sdxl-fixes"), sep="\\n")
+files = [module.__file__ for module in (sdxl_fixes, sdxl_fixes.kohya, sdxl_fixes.diffusers)]
+print(*files, m.version("sdxl-fixes"), sep="\\n")
 """
 
 
@@ -51,5 +53,9 @@ def test_sdist_installs(built, python, tmp_path):
 def test_editable_install_reads_the_source(built, python, tmp_path, inside):
     source = built[0]
     call(python, "-m", "pip", "install", "--no-deps", "-e", source)
-    expected = [source / "sdxl_fixes", source / "integrations" / "kohya", source / "integrations" / "diffusers"]
+    expected = [
+        source / "sdxl_fixes",
+        source / "integrations" / "kohya",
+        source / "integrations" / "diffusers",
+    ]
     assert [file.parent for file in probe(python, source if inside else tmp_path)] == expected

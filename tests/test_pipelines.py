@@ -1,4 +1,5 @@
-"""The drop-in schedulers inside diffusers' real SDXL pipelines, whose U-Net is replaced by the exact model of Gaussian data."""
+"""The drop-in schedulers inside diffusers' real SDXL pipelines, whose U-Net is replaced by the exact model of
+Gaussian data."""
 
 import diffusers
 import pytest
@@ -10,7 +11,10 @@ from sdxl_fixes.schedulers import SAMPLERS, fix_scheduler
 
 ZERO = NoiseSchedule.sdxl().zero_terminal_snr()
 PROMPT = {"prompt_embeds": torch.ones(2, 7, 32), "pooled_prompt_embeds": torch.ones(2, 32)}
-NEGATIVE = {"negative_prompt_embeds": torch.zeros(2, 7, 32), "negative_pooled_prompt_embeds": torch.zeros(2, 32)}
+NEGATIVE = {
+    "negative_prompt_embeds": torch.zeros(2, 7, 32),
+    "negative_pooled_prompt_embeds": torch.zeros(2, 32),
+}
 UNET = dict(
     sample_size=8,
     block_out_channels=(8, 16),
@@ -30,7 +34,9 @@ UNET = dict(
 def parts():
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(**UNET).eval()
-    vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4, sample_size=8).eval()
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(4,), norm_num_groups=2, latent_channels=4, sample_size=8
+    ).eval()
     texts = dict(text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None)
     return dict(unet=unet, vae=vae, **texts)
 
@@ -42,7 +48,8 @@ def pipeline(cls, parts, scheduler, **more):
 
 
 class KnowsTheImage:
-    """A perfect network for data that is one image: it returns the v that leads to ``x0`` from any noise level of ``schedule``."""
+    """A perfect network for data that is one image: it returns the v that leads to ``x0`` from any noise
+    level of ``schedule``."""
 
     def __init__(self, schedule, x0):
         self.schedule, self.x0, self.asked = schedule, x0, []
@@ -51,7 +58,10 @@ class KnowsTheImage:
         row = int(timestep)
         assert row == float(timestep)
         self.asked.append(row)
-        alpha, sigma = self.schedule.sqrt_alphas_cumprod[row], self.schedule.sqrt_one_minus_alphas_cumprod[row]
+        alpha, sigma = (
+            self.schedule.sqrt_alphas_cumprod[row],
+            self.schedule.sqrt_one_minus_alphas_cumprod[row],
+        )
         sample = sample[:, :4]
         x0 = self.x0.repeat(len(sample) // len(self.x0), 1, 1, 1)
         return ((alpha * (sample - alpha * x0) / sigma - sigma * x0).float(),)
@@ -70,7 +80,9 @@ def knows(parts, monkeypatch):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_text_to_image(parts, knows, sampler):
     pipe = pipeline(diffusers.StableDiffusionXLPipeline, parts, ZERO.scheduler(sampler, "v_prediction"))
-    got = pipe(**PROMPT, num_inference_steps=9, guidance_scale=1.0, output_type="latent", height=8, width=8).images
+    got = pipe(
+        **PROMPT, num_inference_steps=9, guidance_scale=1.0, output_type="latent", height=8, width=8
+    ).images
     assert knows.asked[0] == 999 and len(set(knows.asked)) == 9
     assert torch.allclose(got, X0, atol=1e-3)
 
@@ -78,8 +90,17 @@ def test_text_to_image(parts, knows, sampler):
 @pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_image_to_image(parts, knows, sampler, strength):
-    pipe = pipeline(diffusers.StableDiffusionXLImg2ImgPipeline, parts, ZERO.scheduler(sampler, "v_prediction"))
-    got = pipe(**PROMPT, image=X0, strength=strength, num_inference_steps=10, guidance_scale=1.0, output_type="latent").images
+    pipe = pipeline(
+        diffusers.StableDiffusionXLImg2ImgPipeline, parts, ZERO.scheduler(sampler, "v_prediction")
+    )
+    got = pipe(
+        **PROMPT,
+        image=X0,
+        strength=strength,
+        num_inference_steps=10,
+        guidance_scale=1.0,
+        output_type="latent",
+    ).images
     assert len(set(knows.asked)) == int(10 * strength) and (knows.asked[0] == 999) == (strength == 1.0)
     assert torch.allclose(got, X0, atol=1e-3)
 
@@ -87,11 +108,21 @@ def test_image_to_image(parts, knows, sampler, strength):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_inpainting_keeps_what_is_not_masked(parts, knows, sampler):
     """The unmasked half is noised again to every timestep of the list, the masked half drawn."""
-    pipe = pipeline(diffusers.StableDiffusionXLInpaintPipeline, parts, ZERO.scheduler(sampler, "v_prediction"))
+    pipe = pipeline(
+        diffusers.StableDiffusionXLInpaintPipeline, parts, ZERO.scheduler(sampler, "v_prediction")
+    )
     kept = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(10))
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., 4:] = 1
-    options = dict(image=kept, mask_image=mask, strength=1.0, num_inference_steps=8, guidance_scale=1.0, height=8, width=8)
+    options = dict(
+        image=kept,
+        mask_image=mask,
+        strength=1.0,
+        num_inference_steps=8,
+        guidance_scale=1.0,
+        height=8,
+        width=8,
+    )
     got = pipe(**PROMPT, **options, output_type="latent").images
     assert torch.allclose(got[..., :4], kept[..., :4], atol=1e-3)
     assert torch.allclose(got[..., 4:], X0[..., 4:], atol=1e-3)
@@ -103,7 +134,15 @@ def test_controlnet_which_sets_no_begin_index(parts, knows, sampler):
     scheduler = ZERO.scheduler(sampler, "v_prediction")
     pipe = pipeline(diffusers.StableDiffusionXLControlNetPipeline, parts, scheduler, controlnet=controlnet)
     picture = torch.zeros(1, 3, 8, 8)
-    got = pipe(**PROMPT, image=picture, num_inference_steps=7, guidance_scale=1.0, output_type="latent", height=8, width=8).images
+    got = pipe(
+        **PROMPT,
+        image=picture,
+        num_inference_steps=7,
+        guidance_scale=1.0,
+        output_type="latent",
+        height=8,
+        width=8,
+    ).images
     assert knows.asked[0] == 999
     assert torch.allclose(got, X0, atol=1e-3)
 
@@ -117,10 +156,15 @@ def test_the_pipeline_is_the_loop(parts):
     got = pipe(**PROMPT, latents=latents, **options).images
     again, x = ZERO.scheduler("dpmpp_2m", "v_prediction"), latents
     again.set_timesteps(6)
-    added = {"text_embeds": PROMPT["pooled_prompt_embeds"], "time_ids": torch.tensor([[8.0, 8, 0, 0, 8, 8]]).repeat(2, 1)}
+    added = {
+        "text_embeds": PROMPT["pooled_prompt_embeds"],
+        "time_ids": torch.tensor([[8.0, 8, 0, 0, 8, 8]]).repeat(2, 1),
+    }
     with torch.no_grad():
         for t in again.timesteps:
-            output = parts["unet"](again.scale_model_input(x, t), t, PROMPT["prompt_embeds"], added_cond_kwargs=added).sample
+            output = parts["unet"](
+                again.scale_model_input(x, t), t, PROMPT["prompt_embeds"], added_cond_kwargs=added
+            ).sample
             x = again.step(output, t, x).prev_sample
     assert torch.equal(got, x)
 
@@ -130,7 +174,10 @@ def test_a_pipeline_folder_loads_without_and_with_the_plugin(parts, tmp_path):
     fix_scheduler(pipe, ZERO, "v_prediction").save_pretrained(tmp_path)
     plain = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path)
     assert type(plain.scheduler) is diffusers.EulerDiscreteScheduler
-    assert plain.scheduler.config.prediction_type == "v_prediction" and plain.scheduler.config.rescale_betas_zero_snr
+    assert (
+        plain.scheduler.config.prediction_type == "v_prediction"
+        and plain.scheduler.config.rescale_betas_zero_snr
+    )
     assert fix_scheduler(plain).scheduler.noise_schedule == ZERO
 
 
@@ -139,7 +186,15 @@ def test_a_pipeline_folder_loads_without_and_with_the_plugin(parts, tmp_path):
 
 def test_rescaled_guidance_is_the_pipeline_s_own_where_it_has_one(parts):
     pipe = pipeline(diffusers.StableDiffusionXLPipeline, parts, ZERO.scheduler("euler", "v_prediction"))
-    options = {**PROMPT, **NEGATIVE, "num_inference_steps": 5, "guidance_scale": 9.0, "output_type": "latent", "height": 8, "width": 8}
+    options = {
+        **PROMPT,
+        **NEGATIVE,
+        "num_inference_steps": 5,
+        "guidance_scale": 9.0,
+        "output_type": "latent",
+        "height": 8,
+        "width": 8,
+    }
 
     def run(**more):
         return pipe(**options, **more, generator=torch.Generator().manual_seed(0)).images
@@ -154,7 +209,14 @@ def test_rescaled_guidance_is_the_pipeline_s_own_where_it_has_one(parts):
 
 def test_without_guidance_nothing_is_rescaled(parts):
     pipe = pipeline(diffusers.StableDiffusionXLPipeline, parts, ZERO.scheduler("euler", "v_prediction"))
-    options = {**PROMPT, "num_inference_steps": 3, "guidance_scale": 1.0, "output_type": "latent", "height": 8, "width": 8}
+    options = {
+        **PROMPT,
+        "num_inference_steps": 3,
+        "guidance_scale": 1.0,
+        "output_type": "latent",
+        "height": 8,
+        "width": 8,
+    }
     plain = pipe(**options, generator=torch.Generator().manual_seed(0)).images
     with rescaled_guidance(pipe, 0.7):
         assert torch.equal(pipe(**options, generator=torch.Generator().manual_seed(0)).images, plain)

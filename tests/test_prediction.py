@@ -12,7 +12,12 @@ from sdxl_fixes import NoiseSchedule
 from sdxl_fixes import prediction as predictions
 
 TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
-SDXL = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+SDXL = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+}
 
 
 def closed_form(kind, x0, noise, alpha, sigma):
@@ -28,7 +33,9 @@ def closed_form(kind, x0, noise, alpha, sigma):
 
 def pair(shape=(6, 4, 8, 8), dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=dtype), torch.randn(shape, generator=generator, dtype=dtype)
+    return torch.randn(shape, generator=generator, dtype=dtype), torch.randn(
+        shape, generator=generator, dtype=dtype
+    )
 
 
 def column(values):
@@ -45,7 +52,9 @@ LEVELS = {"variance-preserving": (ANGLES.cos(), ANGLES.sin()), "rectified": (1 -
 def test_conversion_is_the_closed_form(source, to, levels):
     (x0, noise), (alpha, sigma) = pair(), LEVELS[levels]
     sample = alpha * x0 + sigma * noise
-    converted = predictions.convert(closed_form(source, x0, noise, alpha, sigma), source, to, sample, alpha, sigma)
+    converted = predictions.convert(
+        closed_form(source, x0, noise, alpha, sigma), source, to, sample, alpha, sigma
+    )
     torch.testing.assert_close(converted, closed_form(to, x0, noise, alpha, sigma), rtol=1e-8, atol=1e-8)
 
 
@@ -62,8 +71,12 @@ def test_a_wrong_prediction_converts_as_the_two_equations_say(kind, levels):
 def test_v_of_a_variance_preserving_sample_recovers_both_parts_by_rotation():
     (x0, noise), (alpha, sigma) = pair(), LEVELS["variance-preserving"]
     x, v = alpha * x0 + sigma * noise, alpha * noise - sigma * x0
-    torch.testing.assert_close(predictions.convert(v, "v_prediction", "sample", x, alpha, sigma), alpha * x - sigma * v)
-    torch.testing.assert_close(predictions.convert(v, "v_prediction", "epsilon", x, alpha, sigma), sigma * x + alpha * v)
+    torch.testing.assert_close(
+        predictions.convert(v, "v_prediction", "sample", x, alpha, sigma), alpha * x - sigma * v
+    )
+    torch.testing.assert_close(
+        predictions.convert(v, "v_prediction", "epsilon", x, alpha, sigma), sigma * x + alpha * v
+    )
 
 
 @pytest.mark.parametrize("to", TYPES)
@@ -71,7 +84,9 @@ def test_v_of_a_variance_preserving_sample_recovers_both_parts_by_rotation():
 def test_conversion_at_snr_0_is_exact(source, to):
     x0, noise = pair(dtype=torch.float32)
     given = closed_form(source, x0, noise, 0.0, 1.0)
-    torch.testing.assert_close(predictions.convert(given, source, to, noise, 0.0, 1.0), closed_form(to, x0, noise, 0.0, 1.0))
+    torch.testing.assert_close(
+        predictions.convert(given, source, to, noise, 0.0, 1.0), closed_form(to, x0, noise, 0.0, 1.0)
+    )
 
 
 @pytest.mark.parametrize("to", ["v_prediction", "sample", "flow_prediction"])
@@ -80,7 +95,9 @@ def test_epsilon_at_snr_0_is_refused(to):
     with pytest.raises(ValueError, match="x0 cannot be recovered from an epsilon prediction at SNR 0"):
         predictions.convert(noise, "epsilon", to, noise, 0.0, 1.0)
     with pytest.raises(ValueError, match="SNR 0"):  # one such sample in the batch is enough
-        predictions.convert(noise, "epsilon", to, x0, torch.tensor([0.5, 0.0]), torch.tensor([0.75**0.5, 1.0]))
+        predictions.convert(
+            noise, "epsilon", to, x0, torch.tensor([0.5, 0.0]), torch.tensor([0.75**0.5, 1.0])
+        )
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -88,7 +105,10 @@ def test_target_is_the_closed_form_at_every_level(kind):
     x0, noise = pair()
     for alpha, sigma in [*LEVELS.values(), (column([0.0] * 6), column([1.0] * 6))]:
         torch.testing.assert_close(
-            predictions.target(kind, x0, noise, alpha, sigma), closed_form(kind, x0, noise, alpha, sigma).expand_as(x0), rtol=1e-14, atol=0
+            predictions.target(kind, x0, noise, alpha, sigma),
+            closed_form(kind, x0, noise, alpha, sigma).expand_as(x0),
+            rtol=1e-14,
+            atol=0,
         )
 
 
@@ -101,14 +121,22 @@ def test_noise_and_velocity_are_diffusers_own():
     noisy = predictions.add_noise(x0, noise, alpha, sigma)
     torch.testing.assert_close(noisy, scheduler.add_noise(x0, noise, t), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(
-        predictions.target("v_prediction", x0, noise, alpha, sigma), scheduler.get_velocity(x0, noise, t), rtol=1e-4, atol=1e-5
+        predictions.target("v_prediction", x0, noise, alpha, sigma),
+        scheduler.get_velocity(x0, noise, t),
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
-@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 8), (3, 4, 8, 8), (3, 4, 2, 8, 8), (1, 4, 8, 8), (8, 8, 8, 8)])
+@pytest.mark.parametrize(
+    "shape", [(3, 4), (3, 4, 8), (3, 4, 8, 8), (3, 4, 2, 8, 8), (1, 4, 8, 8), (8, 8, 8, 8)]
+)
 def test_one_level_per_sample_goes_to_its_sample_whatever_the_shape(shape):
     x0, noise = pair(shape)
-    alpha, sigma = torch.linspace(0.1, 0.9, shape[0], dtype=torch.float64), torch.linspace(1.0, 0.2, shape[0], dtype=torch.float64)
+    alpha, sigma = (
+        torch.linspace(0.1, 0.9, shape[0], dtype=torch.float64),
+        torch.linspace(1.0, 0.2, shape[0], dtype=torch.float64),
+    )
     noisy = predictions.add_noise(x0, noise, alpha, sigma)
     v = predictions.target("v_prediction", x0, noise, alpha, sigma)
     back = predictions.convert(v, "v_prediction", "sample", noisy, alpha, sigma)
@@ -123,10 +151,17 @@ def test_one_level_per_sample_goes_to_its_sample_whatever_the_shape(shape):
 def test_half_precision_input_is_computed_in_float32(kind, dtype):
     x0, noise = (x.to(dtype) for x in pair())
     alpha, sigma = math.cos(1.5), math.sin(1.5)
-    noisy, y = predictions.add_noise(x0, noise, alpha, sigma), predictions.target(kind, x0, noise, alpha, sigma)
+    noisy, y = (
+        predictions.add_noise(x0, noise, alpha, sigma),
+        predictions.target(kind, x0, noise, alpha, sigma),
+    )
     assert noisy.dtype == y.dtype == torch.float32
-    torch.testing.assert_close(noisy.double(), alpha * x0.double() + sigma * noise.double(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(y.double(), closed_form(kind, x0.double(), noise.double(), alpha, sigma), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        noisy.double(), alpha * x0.double() + sigma * noise.double(), rtol=1e-5, atol=1e-6
+    )
+    torch.testing.assert_close(
+        y.double(), closed_form(kind, x0.double(), noise.double(), alpha, sigma), rtol=1e-5, atol=1e-6
+    )
     got = predictions.x0_and_noise(y.to(dtype), kind, noisy.to(dtype), alpha, sigma)
     expected = predictions.x0_and_noise(y.to(dtype).double(), kind, noisy.to(dtype).double(), alpha, sigma)
     for a, b in zip(got, expected, strict=True):
@@ -143,7 +178,10 @@ def test_float64_is_kept():
 def test_a_number_from_a_schedules_table_is_a_level():
     x0, noise = pair()
     schedule = NoiseSchedule.sdxl()
-    alpha, sigma = schedule.sqrt_alphas_cumprod[500], schedule.sqrt_one_minus_alphas_cumprod[500]  # numpy scalars
+    alpha, sigma = (
+        schedule.sqrt_alphas_cumprod[500],
+        schedule.sqrt_one_minus_alphas_cumprod[500],
+    )  # numpy scalars
     expected = float(alpha) * x0 + float(sigma) * noise
     assert isinstance(alpha, np.float64)
     torch.testing.assert_close(predictions.add_noise(x0, noise, alpha, sigma), expected)
@@ -158,10 +196,17 @@ def test_gradients_flow_through_a_conversion():
 
 
 @pytest.mark.parametrize(
-    "call", [lambda x: predictions.target("velocity", x, x, 1, 0), lambda x: predictions.convert(x, "x0", "sample", x, 1, 0)]
+    "call",
+    [
+        lambda x: predictions.target("velocity", x, x, 1, 0),
+        lambda x: predictions.convert(x, "x0", "sample", x, 1, 0),
+    ],
 )
 def test_an_unknown_type_is_refused_with_the_four_that_exist(call):
-    with pytest.raises(ValueError, match=r"unknown prediction_type .*: expected one of epsilon, v_prediction, sample, flow_prediction"):
+    with pytest.raises(
+        ValueError,
+        match=r"unknown prediction_type .*: expected one of epsilon, v_prediction, sample, flow_prediction",
+    ):
         call(torch.ones(1, 2))
     with pytest.raises(ValueError, match="unknown prediction_type 'x0'"):
         predictions.convert(torch.ones(1, 2), "epsilon", "x0", torch.ones(1, 2), 0.6, 0.8)

@@ -1,4 +1,5 @@
-"""Chunks of 75 tokens: counted exactly, laid out as ComfyUI and Forge lay them out, encoded into 77 n vectors."""
+"""Chunks of 75 tokens: counted exactly, laid out as ComfyUI and Forge lay them out, encoded into 77 n
+vectors."""
 
 import itertools
 import json
@@ -13,7 +14,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPTokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPTokenizerFast,
+)
 
 from sdxl_fixes import prompts
 from sdxl_fixes.prompts import count_chunks, encode, layout, split_ids, token_ids, tokenize, too_long
@@ -28,7 +35,9 @@ def folder(tmp_path_factory):
     return alphabet.write(tmp_path_factory.mktemp("tokenizer"))
 
 
-@pytest.fixture(scope="module", params=[CLIPTokenizer, CLIPTokenizerFast], ids=["CLIPTokenizer", "CLIPTokenizerFast"])
+@pytest.fixture(
+    scope="module", params=[CLIPTokenizer, CLIPTokenizerFast], ids=["CLIPTokenizer", "CLIPTokenizerFast"]
+)
 def tokenizer(request, folder):
     return request.param.from_pretrained(folder)
 
@@ -41,13 +50,21 @@ def test_chunks_are_the_uis(case):
     """Recorded from ComfyUI's and Forge's own code by tests/uis/prompts.py."""
     plain = split_ids(case["ids"])
     count, last, last_g = case["comfyui"]
-    assert len(plain) == count and layout(plain, BOS, EOS, EOS)[-1].tolist() == last and layout(plain, BOS, EOS, 0)[-1].tolist() == last_g
+    assert (
+        len(plain) == count
+        and layout(plain, BOS, EOS, EOS)[-1].tolist() == last
+        and layout(plain, BOS, EOS, 0)[-1].tolist() == last_g
+    )
     assert layout(split_ids(case["ids"], RECORDED["comma"]), BOS, EOS, EOS).tolist() == case["forge"]
 
 
 def test_recorded_cases_tell_the_layouts_apart():
     lengths = {len(case["ids"]) for case in RECORDED["cases"]}
-    differ = [case for case in RECORDED["cases"] if split_ids(case["ids"]) != split_ids(case["ids"], RECORDED["comma"])]
+    differ = [
+        case
+        for case in RECORDED["cases"]
+        if split_ids(case["ids"]) != split_ids(case["ids"], RECORDED["comma"])
+    ]
     assert 0 in lengths and max(lengths) > 300 and len(differ) >= 3
 
 
@@ -59,7 +76,10 @@ def test_chunks_lose_nothing_and_hold_75_at_most(ids, comma):
     assert all(0 < len(chunk) <= 75 for chunk in chunks[: max(1, len(chunks) - 1)]) or ids == []
     for chunk, following in itertools.pairwise(chunks):
         assert len(chunk) == 75 or (
-            comma is not None and chunk[-1] == comma and len(chunk) >= 56 and comma not in following[: 75 - len(chunk)]
+            comma is not None
+            and chunk[-1] == comma
+            and len(chunk) >= 56
+            and comma not in following[: 75 - len(chunk)]
         )
 
 
@@ -69,12 +89,21 @@ def test_a_cut_moves_at_most_twenty_tokens_with_their_comma():
         ids[comma_at] = 267
         return [len(chunk) for chunk in split_ids(ids, 267)]
 
-    assert lengths(54) == [75, 25] and lengths(55) == [56, 44] and lengths(74) == [75, 25] and lengths(75) == [75, 25]
+    assert (
+        lengths(54) == [75, 25]
+        and lengths(55) == [56, 44]
+        and lengths(74) == [75, 25]
+        and lengths(75) == [75, 25]
+    )
 
 
 def test_empty_chunks_pad_a_caption_to_its_batch_mates():
     ids = layout([[7, 8]], BOS, EOS, 0, count=2)
-    assert ids.shape == (2, 77) and ids[0, :5].tolist() == [BOS, 7, 8, EOS, 0] and ids[1, :3].tolist() == [BOS, EOS, 0]
+    assert (
+        ids.shape == (2, 77)
+        and ids[0, :5].tolist() == [BOS, 7, 8, EOS, 0]
+        and ids[1, :3].tolist() == [BOS, EOS, 0]
+    )
     with pytest.raises(ValueError, match="3 chunks of 75 tokens and 2 are allowed"):
         layout([[1], [2], [3]], BOS, EOS, 0, count=2)
 
@@ -85,10 +114,15 @@ def test_each_encoder_pads_by_its_own_rule(folder):
     ids, ids_2 = (tokenize(t, ["ab", "c" * 80]) for t in (first, second))
     assert ids.shape == ids_2.shape == (2, 2, 77)
     assert ids[0, 0, 3:].tolist() == [EOS] * 74 and ids_2[0, 0, 3:5].tolist() == [EOS, 0]
-    assert ids[1, 0, [0, 76]].tolist() == [BOS, EOS] and torch.equal(ids[1], ids_2[1].where(ids_2[1] > 0, torch.tensor(EOS)))
+    assert ids[1, 0, [0, 76]].tolist() == [BOS, EOS] and torch.equal(
+        ids[1], ids_2[1].where(ids_2[1] > 0, torch.tensor(EOS))
+    )
 
 
-@pytest.mark.skipif("COMFYUI" not in os.environ, reason="set COMFYUI to a checkout of ComfyUI (and install its requirements) to run")
+@pytest.mark.skipif(
+    "COMFYUI" not in os.environ,
+    reason="set COMFYUI to a checkout of ComfyUI (and install its requirements) to run",
+)
 def test_random_prompts_are_token_for_token_comfyuis(monkeypatch):
     sys.path.insert(0, str(HERE / "uis"))
     monkeypatch.setattr(sys, "argv", sys.argv[:1])
@@ -115,7 +149,11 @@ def test_counts_are_exact_at_the_borders(tokenizer):
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.text() | st.text(alphabet=" '\",._-aA1é猫\t\n\x1c\u2003İΣß\u2019s<|endoftext|>&;"), max_size=5))
+@given(
+    st.lists(
+        st.text() | st.text(alphabet=" '\",._-aA1é猫\t\n\x1c\u2003İΣß\u2019s<|endoftext|>&;"), max_size=5
+    )
+)
 def test_counting_by_the_word_is_the_tokenizers_own_count(folder, texts):
     for kind in (CLIPTokenizer, CLIPTokenizerFast):
         tokenizer = MADE.setdefault(kind, kind.from_pretrained(folder))
@@ -151,7 +189,11 @@ def test_cache_asks_the_tokenizer_once_and_per_tokenizer(folder, tmp_path, monke
     expected = count_chunks(tokenizer, captions)
     assert np.array_equal(count_chunks(tokenizer, captions[:300], cache=file), expected[:300])
     asked = []
-    monkeypatch.setattr(prompts._Words, "lengths", lambda self, texts, own=prompts._Words.lengths: asked.extend(texts) or own(self, texts))
+    monkeypatch.setattr(
+        prompts._Words,
+        "lengths",
+        lambda self, texts, own=prompts._Words.lengths: asked.extend(texts) or own(self, texts),
+    )
     assert np.array_equal(count_chunks(tokenizer, captions, cache=file), expected) and asked == captions[300:]
     asked.clear()
     assert np.array_equal(count_chunks(tokenizer, captions[::-1], cache=file), expected[::-1]) and not asked
@@ -163,7 +205,9 @@ def test_cache_asks_the_tokenizer_once_and_per_tokenizer(folder, tmp_path, monke
     (other / "vocab.json").write_text(json.dumps({**vocabulary, "zz</w>": 49400}))
     count_chunks(CLIPTokenizer.from_pretrained(other), captions[:10], cache=file)
     assert len(asked) == 10
-    assert count_chunks(tokenizer, captions[:10], split="commas", cache=file).tolist() == expected[:10].tolist()
+    assert (
+        count_chunks(tokenizer, captions[:10], split="commas", cache=file).tolist() == expected[:10].tolist()
+    )
     assert [path.name for path in tmp_path.glob("*.npz*")] == ["counts.npz"]
 
 
@@ -224,8 +268,12 @@ def test_a_caption_that_is_no_text_is_refused_in_a_sentence(tokenizer, tmp_path,
 
 
 def test_half_a_surrogate_pair_is_mended_by_the_tokenizer_or_refused_in_a_sentence(tokenizer):
-    """The slow tokenizer trains such a caption (from JSON's \\ud800), so it is counted; the fast one cannot read it."""
-    for count in (lambda: count_chunks(tokenizer, ["a", "b\ud800c"])[1], lambda: tokenize(tokenizer, ["b\ud800c"]).shape[1]):
+    """The slow tokenizer trains such a caption (from JSON's \\ud800), so it is counted; the fast one cannot
+    read it."""
+    for count in (
+        lambda: count_chunks(tokenizer, ["a", "b\ud800c"])[1],
+        lambda: tokenize(tokenizer, ["b\ud800c"]).shape[1],
+    ):
         try:
             assert count() == 1
         except ValueError as error:
@@ -233,7 +281,9 @@ def test_half_a_surrogate_pair_is_mended_by_the_tokenizer_or_refused_in_a_senten
 
 
 def test_no_captions_are_a_batch_of_none(tokenizer):
-    assert prompts.tokenize(tokenizer, []).shape == (0, 1, 77) and prompts.tokenize(tokenizer, [], count=3).shape == (0, 3, 77)
+    assert prompts.tokenize(tokenizer, []).shape == (0, 1, 77) and prompts.tokenize(
+        tokenizer, [], count=3
+    ).shape == (0, 3, 77)
     assert prompts.count_chunks(tokenizer, []).shape == (0,)
 
 
@@ -248,9 +298,18 @@ def test_unknown_split_is_refused(folder):
 @pytest.fixture(scope="module")
 def encoders():
     torch.manual_seed(0)
-    common = dict(vocab_size=49408, intermediate_size=16, num_attention_heads=2, max_position_embeddings=77, bos_token_id=0, eos_token_id=2)
+    common = dict(
+        vocab_size=49408,
+        intermediate_size=16,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
     first = CLIPTextModel(CLIPTextConfig(hidden_size=8, num_hidden_layers=3, **common))
-    second = CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=16, projection_dim=12, num_hidden_layers=2, **common))
+    second = CLIPTextModelWithProjection(
+        CLIPTextConfig(hidden_size=16, projection_dim=12, num_hidden_layers=2, **common)
+    )
     return first.eval(), second.eval()
 
 
@@ -262,7 +321,11 @@ def test_context_is_every_chunks_77_vectors_and_the_first_chunks_pooled_output(e
     assert context.shape == (2, 231, 24) and pooled.shape == (2, 12)
     for sample in range(2):
         for chunk in range(3):
-            alone, own = encode(rows[sample : sample + 1, chunk : chunk + 1], rows[sample : sample + 1, chunk : chunk + 1], *encoders)
+            alone, own = encode(
+                rows[sample : sample + 1, chunk : chunk + 1],
+                rows[sample : sample + 1, chunk : chunk + 1],
+                *encoders,
+            )
             torch.testing.assert_close(context[sample, 77 * chunk : 77 * chunk + 77], alone[0])
             assert torch.allclose(pooled[sample], own[0], atol=1e-6) == (chunk == 0)
     first = encoders[0](rows[0], output_hidden_states=True)

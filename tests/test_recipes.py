@@ -1,5 +1,5 @@
-"""examples/recipes and docs/recipes.md: our flags in them, their arithmetic, and that the page says what the files say. What the real
-trainers make of the files is in tests/kohya/real and tests/diffusers/real.
+"""examples/recipes and docs/recipes.md: our flags in them, their arithmetic, and that the page says what the
+files say. What the real trainers make of the files is in tests/kohya/real and tests/diffusers/real.
 
 ``python tests/test_recipes.py`` prints the page's tables.
 """
@@ -43,7 +43,8 @@ def memories():
     ]
     lines = ["| recipe | bytes a parameter | GB | card |", "|---|---|---:|---|"]
     return lines + [
-        f"| {name} | {sums} | {' to '.join(memory(bytes_, fixed, n))} | {card} |" for name, sums, bytes_, fixed, n, card in rows
+        f"| {name} | {sums} | {' to '.join(memory(bytes_, fixed, n))} | {card} |"
+        for name, sums, bytes_, fixed, n, card in rows
     ]
 
 
@@ -58,7 +59,9 @@ def hours():
     lines = ["| recipe | samples | cards | samples/s | hours |", "|---|---:|---|---:|---:|"]
     for name, samples, flop, card, count in rows:
         rate = count * CARDS[card] * MFU / flop
-        lines.append(f"| {name} | {samples:,} | {count} x {card} | {rate:.3g} | {samples / rate / 3600:.3g} |")
+        lines.append(
+            f"| {name} | {samples:,} | {count} x {card} | {rate:.3g} | {samples / rate / 3600:.3g} |"
+        )
     return lines
 
 
@@ -72,7 +75,9 @@ def test_our_flags_in_a_recipe_are_flags_of_ours_that_make_sense_together(recipe
     parser = argparse.ArgumentParser()
     add_flags(parser)  # with those that upstream has too
     add_arguments(lambda parser: None, parser)
-    ours = {key: value for key, value in recipes.keys(recipe).items() if key in {**FLAGS, **chunk_flags.FLAGS}}
+    ours = {
+        key: value for key, value in recipes.keys(recipe).items() if key in {**FLAGS, **chunk_flags.FLAGS}
+    }
     arguments = [f"--{key}" if value is True else f"--{key}={value}" for key, value in ours.items()]
     args = parser.parse_args(arguments)
     assert {key: getattr(args, key) for key in ours} == ours
@@ -96,7 +101,11 @@ def test_the_big_finetune_is_2048_samples_a_step_and_40_million_in_all():
     assert (keys["max_train_steps"] - 1) * 2048 < 40_000_000 <= keys["max_train_steps"] * 2048
     assert keys["lr_warmup_steps"] * 40_000_000 == 100_000
     assert recipes.data("big_v_ztsnr")["general"]["caption_dropout_rate"] == 0.05
-    assert keys["learning_rate"] == 1e-4 and keys["optimizer_args"] == ["weight_decay=0.1"] and keys["min_snr_gamma"] == 5
+    assert (
+        keys["learning_rate"] == 1e-4
+        and keys["optimizer_args"] == ["weight_decay=0.1"]
+        and keys["min_snr_gamma"] == 5
+    )
 
 
 @pytest.mark.parametrize("recipe", ["one_card_v_ztsnr", "lora_v_ztsnr", "epsilon"])
@@ -106,30 +115,53 @@ def test_the_small_recipes_have_the_samples_that_they_say(recipe):
     assert keys["max_train_steps"] * int(images) == int(samples.replace(",", ""))
     assert int(images) == recipes.data(recipe)["datasets"][0]["batch_size"]
     if "fused_backward_pass" in keys:  # kohya's conditions
-        assert keys["optimizer_type"] == "Adafactor" and "gradient_accumulation_steps" not in keys and keys["max_grad_norm"] == 0
+        assert (
+            keys["optimizer_type"] == "Adafactor"
+            and "gradient_accumulation_steps" not in keys
+            and keys["max_grad_norm"] == 0
+        )
     if "cache_text_encoder_outputs" in keys:  # kohya's conditions
-        assert keys["network_train_unet_only"] and "caption_dropout_rate" not in recipes.data(recipe)["general"]
+        assert (
+            keys["network_train_unet_only"] and "caption_dropout_rate" not in recipes.data(recipe)["general"]
+        )
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 @pytest.mark.parametrize(("gpus", "images"), [("32", "2"), ("16", "8"), ("8", "32")])
 def test_the_shell_recipe_accumulates_as_often_as_there_are_cards(gpus, images, tmp_path):
     command = recipes.command("big_v_ztsnr", tmp_path, "--seed", "7", GPUS=gpus)
-    for flag, value in {"num_processes": gpus, "gradient_accumulation_steps": gpus, "train_batch_size": images}.items():
+    for flag, value in {
+        "num_processes": gpus,
+        "gradient_accumulation_steps": gpus,
+        "train_batch_size": images,
+    }.items():
         assert command[command.index(f"--{flag}") + 1] == value
     assert command[-2:] == ["--seed", "7"]
-    steps, warm_up = (int(command[command.index(f"--{flag}") + 1]) for flag in ("max_train_steps", "lr_warmup_steps"))
+    steps, warm_up = (
+        int(command[command.index(f"--{flag}") + 1]) for flag in ("max_train_steps", "lr_warmup_steps")
+    )
     assert steps == recipes.keys("big_v_ztsnr")["max_train_steps"] and warm_up == round(100_000 / 2048)
 
 
 def test_the_numbers_in_the_pages_sentences_are_the_counted_ones():
     text = " ".join(PAGE.read_text(encoding="utf-8").split())
-    assert f"{UNET / 1e9:.3f} billion parameters" in text and f"text encoders {TEXT_ENCODERS / 1e9:.3f} billion x 2" in text
-    assert f"Adafactor's state {ADAFACTOR / 1e9:.3f} billion x 4; a LoRA of rank 32 {LORA_32 / 1e9:.3f} billion x 16" in text
-    assert f"checkpointing {KEPT:.2f} GB of block inputs and {RECOMPUTED:.2f} GB inside the largest block" in text
+    assert (
+        f"{UNET / 1e9:.3f} billion parameters" in text
+        and f"text encoders {TEXT_ENCODERS / 1e9:.3f} billion x 2" in text
+    )
+    assert (
+        f"Adafactor's state {ADAFACTOR / 1e9:.3f} billion x 4; a LoRA of rank 32 {LORA_32 / 1e9:.3f} "
+        "billion x 16" in text
+    )
+    assert (
+        f"checkpointing {KEPT:.2f} GB of block inputs and {RECOMPUTED:.2f} GB inside the largest block"
+        in text
+    )
     assert f"$F={FULL}$ TFLOP" in text and f"LoRA {LORA}:" in text
     assert f"H100 SXM {CARDS['H100 SXM']}, RTX 4090 {CARDS['RTX 4090']} TFLOP/s" in text
-    recomputing, not_recomputing = (300 / 32 * flop / CARDS["H100 SXM"] for flop in (FULL, FULL * 3 / 4))  # bigASP v2.5's samples/s
+    recomputing, not_recomputing = (
+        300 / 32 * flop / CARDS["H100 SXM"] for flop in (FULL, FULL * 3 / 4)
+    )  # bigASP v2.5's samples/s
     assert f"$u={100 * MFU:.0f}$ %" in text and recomputing == pytest.approx(MFU, abs=0.006)
     assert f"({100 * not_recomputing:.0f} % if not)" in text
     assert f"{12 * UNET / 1e9:.0f} GB" in text
@@ -150,7 +182,9 @@ def test_the_pages_excerpts_are_lines_of_the_files():
 
 
 def test_the_page_links_every_file():
-    assert {file.name for file in FILES} == set(re.findall(r"\.\./examples/recipes/([\w.]+)\)", PAGE.read_text(encoding="utf-8")))
+    assert {file.name for file in FILES} == set(
+        re.findall(r"\.\./examples/recipes/([\w.]+)\)", PAGE.read_text(encoding="utf-8"))
+    )
 
 
 if __name__ == "__main__":

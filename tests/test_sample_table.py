@@ -48,9 +48,9 @@ def test_markup_in_a_prompt_is_text(tmp_path):
     path = tmp_path / "samples.html"
     SampleTable(path).add('</script><script>alert("x")</script>', "a <b>&</b> </td>", picture(1))
     page = path.read_text(encoding="utf-8")
-    assert "alert" not in re.sub(r'<script type="application/json".*?</script>', "", page.replace("&quot;", ""), flags=re.DOTALL).replace(
-        "&lt;/script&gt;&lt;script&gt;alert(x)&lt;/script&gt;", ""
-    )
+    assert "alert" not in re.sub(
+        r'<script type="application/json".*?</script>', "", page.replace("&quot;", ""), flags=re.DOTALL
+    ).replace("&lt;/script&gt;&lt;script&gt;alert(x)&lt;/script&gt;", "")
     assert page.count("</script>") == 2
     assert list(SampleTable(path).cells) == ['</script><script>alert("x")</script>']
 
@@ -58,7 +58,9 @@ def test_markup_in_a_prompt_is_text(tmp_path):
 def test_a_file_of_another_kind_is_refused_and_left_alone(tmp_path):
     path = tmp_path / "index.html"
     path.write_text("<p>mine</p>")
-    with pytest.raises(ValueError, match=r"index\.html exists and is not a table of samples: choose another file"):
+    with pytest.raises(
+        ValueError, match=r"index\.html exists and is not a table of samples: choose another file"
+    ):
         SampleTable(path)
     assert path.read_text() == "<p>mine</p>"
 
@@ -81,8 +83,18 @@ def previews(folder, **greys):
 
 def test_kohya_s_previews_become_a_table(tmp_path, capsys):
     folder, table, prompts = tmp_path / "sample", tmp_path / "table.html", tmp_path / "prompts.txt"
-    first = dict(my_model_e000010_00_20261121193000_1=10, my_model_e000002_00_20261121190000_1=20, my_model_e000002_01_20261121190001=30)
-    previews(folder, **first, my_model_e000002_01_20261121180000=99, my_model_000500_00_20261121191000_1=40, cover=1)
+    first = dict(
+        my_model_e000010_00_20261121193000_1=10,
+        my_model_e000002_00_20261121190000_1=20,
+        my_model_e000002_01_20261121190001=30,
+    )
+    previews(
+        folder,
+        **first,
+        my_model_e000002_01_20261121180000=99,
+        my_model_000500_00_20261121191000_1=40,
+        cover=1,
+    )
     prompts.write_text("# two\n\na cat --w 64 --d 1\na dog\n")
     assert main(["samples", str(folder), "-o", str(table), "--prompts", str(prompts)]) == 0
     assert capsys.readouterr().out == f"{table}: 4 images, 3 checkpoints, 2 rows\n"

@@ -16,7 +16,12 @@ from hypothesis import strategies as st
 
 from sdxl_fixes import NoiseSchedule
 
-SDXL = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+SDXL = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+}
 STEADY = settings(derandomize=True, deadline=None, database=None, max_examples=60)
 
 
@@ -66,7 +71,9 @@ def test_sdxl_betas_are_squares_of_an_even_ladder_of_roots():
 
 
 def test_linear_betas_are_an_even_ladder():
-    np.testing.assert_allclose(NoiseSchedule.linear(0.001, 0.02, 20).betas, [0.001 + 0.001 * t for t in range(20)], rtol=1e-13)
+    np.testing.assert_allclose(
+        NoiseSchedule.linear(0.001, 0.02, 20).betas, [0.001 + 0.001 * t for t in range(20)], rtol=1e-13
+    )
 
 
 def test_cosine_alphas_cumprod_are_the_papers_squared_cosine_below_the_cap():
@@ -82,7 +89,9 @@ def test_cosine_alphas_cumprod_are_the_papers_squared_cosine_below_the_cap():
 def test_flow_levels_are_the_shifted_line(shift):
     schedule = NoiseSchedule.flow(shift)
     u = np.arange(1, 1001) / 1000
-    s = schedule.sqrt_one_minus_alphas_cumprod / (schedule.sqrt_alphas_cumprod + schedule.sqrt_one_minus_alphas_cumprod)
+    s = schedule.sqrt_one_minus_alphas_cumprod / (
+        schedule.sqrt_alphas_cumprod + schedule.sqrt_one_minus_alphas_cumprod
+    )
     np.testing.assert_allclose(s, 1 / (1 + (1 / u - 1) / shift), rtol=1e-9)
     assert schedule.terminal_sigma == math.inf
 
@@ -93,7 +102,10 @@ def test_flow_levels_are_the_shifted_line(shift):
         (NoiseSchedule.sdxl(), SDXL),
         (NoiseSchedule.linear(), {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}),
         (NoiseSchedule.cosine(), {"beta_schedule": "squaredcos_cap_v2"}),
-        (NoiseSchedule.scaled_linear(0.001, 0.03, 250), SDXL | {"num_train_timesteps": 250, "beta_start": 0.001, "beta_end": 0.03}),
+        (
+            NoiseSchedule.scaled_linear(0.001, 0.03, 250),
+            SDXL | {"num_train_timesteps": 250, "beta_start": 0.001, "beta_end": 0.03},
+        ),
     ],
     ids=["scaled_linear", "linear", "cosine", "scaled_linear-250"],
 )
@@ -101,7 +113,9 @@ def test_tables_agree_with_diffusers(schedule, config):
     scheduler = diffusers.DDPMScheduler(**config)
     np.testing.assert_allclose(schedule.betas, scheduler.betas.double(), rtol=2e-6)
     np.testing.assert_allclose(schedule.alphas_cumprod, scheduler.alphas_cumprod.double(), rtol=1e-4)
-    np.testing.assert_allclose(schedule.sigmas, diffusers.EulerDiscreteScheduler(**config).sigmas.flip(0)[1:].double(), rtol=1e-3)
+    np.testing.assert_allclose(
+        schedule.sigmas, diffusers.EulerDiscreteScheduler(**config).sigmas.flip(0)[1:].double(), rtol=1e-3
+    )
     assert NoiseSchedule.from_config(config) == schedule
     assert NoiseSchedule.from_config(scheduler.config) == schedule
     assert NoiseSchedule.from_scheduler(scheduler) == schedule
@@ -116,7 +130,15 @@ def test_every_table_derives_from_the_betas():
     np.testing.assert_allclose(s.alphas_cumprod, np.exp(np.cumsum(np.log1p(-s.betas))), rtol=1e-12)
     np.testing.assert_allclose(s.sqrt_alphas_cumprod**2 + s.sqrt_one_minus_alphas_cumprod**2, 1, rtol=1e-14)
     np.testing.assert_allclose(s.sqrt_one_minus_alphas_cumprod / s.sqrt_alphas_cumprod, expected, rtol=1e-11)
-    for table in (s.betas, s.alphas_cumprod, s.sqrt_alphas_cumprod, s.sqrt_one_minus_alphas_cumprod, s.sigmas, s.snr, s.log_snr):
+    for table in (
+        s.betas,
+        s.alphas_cumprod,
+        s.sqrt_alphas_cumprod,
+        s.sqrt_one_minus_alphas_cumprod,
+        s.sigmas,
+        s.snr,
+        s.log_snr,
+    ):
         assert table.dtype == np.float64 and table.shape == (1000,)
 
 
@@ -126,7 +148,12 @@ def test_every_table_derives_from_the_betas():
 def test_zero_terminal_snr_ends_in_the_published_sigmas():
     z = NoiseSchedule.sdxl().zero_terminal_snr()
     np.testing.assert_allclose(z.sigmas[-6:-1], [447, 560, 748, 1125, 2254], atol=0.5)
-    assert z.terminal_sigma == math.inf and z.residual_signal == 0.0 and z.snr[-1] == 0.0 and z.log_snr[-1] == -math.inf
+    assert (
+        z.terminal_sigma == math.inf
+        and z.residual_signal == 0.0
+        and z.snr[-1] == 0.0
+        and z.log_snr[-1] == -math.inf
+    )
 
 
 @pytest.mark.parametrize("schedule", [NoiseSchedule.sdxl(), NoiseSchedule.linear(), NoiseSchedule.cosine()])
@@ -167,7 +194,10 @@ def test_beta_end_is_the_published_number(sigma, beta_end):
 
 def test_beta_end_moves_the_middle_as_published():
     s = NoiseSchedule.sdxl()
-    middle = [x.sigmas[499] for x in (s, s.with_terminal_sigma(100, "beta_end"), s.with_terminal_sigma(300, "beta_end"))]
+    middle = [
+        x.sigmas[499]
+        for x in (s, s.with_terminal_sigma(100, "beta_end"), s.with_terminal_sigma(300, "beta_end"))
+    ]
     np.testing.assert_allclose(middle, [1.613, 2.388, 2.901], atol=6e-4)
 
 
@@ -182,7 +212,9 @@ def test_last_moves_the_last_timestep_only(sigma, last_beta):
     s = NoiseSchedule.sdxl()
     changed = s.with_terminal_sigma(sigma, "last")
     assert changed.betas[-1] == pytest.approx(last_beta, abs=6e-9)
-    assert np.array_equal(changed.betas[:-1], s.betas[:-1]) and np.array_equal(changed.sigmas[:-1], s.sigmas[:-1])
+    assert np.array_equal(changed.betas[:-1], s.betas[:-1]) and np.array_equal(
+        changed.sigmas[:-1], s.sigmas[:-1]
+    )
 
 
 @pytest.mark.parametrize("method", ["beta_end", "rescale", "tail", "last"])
@@ -201,7 +233,9 @@ def test_every_method_ends_exactly_at_the_sigma_and_rises(method, sigma):
 @pytest.mark.parametrize("method", ["rescale", "tail", "last"])
 def test_infinite_terminal_sigma_is_exact(method):
     changed = NoiseSchedule.sdxl().with_terminal_sigma(math.inf, method)
-    assert changed.terminal_sigma == math.inf and changed.betas[-1] == 1.0 and changed.alphas_cumprod[-1] == 0.0
+    assert (
+        changed.terminal_sigma == math.inf and changed.betas[-1] == 1.0 and changed.alphas_cumprod[-1] == 0.0
+    )
     assert np.isfinite(changed.sigmas[:-1]).all() and (np.diff(changed.sigmas[:-1]) > 0).all()
 
 
@@ -231,8 +265,11 @@ def test_tail_leaves_everything_up_to_its_start_bit_identical(start, given):
 @pytest.mark.parametrize("sigma", [100, 300, 20000, math.inf])
 def test_tail_has_no_kink_at_its_start(sigma):
     s = NoiseSchedule.sdxl()
-    bend = np.diff(np.log(s.with_terminal_sigma(sigma, "tail").sigmas[:-1]), 2) - np.diff(np.log(s.sigmas[:-1]), 2)
-    # a square of 2 D/(249^2) in alpha, D <= 0.0683, seen through d log sigma = d alpha/(alpha (1 - alpha^2)) at alpha(750) = 0.26
+    bend = np.diff(np.log(s.with_terminal_sigma(sigma, "tail").sigmas[:-1]), 2) - np.diff(
+        np.log(s.sigmas[:-1]), 2
+    )
+    # a square of 2 D/(249^2) in alpha, D <= 0.0683, seen through d log sigma = d alpha/(alpha (1 - alpha^2))
+    # at alpha(750) = 0.26
     assert abs(bend[748:752]).max() < 1.2e-5  # a linear fade would make 1.1e-3, a step 0.3
     assert np.abs(np.diff(bend[740:850])).max() < 1.2e-5
 
@@ -283,7 +320,11 @@ def test_resolution_rule_doubles_sigma_with_the_length_of_the_canvas():
 def test_sigmas_make_the_schedule_that_has_them():
     sigmas = np.array([0.1, 0.5, 2.0, 30.0, math.inf])
     np.testing.assert_allclose(NoiseSchedule.from_sigmas(sigmas).sigmas, sigmas, rtol=1e-12)
-    np.testing.assert_allclose(NoiseSchedule.from_sigmas(list(NoiseSchedule.sdxl().sigmas)).betas, NoiseSchedule.sdxl().betas, rtol=1e-9)
+    np.testing.assert_allclose(
+        NoiseSchedule.from_sigmas(list(NoiseSchedule.sdxl().sigmas)).betas,
+        NoiseSchedule.sdxl().betas,
+        rtol=1e-9,
+    )
 
 
 def test_alphas_cumprod_make_the_schedule_that_has_them():
@@ -294,7 +335,10 @@ def test_alphas_cumprod_make_the_schedule_that_has_them():
     np.testing.assert_allclose(schedule.alphas_cumprod, scheduler.alphas_cumprod.double(), rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "UniPCMultistepScheduler"])
+@pytest.mark.parametrize(
+    "name",
+    ["DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "UniPCMultistepScheduler"],
+)
 def test_a_scheduler_that_obeys_the_rescale_flag_reads_as_zero_terminal_snr(name):
     scheduler = getattr(diffusers, name)(**SDXL, rescale_betas_zero_snr=True)
     assert NoiseSchedule.from_scheduler(scheduler) == NoiseSchedule.sdxl().zero_terminal_snr()
@@ -303,14 +347,18 @@ def test_a_scheduler_that_obeys_the_rescale_flag_reads_as_zero_terminal_snr(name
 @pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "PNDMScheduler", "DEISMultistepScheduler"])
 def test_a_scheduler_that_ignores_the_rescale_flag_is_refused(name):
     scheduler = getattr(diffusers, name).from_config(SDXL | {"rescale_betas_zero_snr": True})
-    assert scheduler.config["rescale_betas_zero_snr"]  # it keeps the promise in its config and does not obey it
+    assert scheduler.config[
+        "rescale_betas_zero_snr"
+    ]  # it keeps the promise in its config and does not obey it
     with pytest.raises(ValueError, match=f"{name}'s alphas_cumprod .* is not what its config says"):
         NoiseSchedule.from_scheduler(scheduler)
 
 
 def test_a_scheduler_with_overwritten_tables_is_refused():
     scheduler = diffusers.DDPMScheduler(**SDXL)
-    scheduler.alphas_cumprod = torch.from_numpy(np.array(NoiseSchedule.sdxl().zero_terminal_snr().alphas_cumprod))
+    scheduler.alphas_cumprod = torch.from_numpy(
+        np.array(NoiseSchedule.sdxl().zero_terminal_snr().alphas_cumprod)
+    )
     with pytest.raises(ValueError, match="not what its config says"):
         NoiseSchedule.from_scheduler(scheduler)
     scheduler = diffusers.DDPMScheduler(**SDXL)
@@ -351,7 +399,9 @@ def test_json_gives_the_equal_schedule_back_and_is_strict(schedule):
     record = strict_json(schedule.to_json())
     back = NoiseSchedule.from_json(schedule.to_json())
     assert np.array_equal(np.array(record["betas"]), schedule.betas)
-    assert back == schedule and hash(back) == hash(schedule) and back.betas.tobytes() == schedule.betas.tobytes()
+    assert (
+        back == schedule and hash(back) == hash(schedule) and back.betas.tobytes() == schedule.betas.tobytes()
+    )
     assert [dict(step) for step in back.recipe] == [dict(step) for step in schedule.recipe]
     assert back.to_json() == schedule.to_json() and repr(back) == repr(schedule)
 
@@ -365,7 +415,9 @@ def test_json_gives_the_equal_schedule_back_and_is_strict(schedule):
 def test_a_saved_scheduler_folder_gives_the_equal_schedule_back(name, schedule, tmp_path):
     cls = getattr(diffusers, name)
     scheduler = cls.from_config(schedule.to_config("v_prediction"))
-    np.testing.assert_allclose(scheduler.alphas_cumprod.double(), schedule.alphas_cumprod, rtol=1e-3, atol=1e-9)
+    np.testing.assert_allclose(
+        scheduler.alphas_cumprod.double(), schedule.alphas_cumprod, rtol=1e-3, atol=1e-9
+    )
     scheduler.save_pretrained(tmp_path)
     config = strict_json((tmp_path / "scheduler_config.json").read_text())
     assert NoiseSchedule.from_config(config) == schedule
@@ -403,7 +455,9 @@ def test_any_valid_betas_rise_and_survive_json_and_config(betas):
 
 
 @STEADY
-@given(sigmas=st.lists(st.floats(1e-2, 1e4), min_size=2, max_size=30, unique_by=lambda x: round(math.log(x), 3)))
+@given(
+    sigmas=st.lists(st.floats(1e-2, 1e4), min_size=2, max_size=30, unique_by=lambda x: round(math.log(x), 3))
+)
 def test_any_rising_sigmas_are_kept(sigmas):
     np.testing.assert_allclose(NoiseSchedule.from_sigmas(sorted(sigmas)).sigmas, sorted(sigmas), rtol=1e-8)
 
@@ -416,7 +470,15 @@ def test_a_schedule_cannot_be_changed():
     schedule, direct = NoiseSchedule.from_betas(betas), NoiseSchedule(betas)
     betas[0] = 0.9  # the caller's array stays the caller's
     assert schedule.betas[0] == direct.betas[0] == 0.1
-    for name in ("betas", "alphas_cumprod", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "sigmas", "snr", "log_snr"):
+    for name in (
+        "betas",
+        "alphas_cumprod",
+        "sqrt_alphas_cumprod",
+        "sqrt_one_minus_alphas_cumprod",
+        "sigmas",
+        "snr",
+        "log_snr",
+    ):
         with pytest.raises(ValueError, match="read-only"):
             getattr(schedule, name)[0] = 0.5
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -426,7 +488,12 @@ def test_a_schedule_cannot_be_changed():
 def test_changes_return_new_schedules():
     s = NoiseSchedule.sdxl()
     before = s.to_json()
-    s.zero_terminal_snr(), s.with_terminal_sigma(300, "tail"), s.with_terminal_sigma(300, "last"), s.for_resolution(1024, 1024)
+    (
+        s.zero_terminal_snr(),
+        s.with_terminal_sigma(300, "tail"),
+        s.with_terminal_sigma(300, "last"),
+        s.for_resolution(1024, 1024),
+    )
     assert s.to_json() == before and s == NoiseSchedule.sdxl()
 
 
@@ -439,12 +506,21 @@ def test_equality_and_hash_are_of_the_betas():
     assert a != "schedule" and a != NoiseSchedule.scaled_linear(num_timesteps=999)
 
 
-@pytest.mark.parametrize("clone", [lambda s: pickle.loads(pickle.dumps(s)), copy.deepcopy, copy.copy], ids=["pickle", "deepcopy", "copy"])
+@pytest.mark.parametrize(
+    "clone",
+    [lambda s: pickle.loads(pickle.dumps(s)), copy.deepcopy, copy.copy],
+    ids=["pickle", "deepcopy", "copy"],
+)
 def test_clones_are_equal(clone):
     s = NoiseSchedule.sdxl().zero_terminal_snr()
     assert s.snr[-1] == 0  # a cached table travels too
     twin = clone(s)
-    assert twin == s and hash(twin) == hash(s) and twin.to_json() == s.to_json() and twin.terminal_sigma == math.inf
+    assert (
+        twin == s
+        and hash(twin) == hash(s)
+        and twin.to_json() == s.to_json()
+        and twin.terminal_sigma == math.inf
+    )
 
 
 def test_repr_tells_how_it_was_made():
@@ -458,13 +534,19 @@ def test_repr_tells_how_it_was_made():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: NoiseSchedule.from_betas([0.1, math.nan, 0.3]), r"betas must be finite, but betas\[1\] is not"),
+        (
+            lambda: NoiseSchedule.from_betas([0.1, math.nan, 0.3]),
+            r"betas must be finite, but betas\[1\] is not",
+        ),
         (lambda: NoiseSchedule(np.array([0.1, math.inf])), r"betas must be finite, but betas\[1\]"),
         (lambda: NoiseSchedule.from_betas([0.1, -0.2, 0.3]), r"betas\[1\] = -0.2"),
         (lambda: NoiseSchedule.from_betas([0.1, 0.0]), r"betas\[1\] = 0"),
         (lambda: NoiseSchedule.from_betas([1.0, 0.5]), r"betas\[0\] = 1"),
         (lambda: NoiseSchedule.from_betas([0.1, 1.5]), r"betas\[1\] = 1.5"),
-        (lambda: NoiseSchedule.from_betas([[0.1, 0.2]]), r"one row of at least 2 numbers, got shape \(1, 2\)"),
+        (
+            lambda: NoiseSchedule.from_betas([[0.1, 0.2]]),
+            r"one row of at least 2 numbers, got shape \(1, 2\)",
+        ),
         (lambda: NoiseSchedule.from_betas([0.1]), r"at least 2 numbers, got shape \(1,\)"),
         (
             lambda: NoiseSchedule.from_alphas_cumprod([0.5, 0.6]),
@@ -473,12 +555,24 @@ def test_repr_tells_how_it_was_made():
         (lambda: NoiseSchedule.from_alphas_cumprod([0.5, 0.5]), "must fall at every timestep"),
         (lambda: NoiseSchedule.from_alphas_cumprod([1.0, 0.5]), r"must lie in \[0, 1\)"),
         (lambda: NoiseSchedule.from_alphas_cumprod([0.5, -0.5]), r"must lie in \[0, 1\)"),
-        (lambda: NoiseSchedule.from_alphas_cumprod([0.5, math.nan]), r"alphas_cumprod must be finite, but alphas_cumprod\[1\]"),
-        (lambda: NoiseSchedule.from_sigmas([0.1, 3, 2]), r"sigmas must rise at every timestep, but sigmas\[1\] = 3 and sigmas\[2\] = 2"),
+        (
+            lambda: NoiseSchedule.from_alphas_cumprod([0.5, math.nan]),
+            r"alphas_cumprod must be finite, but alphas_cumprod\[1\]",
+        ),
+        (
+            lambda: NoiseSchedule.from_sigmas([0.1, 3, 2]),
+            r"sigmas must rise at every timestep, but sigmas\[1\] = 3 and sigmas\[2\] = 2",
+        ),
         (lambda: NoiseSchedule.from_sigmas([0.0, 3]), r"sigmas must be positive, but sigmas\[0\] = 0"),
-        (lambda: NoiseSchedule.from_sigmas([0.1, math.inf, math.inf]), r"sigmas must be finite, but sigmas\[1\]"),
+        (
+            lambda: NoiseSchedule.from_sigmas([0.1, math.inf, math.inf]),
+            r"sigmas must be finite, but sigmas\[1\]",
+        ),
         (lambda: NoiseSchedule.from_sigmas([0.1, math.nan]), r"sigmas must be finite, but sigmas\[1\]"),
-        (lambda: NoiseSchedule.scaled_linear(0.02, 0.01), "0 < beta_start <= beta_end < 1, got 0.02 and 0.01"),
+        (
+            lambda: NoiseSchedule.scaled_linear(0.02, 0.01),
+            "0 < beta_start <= beta_end < 1, got 0.02 and 0.01",
+        ),
         (lambda: NoiseSchedule.linear(0, 0.01), "0 < beta_start"),
         (lambda: NoiseSchedule.linear(math.nan, 0.01), "0 < beta_start"),
         (lambda: NoiseSchedule.scaled_linear(0.1, 1.0), "beta_end < 1"),
@@ -491,30 +585,72 @@ def test_repr_tells_how_it_was_made():
             lambda: NoiseSchedule.sdxl().with_terminal_sigma(math.nan, "beta_end"),
             "must be above the schedule's first sigma, 0.02917, got nan",
         ),
-        (lambda: NoiseSchedule.sdxl().with_terminal_sigma(0.029, "rescale"), "must be above the schedule's first sigma, 0.02917"),
-        (lambda: NoiseSchedule.sdxl().with_terminal_sigma(-300, "beta_end"), "above the schedule's first sigma"),
-        (lambda: NoiseSchedule.sdxl().with_terminal_sigma(300, "middle"), "unknown .*method 'middle': expected one of rescale, beta_end"),
-        (lambda: NoiseSchedule.sdxl().with_terminal_sigma(math.inf, "beta_end"), "no beta_end gives an infinite terminal sigma"),
-        (lambda: NoiseSchedule.sdxl().with_terminal_sigma(0.03, "beta_end"), "no beta_end from 0.00085 to 1 gives terminal sigma 0.03"),
-        (lambda: NoiseSchedule.cosine().with_terminal_sigma(300, "beta_end"), "needs an unchanged linear or scaled_linear schedule"),
+        (
+            lambda: NoiseSchedule.sdxl().with_terminal_sigma(0.029, "rescale"),
+            "must be above the schedule's first sigma, 0.02917",
+        ),
+        (
+            lambda: NoiseSchedule.sdxl().with_terminal_sigma(-300, "beta_end"),
+            "above the schedule's first sigma",
+        ),
+        (
+            lambda: NoiseSchedule.sdxl().with_terminal_sigma(300, "middle"),
+            "unknown .*method 'middle': expected one of rescale, beta_end",
+        ),
+        (
+            lambda: NoiseSchedule.sdxl().with_terminal_sigma(math.inf, "beta_end"),
+            "no beta_end gives an infinite terminal sigma",
+        ),
+        (
+            lambda: NoiseSchedule.sdxl().with_terminal_sigma(0.03, "beta_end"),
+            "no beta_end from 0.00085 to 1 gives terminal sigma 0.03",
+        ),
+        (
+            lambda: NoiseSchedule.cosine().with_terminal_sigma(300, "beta_end"),
+            "needs an unchanged linear or scaled_linear schedule",
+        ),
         (
             lambda: NoiseSchedule.sdxl().zero_terminal_snr().with_terminal_sigma(300, "beta_end"),
             "needs an unchanged linear or scaled_linear schedule",
         ),
-        (lambda: NoiseSchedule.sdxl().with_terminal_sigma(5, "last"), "would make sigma fall again before the end"),
-        (lambda: NoiseSchedule.sdxl().with_terminal_sigma(2, "tail"), "would make sigma fall again before the end"),
-        (lambda: NoiseSchedule.sdxl().with_terminal_sigma(300, "rescale", start=3), "start belongs to method 'tail', not to 'rescale'"),
-        (lambda: NoiseSchedule.sdxl().with_terminal_sigma(300, "tail", start=999), r"start must be a timestep in 0..998, got 999"),
-        (lambda: NoiseSchedule.sdxl().with_terminal_sigma(300, "tail", start=-1), r"start must be a timestep in 0..998, got -1"),
+        (
+            lambda: NoiseSchedule.sdxl().with_terminal_sigma(5, "last"),
+            "would make sigma fall again before the end",
+        ),
+        (
+            lambda: NoiseSchedule.sdxl().with_terminal_sigma(2, "tail"),
+            "would make sigma fall again before the end",
+        ),
+        (
+            lambda: NoiseSchedule.sdxl().with_terminal_sigma(300, "rescale", start=3),
+            "start belongs to method 'tail', not to 'rescale'",
+        ),
+        (
+            lambda: NoiseSchedule.sdxl().with_terminal_sigma(300, "tail", start=999),
+            r"start must be a timestep in 0..998, got 999",
+        ),
+        (
+            lambda: NoiseSchedule.sdxl().with_terminal_sigma(300, "tail", start=-1),
+            r"start must be a timestep in 0..998, got -1",
+        ),
         (lambda: NoiseSchedule.sdxl().for_resolution(0, 1024), "must be positive pixel counts"),
         (lambda: NoiseSchedule.from_config({}), "neither trained_betas nor beta_schedule"),
         (lambda: NoiseSchedule.from_config({"beta_schedule": "sigmoid"}), "unknown beta_schedule 'sigmoid'"),
-        (lambda: NoiseSchedule.from_config({"trained_betas": [0.1, 0.2]}), "2 trained_betas but num_train_timesteps is 1000"),
+        (
+            lambda: NoiseSchedule.from_config({"trained_betas": [0.1, 0.2]}),
+            "2 trained_betas but num_train_timesteps is 1000",
+        ),
         (lambda: NoiseSchedule.from_json("[]"), "not a schedule record"),
         (lambda: NoiseSchedule.from_json("{"), "Expecting"),
         (lambda: NoiseSchedule.from_record({"format": "other"}), "not a schedule record"),
-        (lambda: NoiseSchedule.from_record(NoiseSchedule.sdxl().to_record() | {"version": 99}), "version 99 is not 1: update sdxl-fixes"),
-        (lambda: NoiseSchedule.from_record({"format": "sdxl_fixes.schedule", "version": 1}), "betas must be a list of numbers"),
+        (
+            lambda: NoiseSchedule.from_record(NoiseSchedule.sdxl().to_record() | {"version": 99}),
+            "version 99 is not 1: update sdxl-fixes",
+        ),
+        (
+            lambda: NoiseSchedule.from_record({"format": "sdxl_fixes.schedule", "version": 1}),
+            "betas must be a list of numbers",
+        ),
     ],
 )
 def test_nonsense_is_refused_in_a_sentence(make, message):
@@ -522,10 +658,13 @@ def test_nonsense_is_refused_in_a_sentence(make, message):
         make()
 
 
-# ---------------------------------------------------------------- known defects of the subject, not of the test
+# ---------------------------------------------------------------- known defects of the subject, not of the
+# test
 
 
-@pytest.mark.parametrize("clone", [lambda s: pickle.loads(pickle.dumps(s)), copy.deepcopy], ids=["pickle", "deepcopy"])
+@pytest.mark.parametrize(
+    "clone", [lambda s: pickle.loads(pickle.dumps(s)), copy.deepcopy], ids=["pickle", "deepcopy"]
+)
 def test_clones_cannot_be_changed_either(clone):
     with pytest.raises(ValueError, match="read-only"):
         clone(NoiseSchedule.sdxl()).betas[0] = 0.5
@@ -549,7 +688,9 @@ def test_a_record_whose_recipe_contradicts_its_betas_does_not_lie_in_config():
     assert NoiseSchedule.from_config(schedule.to_config()) == schedule
 
 
-@pytest.mark.parametrize("betas", [[0.5, 1e-17], [1e-17, 0.5], [0.99] * 400], ids=["flat", "sigma-0", "underflow"])
+@pytest.mark.parametrize(
+    "betas", [[0.5, 1e-17], [1e-17, 0.5], [0.99] * 400], ids=["flat", "sigma-0", "underflow"]
+)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_betas_whose_sigmas_do_not_rise_are_refused(betas):
     with pytest.raises(ValueError, match="rise"):
@@ -568,7 +709,9 @@ def test_a_sigma_too_large_for_the_betas_is_refused_or_reached(sigma, method):
 
 @pytest.mark.parametrize("steps", [2, 3, 4])
 def test_tail_has_a_default_start_in_a_short_schedule(steps):
-    assert NoiseSchedule.scaled_linear(num_timesteps=steps).with_terminal_sigma(5, "tail").terminal_sigma == pytest.approx(5)
+    assert NoiseSchedule.scaled_linear(num_timesteps=steps).with_terminal_sigma(
+        5, "tail"
+    ).terminal_sigma == pytest.approx(5)
 
 
 def test_a_scheduler_with_a_shorter_table_is_refused_in_a_sentence():
@@ -595,7 +738,9 @@ def test_the_recipe_in_the_docstring_of_to_config_works():
     schedule = NoiseSchedule.sdxl().with_terminal_sigma(300, "tail")
     scheduler = diffusers.DDPMScheduler(**SDXL)
     changed = diffusers.DDPMScheduler.from_config(scheduler.config, **schedule.to_config("v_prediction"))
-    assert NoiseSchedule.from_scheduler(changed) == schedule and changed.config.prediction_type == "v_prediction"
+    assert (
+        NoiseSchedule.from_scheduler(changed) == schedule and changed.config.prediction_type == "v_prediction"
+    )
 
 
 @pytest.mark.parametrize("recipe", [[1], None, [{"x": 1}]], ids=repr)

@@ -1,4 +1,5 @@
-"""The drop-in schedulers: against the exact Gaussian model, against diffusers' own classes bit for bit, saved, loaded, in any dtype."""
+"""The drop-in schedulers: against the exact Gaussian model, against diffusers' own classes bit for bit,
+saved, loaded, in any dtype."""
 
 import copy
 import inspect
@@ -33,7 +34,11 @@ SCHEDULES = {
     "flow": NoiseSchedule.flow(3.0),
 }
 SDXL = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-FIRST_ORDER, SECOND_ORDER, NOISY = ("ddim", "euler"), ("dpmpp_2m", "unipc", "heun"), ("ddpm", "euler_a", "dpmpp_2m_sde")
+FIRST_ORDER, SECOND_ORDER, NOISY = (
+    ("ddim", "euler"),
+    ("dpmpp_2m", "unipc", "heun"),
+    ("ddpm", "euler_a", "dpmpp_2m_sde"),
+)
 
 
 def network(x, t):
@@ -64,10 +69,15 @@ def loop(scheduler, steps, prediction=network, dtype=torch.float32, begin=True):
 def test_samples_have_the_ideal_spread_and_mean(sampler, name, prediction_type, steps):
     schedule = SCHEDULES[name]
     if prediction_type == "epsilon" and schedule.residual_signal == 0:
-        with pytest.raises(ValueError, match="use a model trained with v_prediction, or a schedule with a finite terminal sigma"):
+        with pytest.raises(
+            ValueError,
+            match="use a model trained with v_prediction, or a schedule with a finite terminal sigma",
+        ):
             schedule.scheduler(sampler, prediction_type)
         return
-    mean, spread = gaussian.sampled(schedule.scheduler(sampler, prediction_type), schedule, prediction_type, steps)
+    mean, spread = gaussian.sampled(
+        schedule.scheduler(sampler, prediction_type), schedule, prediction_type, steps
+    )
     ideal_mean, ideal_spread = gaussian.ideal(schedule, prediction_type == "flow_prediction")
     leak = 100 * (mean - ideal_mean).abs().max() / gaussian.MEAN_OVER_SCALE
     if sampler in SECOND_ORDER:
@@ -75,7 +85,9 @@ def test_samples_have_the_ideal_spread_and_mean(sampler, name, prediction_type, 
         assert leak < 0.51
     else:
         assert (spread / ideal_spread).min() >= 0.86
-        assert leak < (0.51 if schedule.terminal_sigma >= 4096 else 3.2)  # a first-order step hides part of a finite sigma's leak
+        assert leak < (
+            0.51 if schedule.terminal_sigma >= 4096 else 3.2
+        )  # a first-order step hides part of a finite sigma's leak
 
 
 @pytest.mark.parametrize("name", ["300", "inf"])
@@ -85,14 +97,21 @@ def test_samplers_that_draw_noise_have_the_ideal_mean_and_spread(sampler, name):
     scheduler = schedule.scheduler(sampler, "v_prediction")
     mean, spread = gaussian.sampled(scheduler, schedule, "v_prediction", 30, samples=20000)
     ideal_mean, _ = gaussian.ideal(schedule)
-    assert (mean[:2] > ideal_mean[:2] - 0.03).all() and (mean[:2] < 2.03).all()  # fresh noise forgets some of what the start lacks
-    assert ((spread - 1).abs().max() < 0.05) if sampler == "dpmpp_2m_sde" else ((0.8 < spread) & (spread < 1.05)).all()
+    assert (mean[:2] > ideal_mean[:2] - 0.03).all() and (
+        mean[:2] < 2.03
+    ).all()  # fresh noise forgets some of what the start lacks
+    assert (
+        ((spread - 1).abs().max() < 0.05)
+        if sampler == "dpmpp_2m_sde"
+        else ((0.8 < spread) & (spread < 1.05)).all()
+    )
 
 
 @pytest.mark.parametrize("name", ["300 rescale", "inf"])
 @pytest.mark.parametrize("sampler", ["ddpm", "euler_a", "ddim"])
 def test_fresh_noise_has_ddpm_s_posterior_variance(sampler, name):
-    """One step from each of three timesteps, against q(x_t' | x_t, x_0) as DDPM writes it (arXiv:2006.11239 eq. 7)."""
+    """One step from each of three timesteps, against q(x_t' | x_t, x_0) as DDPM writes it (arXiv:2006.11239
+    eq. 7)."""
     schedule = SCHEDULES[name]
     scheduler = schedule.scheduler(sampler, "sample")
     scheduler.set_timesteps(6)
@@ -106,7 +125,9 @@ def test_fresh_noise_has_ddpm_s_posterior_variance(sampler, name):
         if hasattr(scheduler, "_step_index"):
             scheduler._step_index = at
         options = {"eta": 1.0} if sampler == "ddim" else {}
-        got = scheduler.step(x0, scheduler.timesteps[at], x, generator=torch.Generator().manual_seed(at), **options).prev_sample.double()
+        got = scheduler.step(
+            x0, scheduler.timesteps[at], x, generator=torch.Generator().manual_seed(at), **options
+        ).prev_sample.double()
         assert float(got.mean()) == pytest.approx(mean, abs=0.01)
         assert float(got.std()) == pytest.approx(variance**0.5, rel=0.01)
 
@@ -115,7 +136,9 @@ def test_ddim_and_euler_are_the_same_method():
     for name in ("14.6", "20000 rescale", "inf"):
         for prediction_type in ("v_prediction", "sample"):
             schedule = SCHEDULES[name]
-            ddim, euler = (loop(schedule.scheduler(sampler, prediction_type), 11) for sampler in ("ddim", "euler"))
+            ddim, euler = (
+                loop(schedule.scheduler(sampler, prediction_type), 11) for sampler in ("ddim", "euler")
+            )
             assert torch.equal(ddim, euler)
 
 
@@ -128,7 +151,9 @@ def test_one_step_from_snr_0_is_what_the_network_says(sampler, prediction_type):
     x = torch.randn(3, 4, 2, 2)
     output = network(x, 999)
     expected = -output if prediction_type == "v_prediction" else output
-    got = scheduler.step(output, scheduler.timesteps[0], scheduler.scale_model_input(x, scheduler.timesteps[0])).prev_sample
+    got = scheduler.step(
+        output, scheduler.timesteps[0], scheduler.scale_model_input(x, scheduler.timesteps[0])
+    ).prev_sample
     assert torch.allclose(got, expected, atol=1e-6)
 
 
@@ -140,7 +165,8 @@ def test_one_step_from_snr_0_is_what_the_network_says(sampler, prediction_type):
     steps=st.one_of(st.integers(1, 60), st.sampled_from([333, 999, 1000])),
 )
 def test_any_number_of_steps_is_taken_on_trained_timesteps(sampler, name, spacing, steps):
-    """The exact model refuses any other timestep; a thousand steps of a first-order method leave almost no error."""
+    """The exact model refuses any other timestep; a thousand steps of a first-order method leave almost no
+    error."""
     schedule = SCHEDULES[name]
     scheduler = schedule.scheduler(sampler, "v_prediction", spacing)
     if not scheduler.exact and spacing == "linspace":
@@ -154,7 +180,9 @@ def test_any_number_of_steps_is_taken_on_trained_timesteps(sampler, name, spacin
 @pytest.mark.parametrize("spacing", ["trailing", "linspace", "log_sigma"])
 def test_heun_does_not_explode_where_diffusers_does(spacing):
     schedule = SCHEDULES["20000 rescale"]
-    _, spread = gaussian.sampled(schedule.scheduler("heun", "v_prediction", spacing), schedule, "v_prediction", 25)
+    _, spread = gaussian.sampled(
+        schedule.scheduler("heun", "v_prediction", spacing), schedule, "v_prediction", 25
+    )
     theirs = diffusers.HeunDiscreteScheduler(
         trained_betas=schedule.betas.tolist(), prediction_type="v_prediction", timestep_spacing="trailing"
     )
@@ -180,16 +208,29 @@ def test_karras_steps_from_snr_0():
 def test_the_stock_schedule_is_sampled_as_diffusers_does(cls, steps, spacing, prediction_type):
     config = {**SDXL, "timestep_spacing": spacing, "prediction_type": prediction_type}
     ours, theirs = cls(**config), cls._stock(**config)
-    right = cls is not schedulers.DDIMScheduler or spacing == "leading" or (spacing == "trailing" and 1000 % steps == 0)
+    right = (
+        cls is not schedulers.DDIMScheduler
+        or spacing == "leading"
+        or (spacing == "trailing" and 1000 % steps == 0)
+    )
     assert not ours.exact
     assert torch.equal(loop(ours, steps), loop(theirs, steps)) == right
 
 
 @pytest.mark.parametrize(
-    "extra", [{"use_karras_sigmas": True}, {"algorithm_type": "sde-dpmsolver++"}, {"solver_order": 3}, {"final_sigmas_type": "sigma_min"}]
+    "extra",
+    [
+        {"use_karras_sigmas": True},
+        {"algorithm_type": "sde-dpmsolver++"},
+        {"solver_order": 3},
+        {"final_sigmas_type": "sigma_min"},
+    ],
 )
 def test_settings_of_dpm_solver_are_diffusers(extra):
-    ours, theirs = (cls(**SDXL, **extra) for cls in (schedulers.DPMSolverMultistepScheduler, diffusers.DPMSolverMultistepScheduler))
+    ours, theirs = (
+        cls(**SDXL, **extra)
+        for cls in (schedulers.DPMSolverMultistepScheduler, diffusers.DPMSolverMultistepScheduler)
+    )
     assert torch.equal(loop(ours, 12), loop(theirs, 12))
 
 
@@ -211,8 +252,12 @@ def test_ddim_steps_to_the_next_timestep_of_the_list():
     )
     for scheduler in (ours, theirs):
         scheduler.register_to_config(clip_sample=False)
-    (mean, spread), (their_mean, _their_spread) = (gaussian.sampled(s, STOCK, "v_prediction", 30) for s in (ours, theirs))
-    euler_mean, euler_spread = gaussian.sampled(STOCK.scheduler("euler", "v_prediction", "trailing"), STOCK, "v_prediction", 30)
+    (mean, spread), (their_mean, _their_spread) = (
+        gaussian.sampled(s, STOCK, "v_prediction", 30) for s in (ours, theirs)
+    )
+    euler_mean, euler_spread = gaussian.sampled(
+        STOCK.scheduler("euler", "v_prediction", "trailing"), STOCK, "v_prediction", 30
+    )
     assert (mean - euler_mean).abs().max() < 0.01 < 0.02 < (their_mean - euler_mean).abs().max()
     assert (spread - euler_spread).abs().max() < 0.01
 
@@ -266,7 +311,9 @@ def test_add_noise_is_training_s(sampler, prediction_type):
     """Any timestep, a batch of them, before set_timesteps; the timesteps are what the network is told."""
     from sdxl_fixes import Objective
 
-    step = Objective(ZERO, prediction_type).draw(torch.randn(16, 4, 2, 2), generator=torch.Generator().manual_seed(0))
+    step = Objective(ZERO, prediction_type).draw(
+        torch.randn(16, 4, 2, 2), generator=torch.Generator().manual_seed(0)
+    )
     torch.manual_seed(5)
     latents = torch.randn(16, 4, 2, 2)
     step = Objective(ZERO, prediction_type).draw(latents)
@@ -280,7 +327,9 @@ def test_custom_timesteps_and_their_errors():
     scheduler.set_timesteps(timesteps=[999, 700, 300, 20])
     assert scheduler.timesteps.tolist() == [999, 700, 300, 20]
     for wrong in ([300, 700], [1000, 3], [5, 5], []):
-        with pytest.raises(ValueError, match="timesteps must be whole numbers that fall from at most 999 to at least 0"):
+        with pytest.raises(
+            ValueError, match="timesteps must be whole numbers that fall from at most 999 to at least 0"
+        ):
             scheduler.set_timesteps(timesteps=wrong)
     with pytest.raises(ValueError, match="set_timesteps needs num_inference_steps or timesteps"):
         scheduler.set_timesteps()
@@ -299,7 +348,10 @@ def test_timesteps_have_diffusers_dtype(sampler):
     theirs = type(scheduler)._stock(**SDXL)
     for made in (scheduler, theirs):
         made.set_timesteps(10)
-    assert scheduler.timesteps.dtype == theirs.timesteps.dtype and scheduler.timesteps.shape == theirs.timesteps.shape
+    assert (
+        scheduler.timesteps.dtype == theirs.timesteps.dtype
+        and scheduler.timesteps.shape == theirs.timesteps.shape
+    )
 
 
 def test_signatures_are_diffusers():
@@ -327,26 +379,40 @@ def test_a_saved_config_is_stock_s_and_loads_exactly(sampler, name, tmp_path):
     scheduler = schedule.scheduler(sampler, "v_prediction")
     scheduler.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "scheduler_config.json").read_text())
-    assert config["_class_name"] == type(scheduler)._stock.__name__ and config["timestep_spacing"] == "trailing"
+    assert (
+        config["_class_name"] == type(scheduler)._stock.__name__ and config["timestep_spacing"] == "trailing"
+    )
     again = type(scheduler).from_pretrained(tmp_path)
-    assert again.noise_schedule == schedule == NoiseSchedule.from_config(config) == NoiseSchedule.from_scheduler(again)
+    assert (
+        again.noise_schedule
+        == schedule
+        == NoiseSchedule.from_config(config)
+        == NoiseSchedule.from_scheduler(again)
+    )
     assert torch.equal(loop(again, 9), loop(scheduler, 9))
     stock = type(scheduler)._stock.from_pretrained(tmp_path)
     assert type(stock).__module__.startswith("diffusers.")
     stock.set_timesteps(25)
     assert int(stock.timesteps[0]) == 999
     terminal = float(((1 - stock.alphas_cumprod[-1]) / stock.alphas_cumprod[-1]) ** 0.5)
-    assert terminal == pytest.approx(schedule.terminal_sigma, rel=0.02) or (terminal >= 4000 and schedule.residual_signal == 0)
+    assert terminal == pytest.approx(schedule.terminal_sigma, rel=0.02) or (
+        terminal >= 4000 and schedule.residual_signal == 0
+    )
     assert torch.isfinite(loop(stock, 25)).all()
 
 
 def test_an_instance_names_stock_s_module_for_model_index():
     scheduler = ZERO.scheduler("euler", "v_prediction")
-    assert scheduler.__module__.split(".")[0] == "diffusers" and type(scheduler).__module__ == "sdxl_fixes.schedulers"
+    assert (
+        scheduler.__module__.split(".")[0] == "diffusers"
+        and type(scheduler).__module__ == "sdxl_fixes.schedulers"
+    )
 
 
 def test_spacing_given_to_the_class_or_to_from_config():
-    scheduler = schedulers.EulerDiscreteScheduler(**SDXL, timestep_spacing="log_sigma", prediction_type="v_prediction")
+    scheduler = schedulers.EulerDiscreteScheduler(
+        **SDXL, timestep_spacing="log_sigma", prediction_type="v_prediction"
+    )
     assert scheduler.exact and scheduler.config.timestep_spacing == "trailing"
     assert torch.equal(loop(scheduler, 6), loop(STOCK.scheduler("euler", "v_prediction"), 6))
     plain = schedulers.EulerDiscreteScheduler.from_config(scheduler.config, timestep_spacing="leading")
@@ -358,17 +424,23 @@ def test_spacing_given_to_the_class_or_to_from_config():
 
 def test_betas_given_to_from_config_replace_an_exact_end():
     infinite = ZERO.scheduler("heun", "v_prediction")
-    finite = type(infinite).from_config(infinite.config, trained_betas=SCHEDULES["300 rescale"].betas.tolist())
+    finite = type(infinite).from_config(
+        infinite.config, trained_betas=SCHEDULES["300 rescale"].betas.tolist()
+    )
     assert finite.noise_schedule == SCHEDULES["300 rescale"]
 
 
 def test_epsilon_at_snr_0_warns_where_diffusers_puts_4096():
-    with pytest.warns(UserWarning, match="EulerDiscreteScheduler: epsilon prediction cannot be sampled from SNR 0.*4096"):
+    with pytest.warns(
+        UserWarning, match="EulerDiscreteScheduler: epsilon prediction cannot be sampled from SNR 0.*4096"
+    ):
         scheduler = schedulers.EulerDiscreteScheduler(**SDXL, rescale_betas_zero_snr=True)
         scheduler.set_timesteps(5)
     ddim = schedulers.DDIMScheduler(**SDXL, rescale_betas_zero_snr=True, timestep_spacing="trailing")
     ddim.set_timesteps(5)
-    with pytest.raises(ValueError, match=r"epsilon prediction at SNR 0.*use v_prediction, or a finite terminal sigma"):
+    with pytest.raises(
+        ValueError, match=r"epsilon prediction at SNR 0.*use v_prediction, or a finite terminal sigma"
+    ):
         ddim.step(torch.zeros(1), ddim.timesteps[0], torch.zeros(1))
 
 
@@ -384,7 +456,12 @@ def test_wrong_arguments_are_one_sentence():
     with pytest.raises(ValueError, match="use_beta_sigmas does not go with"):
         ZERO.scheduler("dpmpp_2m", "v_prediction", use_beta_sigmas=True)
     with pytest.raises(ValueError, match="use dpmsolver"):
-        loop(ZERO.scheduler("dpmpp_2m", "v_prediction", algorithm_type="dpmsolver", final_sigmas_type="sigma_min"), 5)
+        loop(
+            ZERO.scheduler(
+                "dpmpp_2m", "v_prediction", algorithm_type="dpmsolver", final_sigmas_type="sigma_min"
+            ),
+            5,
+        )
     with pytest.raises(ValueError, match="only with solver_type 'bh2'"):
         loop(ZERO.scheduler("unipc", "v_prediction", solver_type="bh1"), 5)
     with pytest.raises(ValueError, match=r"s_churn 0\.5 does not go with"):
@@ -400,12 +477,19 @@ class Pipeline:
 
 def test_fix_scheduler_keeps_class_and_settings_and_takes_the_trained_schedule():
     theirs = diffusers.DPMSolverMultistepScheduler(
-        **SDXL, prediction_type="v_prediction", rescale_betas_zero_snr=True, algorithm_type="sde-dpmsolver++", solver_order=3
+        **SDXL,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        algorithm_type="sde-dpmsolver++",
+        solver_order=3,
     )
     ours = fix_scheduler(theirs)
     assert type(ours) is schedulers.DPMSolverMultistepScheduler and ours.noise_schedule == ZERO and ours.exact
     assert ours.config.algorithm_type == "sde-dpmsolver++" and ours.config.solver_order == 3
-    assert "sde-dpmsolver++" in theirs.config.algorithm_type and type(theirs) is diffusers.DPMSolverMultistepScheduler
+    assert (
+        "sde-dpmsolver++" in theirs.config.algorithm_type
+        and type(theirs) is diffusers.DPMSolverMultistepScheduler
+    )
 
 
 def test_fix_scheduler_of_a_pipeline_that_was_loaded_as_epsilon():
@@ -433,7 +517,9 @@ def test_import_of_the_package_does_not_import_diffusers():
 def test_thresholding_and_clipping_act_on_the_image():
     scheduler = ZERO.scheduler("ddim", "v_prediction", clip_sample=True, clip_sample_range=0.5)
     scheduler.set_timesteps(1)
-    got = scheduler.step(torch.tensor([[[[3.0]]]]), scheduler.timesteps[0], torch.ones(1, 1, 1, 1)).prev_sample
+    got = scheduler.step(
+        torch.tensor([[[[3.0]]]]), scheduler.timesteps[0], torch.ones(1, 1, 1, 1)
+    ).prev_sample
     assert got.item() == -0.5
 
 
@@ -461,7 +547,10 @@ def test_a_step_in_half_precision_is_the_float32_step_rounded(sampler):
     for results, dtype in ((got, torch.float16), (expected, torch.float32)):
         scheduler = SCHEDULES["20000"].scheduler(sampler, "v_prediction")
         scheduler.set_timesteps(10)
-        results += [scheduler.step(output.to(dtype), t, x.to(dtype)).prev_sample.half() for t in scheduler.timesteps[:4]]
+        results += [
+            scheduler.step(output.to(dtype), t, x.to(dtype)).prev_sample.half()
+            for t in scheduler.timesteps[:4]
+        ]
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
@@ -470,6 +559,8 @@ def test_a_step_in_half_precision_is_the_float32_step_rounded(sampler):
 def test_levels_of_the_multistep_solvers_are_the_schedule_s(sampler, name):
     schedule = SCHEDULES[name]
     alpha, sigma, _ = schedule.levels()
-    got = schedule.scheduler(sampler, "v_prediction")._sigma_to_alpha_sigma_t(torch.from_numpy(np.array(schedule.sigmas)))
+    got = schedule.scheduler(sampler, "v_prediction")._sigma_to_alpha_sigma_t(
+        torch.from_numpy(np.array(schedule.sigmas))
+    )
     assert got[0].numpy() == pytest.approx(alpha, rel=1e-9, abs=1e-12)
     assert got[1].numpy() == pytest.approx(sigma, rel=1e-9)

@@ -39,7 +39,8 @@ def test_any_number_of_steps_gives_that_many_falling_trained_timesteps(name, spa
 
 @given(name=st.sampled_from(sorted(SCHEDULES)), data=st.data())
 def test_log_sigma_shares_the_range_out_evenly(name, data):
-    """Against the definition, with the share found by bisection: timestep i lies within half a step of i shares."""
+    """Against the definition, with the share found by bisection: timestep i lies within half a step of i
+    shares."""
     schedule = SCHEDULES[name]
     steps = data.draw(st.integers(1, len(schedule)))
     log_sigmas = [math.log(sigma) if sigma < math.inf else math.inf for sigma in schedule.sigmas]
@@ -74,7 +75,9 @@ def test_a_wide_gap_is_one_step_and_its_neighbours_are_dense():
 @pytest.mark.parametrize("steps", [1, 2, 7, 25, 30, 333, 1000])
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
 def test_the_spacings_in_t_are_diffusers(spacing, steps):
-    theirs = diffusers.EulerDiscreteScheduler(timestep_spacing=spacing, steps_offset=1 if spacing == "leading" and steps < 1000 else 0)
+    theirs = diffusers.EulerDiscreteScheduler(
+        timestep_spacing=spacing, steps_offset=1 if spacing == "leading" and steps < 1000 else 0
+    )
     theirs.set_timesteps(steps)
     if spacing == "linspace" and steps == 1:
         assert timesteps(STOCK, 1, spacing).tolist() == [999]  # diffusers starts at 0, the clean end

@@ -1,4 +1,5 @@
-"""Timestep sampling: the distributions, the slices of an optimizer step over ranks, exact resumption, and the edges."""
+"""Timestep sampling: the distributions, the slices of an optimizer step over ranks, exact resumption, and the
+edges."""
 
 import json
 import math
@@ -26,7 +27,10 @@ def chi_square(draws, expected):
 
 def test_uniform_draws_are_torchs_own_randint():
     """Bit for bit what a trainer without this sampler draws."""
-    assert torch.equal(TimestepSampler(SDXL).draw(50, generator=seeded(3)), torch.randint(0, 1000, (50,), generator=seeded(3)))
+    assert torch.equal(
+        TimestepSampler(SDXL).draw(50, generator=seeded(3)),
+        torch.randint(0, 1000, (50,), generator=seeded(3)),
+    )
     torch.manual_seed(4)
     drawn = TimestepSampler(SDXL).draw(50)
     torch.manual_seed(4)
@@ -40,13 +44,19 @@ def test_uniform_marginal():
     assert TimestepSampler(SDXL).weights(drawn) is None
 
 
-@pytest.mark.parametrize("options", [{}, {"stratified": True}, {"terminal_share": 0.3, "terminal_start": 650}])
+@pytest.mark.parametrize(
+    "options", [{}, {"stratified": True}, {"terminal_share": 0.3, "terminal_start": 650}]
+)
 def test_range_is_half_open(options):
-    drawn = TimestepSampler(SDXL, min_timestep=600, max_timestep=700, **options).draw(20_000, generator=seeded())
+    drawn = TimestepSampler(SDXL, min_timestep=600, max_timestep=700, **options).draw(
+        20_000, generator=seeded()
+    )
     assert sorted(set(drawn.tolist())) == list(range(600, 700))
 
 
-@pytest.mark.parametrize("options", [{}, {"stratified": True}, {"terminal_share": 0.3, "terminal_start": 999}])
+@pytest.mark.parametrize(
+    "options", [{}, {"stratified": True}, {"terminal_share": 0.3, "terminal_start": 999}]
+)
 def test_a_range_of_one_timestep(options):
     assert TimestepSampler(SDXL, 999, 1000, **options).draw(5, generator=seeded()).tolist() == [999] * 5
 
@@ -62,10 +72,15 @@ def test_a_schedule_of_two_timesteps_and_a_batch_of_one(options):
 
 
 def ranks(world_size, **options):
-    return [TimestepSampler(SDXL, stratified=True, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+    return [
+        TimestepSampler(SDXL, stratified=True, rank=rank, world_size=world_size, **options)
+        for rank in range(world_size)
+    ]
 
 
-@pytest.mark.parametrize(("batch", "accumulation", "world_size"), [(5, 2, 4), (8, 1, 1), (1, 5, 5), (1, 1, 8), (4, 1, 250)])
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "world_size"), [(5, 2, 4), (8, 1, 1), (1, 5, 5), (1, 1, 8), (4, 1, 250)]
+)
 def test_an_optimizer_step_has_one_draw_in_each_slice(batch, accumulation, world_size):
     count = batch * accumulation * world_size
     assert 1000 % count == 0
@@ -97,7 +112,10 @@ def test_slices_are_dealt_anew_every_step_and_by_every_seed():
 
 
 def test_a_single_stratified_draw_is_uniform():
-    samplers = [TimestepSampler(SDXL, stratified=True, seed=seed, world_size=4, rank=1, accumulation=2) for seed in range(4000)]
+    samplers = [
+        TimestepSampler(SDXL, stratified=True, seed=seed, world_size=4, rank=1, accumulation=2)
+        for seed in range(4000)
+    ]
     drawn = [sampler.draw(2)[1].item() // 50 for sampler in samplers]
     assert chi_square(drawn, np.full(20, 200.0)) < 43.8  # 0.1 % limit for 19 degrees of freedom
 
@@ -113,7 +131,9 @@ def test_stratified_draws_ignore_torchs_generator():
     a = TimestepSampler(SDXL, stratified=True).draw(8, generator=seeded(1))
     torch.manual_seed(1)
     assert torch.equal(a, TimestepSampler(SDXL, stratified=True).draw(8, generator=seeded(2)))
-    assert torch.equal(torch.rand(1), torch.rand(1, generator=seeded(1)))  # and leave the global one where it was
+    assert torch.equal(
+        torch.rand(1), torch.rand(1, generator=seeded(1))
+    )  # and leave the global one where it was
 
 
 @pytest.mark.parametrize("after", [1, 5, 6])
@@ -201,15 +221,24 @@ def test_slices_are_cut_at_the_right_number():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min_timestep": 5, "max_timestep": 5}, "0 <= min < max <= 1000, got min_timestep=5, max_timestep=5"),
+        (
+            {"min_timestep": 5, "max_timestep": 5},
+            "0 <= min < max <= 1000, got min_timestep=5, max_timestep=5",
+        ),
         ({"min_timestep": -1}, "got min_timestep=-1"),
         ({"max_timestep": 1001}, "max_timestep=1001"),
         ({"terminal_share": 1.0}, r"terminal_share must lie in \[0, 1\), got 1.0"),
         ({"terminal_share": -0.1}, r"terminal_share must lie in \[0, 1\)"),
         ({"terminal_share": math.nan}, r"terminal_share must lie in \[0, 1\)"),
-        ({"terminal_share": 0.5}, "needs timesteps above sigma 14.6 .* has none there: use zero terminal SNR"),
+        (
+            {"terminal_share": 0.5},
+            "needs timesteps above sigma 14.6 .* has none there: use zero terminal SNR",
+        ),
         ({"terminal_share": 0.5, "terminal_start": 1000}, "terminal_share needs timesteps"),
-        ({"rank": 2, "world_size": 2}, "0 <= rank < world_size and accumulation >= 1, got rank=2, world_size=2"),
+        (
+            {"rank": 2, "world_size": 2},
+            "0 <= rank < world_size and accumulation >= 1, got rank=2, world_size=2",
+        ),
         ({"accumulation": 0}, "accumulation=0"),
     ],
 )
@@ -224,7 +253,8 @@ def test_terminal_share_of_a_range_that_is_all_terminal_is_uniform():
 
 
 def test_an_optimizer_step_that_ends_early_leaves_no_draw_for_the_next():
-    """Six micro-batches an epoch, four to a step: accelerate steps after the sixth, so steps have 4, 2, 4, 2 draws."""
+    """Six micro-batches an epoch, four to a step: accelerate steps after the sixth, so steps have 4, 2, 4, 2
+    draws."""
     sampler = TimestepSampler(SDXL, stratified=True, accumulation=4)
     for _ in range(3):
         whole = torch.cat([sampler.draw(1) for _ in range(4)])

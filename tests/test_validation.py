@@ -1,4 +1,5 @@
-"""The validation loss: closed forms, independence of everything that must not matter, and the training left as it was."""
+"""The validation loss: closed forms, independence of everything that must not matter, and the training left
+as it was."""
 
 import math
 
@@ -20,7 +21,11 @@ def test_the_unweighted_loss_of_a_zero_prediction_is_the_target_s_power():
     """E v^2 = alpha^2 + sigma^2 E x0^2, up to the noise of 5 x 1024 values."""
     numbers = Validation(Objective(ZERO, "v_prediction"), points=4)(zero, LATENTS)
     power = float((LATENTS**2).mean())
-    assert sorted(numbers) == ["loss", "loss_unweighted", *(f"loss_unweighted/t{t}" for t in (249, 499, 749, 999))]
+    assert sorted(numbers) == [
+        "loss",
+        "loss_unweighted",
+        *(f"loss_unweighted/t{t}" for t in (249, 499, 749, 999)),
+    ]
     for t in (249, 499, 749, 999):
         expected = ZERO.alphas_cumprod[t] + (1 - ZERO.alphas_cumprod[t]) * power
         assert numbers[f"loss_unweighted/t{t}"] == pytest.approx(expected, rel=0.1)
@@ -30,11 +35,21 @@ def test_the_unweighted_loss_of_a_zero_prediction_is_the_target_s_power():
 
 def test_a_perfect_network_has_no_loss():
     """The network is given exactly the noisy latents of the noise that Validation.noise says."""
-    validation = Validation(Objective(ZERO, "v_prediction", perturbation=InputPerturbation(0.3)), points=3, seed=4)
+    validation = Validation(
+        Objective(ZERO, "v_prediction", perturbation=InputPerturbation(0.3)), points=3, seed=4
+    )
 
     def knows(noisy, timesteps, images):
-        noise = torch.stack([validation.noise(int(i), int(t), LATENTS.shape[1:]) for i, t in zip(images, timesteps, strict=True)])
-        alpha, sigma = (torch.tensor(table[timesteps.tolist()]).float().reshape(-1, 1, 1, 1) for table in ZERO.levels()[:2])
+        noise = torch.stack(
+            [
+                validation.noise(int(i), int(t), LATENTS.shape[1:])
+                for i, t in zip(images, timesteps, strict=True)
+            ]
+        )
+        alpha, sigma = (
+            torch.tensor(table[timesteps.tolist()]).float().reshape(-1, 1, 1, 1)
+            for table in ZERO.levels()[:2]
+        )
         assert torch.allclose(noisy, alpha * LATENTS[images] + sigma * noise, atol=1e-6)
         return alpha * noise - sigma * LATENTS[images]
 
@@ -49,7 +64,11 @@ def test_the_weighted_loss_is_the_objective_s():
     expected = []
     for t in (499, 999):
         for i in range(5):
-            step = objective.draw(LATENTS[i : i + 1], index=torch.tensor([t]), noise=validation.noise(i, t, LATENTS.shape[1:])[None])
+            step = objective.draw(
+                LATENTS[i : i + 1],
+                index=torch.tensor([t]),
+                noise=validation.noise(i, t, LATENTS.shape[1:])[None],
+            )
             residual = -step.target.double()
             delta = float(loss.delta(ZERO)[t])
             huber = (2 * delta * ((residual**2 + delta**2).sqrt() - delta)).mean()
@@ -84,7 +103,10 @@ def test_batches_processes_and_what_was_drawn_before_do_not_matter():
     total = sum(sums) / len(LATENTS)
     assert float(total[0].mean()) == pytest.approx(whole["loss"], rel=1e-6)
     assert float(total[1, -1]) == pytest.approx(whole["loss_unweighted/t999"], rel=1e-6)
-    assert Validation(Objective(ZERO, "v_prediction"), points=7, seed=1)(predict, LATENTS)["loss"] != whole["loss"]
+    assert (
+        Validation(Objective(ZERO, "v_prediction"), points=7, seed=1)(predict, LATENTS)["loss"]
+        != whole["loss"]
+    )
 
 
 def test_noise_is_independent_between_images_and_timesteps():
@@ -121,7 +143,9 @@ def test_training_goes_on_as_if_nothing_had_happened():
 
 def test_impossible_numbers_of_points_are_refused():
     for points in (0, 1001):
-        with pytest.raises(ValueError, match=rf"points must lie in 1..1000, the trained timesteps, got {points}"):
+        with pytest.raises(
+            ValueError, match=rf"points must lie in 1..1000, the trained timesteps, got {points}"
+        ):
             Validation(Objective(ZERO, "v_prediction"), points=points)
     with pytest.raises(ValueError, match=r"noise has shape \(1,\), the latents \(5, 4, 16, 16\)"):
         Objective(ZERO, "v_prediction").draw(LATENTS, noise=torch.zeros(1))
@@ -136,7 +160,9 @@ def test_half_precision_latents_and_flow():
 def test_huber_s_batch_gain_does_not_make_it_depend_on_the_batch():
     validation = Validation(Objective(ZERO, "v_prediction", ScheduledHuber(l2_gradient="batch")), points=4)
     plain = Validation(Objective(ZERO, "v_prediction", ScheduledHuber()), points=4)
-    assert validation(zero, LATENTS, batch_size=3) == pytest.approx(validation(zero, LATENTS, batch_size=8), rel=1e-6)
+    assert validation(zero, LATENTS, batch_size=3) == pytest.approx(
+        validation(zero, LATENTS, batch_size=8), rel=1e-6
+    )
     assert validation(zero, LATENTS)["loss"] == plain(zero, LATENTS)["loss"]
 
 

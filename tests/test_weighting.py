@@ -1,4 +1,5 @@
-"""SNR weights against hand-written formulas, their limits, and one x0 weight seen through every prediction."""
+"""SNR weights against hand-written formulas, their limits, and one x0 weight seen through every
+prediction."""
 
 import math
 
@@ -38,7 +39,11 @@ FORMULAS = [
     (MinSNR(5, floor=True), "sample", lambda s: min(s + 1, 5)),
     (SoftMinSNR(5), "epsilon", lambda s: 1 / (1 / s + 1 / 5) / s),
     (SoftMinSNR(5), "v_prediction", lambda s: 1 / (1 / s + 1 / 5) / (s + 1)),
-    (SoftMinSNR(4), "sample", lambda s: 1 / (1 / s + 0.5**2)),  # k-diffusion: 1/(sigma^2 + sigma_data^2), gamma = sigma_data^-2
+    (
+        SoftMinSNR(4),
+        "sample",
+        lambda s: 1 / (1 / s + 0.5**2),
+    ),  # k-diffusion: 1/(sigma^2 + sigma_data^2), gamma = sigma_data^-2
     (Debiased(cap=1e9, snr_limit=1e9), "epsilon", lambda s: s**-0.5),
     (Debiased(cap=1e9, snr_limit=1e9), "sample", lambda s: s**0.5),
     (Debiased(cap=1e9, snr_limit=1e9), "flow_prediction", lambda s: s**0.5 / (1 + math.sqrt(s)) ** 2),
@@ -50,7 +55,9 @@ FORMULAS = [
 ]
 
 
-@pytest.mark.parametrize(("weighting", "kind", "formula"), FORMULAS, ids=lambda x: x if isinstance(x, str) else None)
+@pytest.mark.parametrize(
+    ("weighting", "kind", "formula"), FORMULAS, ids=lambda x: x if isinstance(x, str) else None
+)
 def test_weights_are_their_formulas(weighting, kind, formula):
     np.testing.assert_allclose(weighting(np.array(SNRS), kind), [formula(s) for s in SNRS], rtol=3e-6)
 
@@ -77,7 +84,11 @@ def test_limits_at_snr_0(weighting, expected):
 
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("weighting", WEIGHTINGS, ids=str)
-@pytest.mark.parametrize("schedule", [SDXL, ZTSNR, NoiseSchedule.cosine(), NoiseSchedule.flow(6)], ids=["sdxl", "ztsnr", "cosine", "flow"])
+@pytest.mark.parametrize(
+    "schedule",
+    [SDXL, ZTSNR, NoiseSchedule.cosine(), NoiseSchedule.flow(6)],
+    ids=["sdxl", "ztsnr", "cosine", "flow"],
+)
 def test_every_weight_is_finite_everywhere(schedule, weighting, kind):
     with np.errstate(all="raise"):
         table = weighting.table(schedule, kind)
@@ -95,7 +106,9 @@ def test_min_snr_gives_nothing_to_the_steps_that_zero_terminal_snr_adds():
 def test_snr_is_what_diffusers_scripts_compute():
     try:
         from diffusers.training_utils import compute_snr
-    except RuntimeError as error:  # it imports all of diffusers' models, and so transformers, peft and torchvision
+    except (
+        RuntimeError
+    ) as error:  # it imports all of diffusers' models, and so transformers, peft and torchvision
         pytest.skip(f"diffusers.training_utils does not import here: {error}")
     scheduler = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     np.testing.assert_allclose(SDXL.snr, compute_snr(scheduler, torch.arange(1000)).double(), rtol=3e-4)
@@ -105,7 +118,9 @@ def test_snr_is_what_diffusers_scripts_compute():
 def test_min_snr_is_the_diffusers_scripts_weight(kind):
     scheduler = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
-    theirs = torch.stack([snr, 5.0 * torch.ones_like(snr)], dim=1).min(dim=1)[0] / (snr + (kind == "v_prediction"))
+    theirs = torch.stack([snr, 5.0 * torch.ones_like(snr)], dim=1).min(dim=1)[0] / (
+        snr + (kind == "v_prediction")
+    )
     np.testing.assert_allclose(MinSNR(5).table(SDXL, kind), theirs.double(), rtol=3e-4)
 
 
@@ -129,11 +144,15 @@ def test_one_x0_error_weighs_the_same_through_every_prediction(weighting, kinds,
     alpha, sigma = float(ZTSNR.sqrt_alphas_cumprod[t]), float(ZTSNR.sqrt_one_minus_alphas_cumprod[t])
     if rectified:
         alpha, sigma = alpha / (alpha + sigma), sigma / (alpha + sigma)
-        kinds = [kind for kind in kinds if kind != "v_prediction"]  # v is defined by a variance-preserving pair
+        kinds = [
+            kind for kind in kinds if kind != "v_prediction"
+        ]  # v is defined by a variance-preserving pair
     sample = alpha * x0 + sigma * noise
     weighted = []
     for kind in kinds:
-        right, wrong = (predictions.convert(x, "sample", kind, sample, alpha, sigma) for x in (x0, x0 + error))
+        right, wrong = (
+            predictions.convert(x, "sample", kind, sample, alpha, sigma) for x in (x0, x0 + error)
+        )
         weighted.append(weighting.table(ZTSNR, kind)[t] * float((wrong - right).square().sum()))
     np.testing.assert_allclose(weighted, weighted[-1], rtol=1e-7)
 
@@ -172,4 +191,6 @@ def test_nonsense_is_refused_in_a_sentence(make, message):
 def test_a_product_is_the_product():
     schedule, parts = NoiseSchedule.sdxl(), (MinSNR(5), Debiased())
     product = Product(parts).table(schedule, "v_prediction")
-    assert product.tolist() == [a * b for a, b in zip(*(part.table(schedule, "v_prediction") for part in parts), strict=True)]
+    assert product.tolist() == [
+        a * b for a, b in zip(*(part.table(schedule, "v_prediction") for part in parts), strict=True)
+    ]

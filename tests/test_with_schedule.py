@@ -1,4 +1,5 @@
-"""sdxl_fixes.diffusers.with_schedule against real diffusers schedulers, saved and loaded without this package."""
+"""sdxl_fixes.diffusers.with_schedule against real diffusers schedulers, saved and loaded without this
+package."""
 
 import json
 
@@ -10,7 +11,12 @@ import torch
 from sdxl_fixes import NoiseSchedule
 from sdxl_fixes.diffusers import with_schedule
 
-SDXL = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+SDXL = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+}
 STOCK = NoiseSchedule.sdxl()
 FINITE = [
     STOCK,
@@ -43,10 +49,14 @@ def test_the_scheduler_follows_the_schedule_also_after_saving(name, schedule, tm
     assert type(scheduler) is cls
     scheduler.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "scheduler_config.json").read_text())
-    json.dumps({key: config[key] for key in schedule.to_config() if key in config}, allow_nan=False)  # DPM++'s own keys hold -Infinity
+    json.dumps(
+        {key: config[key] for key in schedule.to_config() if key in config}, allow_nan=False
+    )  # DPM++'s own keys hold -Infinity
     for one in (scheduler, cls.from_pretrained(tmp_path)):
         np.testing.assert_allclose(numpy_table(one), schedule.alphas_cumprod, rtol=1e-3, atol=1e-9)
-        assert one.config.prediction_type == "v_prediction" and one.config.num_train_timesteps == len(schedule)
+        assert one.config.prediction_type == "v_prediction" and one.config.num_train_timesteps == len(
+            schedule
+        )
         assert one.config.timestep_spacing == "trailing"
         assert NoiseSchedule.from_scheduler(one) == schedule
 
@@ -79,14 +89,18 @@ def test_the_given_scheduler_stays_as_it_was():
 
 
 def test_settings_that_are_none_of_the_schedules_business_are_kept():
-    scheduler = diffusers.EulerDiscreteScheduler(**SDXL, prediction_type="v_prediction", use_karras_sigmas=True, steps_offset=1)
+    scheduler = diffusers.EulerDiscreteScheduler(
+        **SDXL, prediction_type="v_prediction", use_karras_sigmas=True, steps_offset=1
+    )
     changed = with_schedule(scheduler, STOCK.with_terminal_sigma(300, "beta_end"))
     assert changed.config.use_karras_sigmas and changed.config.steps_offset == 1
     assert changed.config.prediction_type == "v_prediction"  # None keeps it
 
 
 def test_options_are_more_of_the_schedulers_config():
-    changed = with_schedule(diffusers.EulerDiscreteScheduler(**SDXL), STOCK, timestep_spacing="leading", steps_offset=1)
+    changed = with_schedule(
+        diffusers.EulerDiscreteScheduler(**SDXL), STOCK, timestep_spacing="leading", steps_offset=1
+    )
     assert changed.config.timestep_spacing == "leading" and changed.config.steps_offset == 1
     assert NoiseSchedule.from_scheduler(changed) == STOCK
 
@@ -99,7 +113,9 @@ def test_a_rescale_flag_that_the_class_obeys_is_switched_off():
 
 
 def test_following_another_schedule_twice_keeps_the_last():
-    scheduler = with_schedule(diffusers.DDIMScheduler(**SDXL), STOCK.with_terminal_sigma(300, "tail"), "v_prediction")
+    scheduler = with_schedule(
+        diffusers.DDIMScheduler(**SDXL), STOCK.with_terminal_sigma(300, "tail"), "v_prediction"
+    )
     back = with_schedule(scheduler, STOCK, "epsilon")
     assert NoiseSchedule.from_scheduler(back) == STOCK and back.config.prediction_type == "epsilon"
     assert back.config.trained_betas is None
@@ -107,13 +123,17 @@ def test_following_another_schedule_twice_keeps_the_last():
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("DDPMScheduler", "DDIMScheduler")])
 def test_infinite_sigma_is_refused_where_it_would_give_nan(name):
-    with pytest.raises(ValueError, match=f"{name} with v_prediction cannot sample an infinite terminal sigma"):
+    with pytest.raises(
+        ValueError, match=f"{name} with v_prediction cannot sample an infinite terminal sigma"
+    ):
         with_schedule(getattr(diffusers, name)(**SDXL), STOCK.zero_terminal_snr(), "v_prediction")
 
 
 def test_infinite_sigma_with_epsilon_is_refused():
     for kind in (None, "epsilon"):
-        with pytest.raises(ValueError, match="DDIMScheduler with epsilon cannot sample an infinite terminal sigma"):
+        with pytest.raises(
+            ValueError, match="DDIMScheduler with epsilon cannot sample an infinite terminal sigma"
+        ):
             with_schedule(diffusers.DDIMScheduler(**SDXL), STOCK.zero_terminal_snr(), kind)
 
 
@@ -132,4 +152,6 @@ def test_an_unknown_prediction_type_is_refused():
 def test_a_rescale_flag_that_the_class_ignores_is_switched_off_too(name):
     scheduler = getattr(diffusers, name).from_config(SDXL | {"rescale_betas_zero_snr": True})
     changed = with_schedule(scheduler, STOCK.with_terminal_sigma(300, "tail"), "v_prediction")
-    assert not changed.config.get("rescale_betas_zero_snr")  # Euler, made from this config, would rescale again
+    assert not changed.config.get(
+        "rescale_betas_zero_snr"
+    )  # Euler, made from this config, would rescale again

@@ -1,9 +1,11 @@
-"""Keeps a plain start of sd-scripts' SDXL trainers from ignoring our flags: the launcher is started in its place.
+"""Keeps a plain start of sd-scripts' SDXL trainers from ignoring our flags: the launcher is started in its
+place.
 
-``python sdxl_train.py --config_file my.toml`` would train upstream's way under keys of ours, and say nothing: upstream takes from a TOML
-file what it knows and ignores the rest. So ``sdxl_fixes_kohya.pth``, whose line Python runs at every start, calls :func:`start` if the
-program has such a name, before it runs. Both files lie in site-packages, wheel and editable installs bring them, and ``pip uninstall``
-takes them. All of this is the standard library's, since ``import sdxl_fixes`` takes seconds.
+``python sdxl_train.py --config_file my.toml`` would train upstream's way under keys of ours, and say nothing:
+upstream takes from a TOML file what it knows and ignores the rest. So ``sdxl_fixes_kohya.pth``, whose line
+Python runs at every start, calls :func:`start` if the program has such a name, before it runs. Both files lie
+in site-packages, wheel and editable installs bring them, and ``pip uninstall`` takes them. All of this is the
+standard library's, since ``import sdxl_fixes`` takes seconds.
 """
 
 from __future__ import annotations
@@ -19,15 +21,31 @@ SCRIPTS = (
     *("sdxl_train_control_net.py", "sdxl_train_control_net_lllite.py"),
 )
 FLAGS = (  # what sdxl_fixes.kohya adds to upstream's own; tests/test_autostart.py compares
-    *("fixes", "terminal_sigma", "terminal_sigma_method", "terminal_sigma_start", "huber_l2_gradient", "min_snr_floor"),
-    *("stratified_timesteps", "terminal_timestep_share", "stable_loss_steps", "stable_loss_images", "chunk_buckets", "chunk_layout"),
+    *(
+        "fixes",
+        "terminal_sigma",
+        "terminal_sigma_method",
+        "terminal_sigma_start",
+        "huber_l2_gradient",
+        "min_snr_floor",
+    ),
+    *(
+        "stratified_timesteps",
+        "terminal_timestep_share",
+        "stable_loss_steps",
+        "stable_loss_images",
+        "chunk_buckets",
+        "chunk_layout",
+    ),
 )
 
 
 def start() -> None:
-    """Put the launcher in this process's place if its program is a trainer of sd-scripts which is given flags of ours.
+    """Put the launcher in this process's place if its program is a trainer of sd-scripts which is given flags
+    of ours.
 
-    Such a run never returns from here: an environment that lost the launcher ends it with status 2. Any other program is left alone.
+    Such a run never returns from here: an environment that lost the launcher ends it with status 2. Any other
+    program is left alone.
     """
     script, *words = sys.argv  # before the program runs, argv[0] of python -m and -c is just that
     try:
@@ -41,9 +59,16 @@ def start() -> None:
     if not names:
         return
     places = [str(place) for place, found in used.items() if found.intersection(FLAGS)]
-    said = f"sdxl-fixes: {' and '.join(places)} {'use' if places[1:] else 'uses'} flags of ours ({', '.join(names)})"
+    said = (
+        f"sdxl-fixes: {' and '.join(places)} {'use' if places[1:] else 'uses'} flags of ours "
+        f"({', '.join(names)})"
+    )
     if not _launcher_exists():
-        print(f"{said}, but sdxl_fixes is not installed here: install it again, or leave them out", file=sys.stderr, flush=True)
+        print(
+            f"{said}, but sdxl_fixes is not installed here: install it again, or leave them out",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(2)  # here SystemExit would be a fatal error of Python's with a traceback
     if os.environ.get("RANK", "0") == "0":
         name = os.path.basename(script)
@@ -52,7 +77,8 @@ def start() -> None:
 
 
 def installed() -> bool:
-    """Whether plain starts are guarded in this environment: whether the .pth file lies where Python looks for such files."""
+    """Whether plain starts are guarded in this environment: whether the .pth file lies where Python looks for
+    such files."""
     import site
 
     folders = [*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
@@ -60,10 +86,14 @@ def installed() -> bool:
 
 
 def _is_kohyas(script: Path) -> bool:
-    """Whether sd-scripts' library lies beside it: by the name of its oldest module or, should upstream move that, by what we patch."""
-    library = script.resolve().parent / "library"  # as Python itself, which puts the folder of what a link points to on its path
+    """Whether sd-scripts' library lies beside it: by the name of its oldest module or, should upstream move
+    that, by what we patch."""
+    # as Python itself, which puts the folder of what a link points to on its path
+    library = script.resolve().parent / "library"
     modules = list(library.glob("*.py"))
-    return library / "train_util.py" in modules or any(b"add_custom_train_arguments" in module.read_bytes() for module in modules)
+    return library / "train_util.py" in modules or any(
+        b"add_custom_train_arguments" in module.read_bytes() for module in modules
+    )
 
 
 def _flags(words: list[str]) -> set[str]:
@@ -75,7 +105,8 @@ def _config(words: list[str]) -> str | None:
     file = ""
     for number, word in enumerate(words, start=1):
         name, equals, value = word.partition("=")
-        if name.startswith("--conf") and "--config_file".startswith(name):  # argparse takes beginnings of a name
+        # argparse takes beginnings of a name
+        if name.startswith("--conf") and "--config_file".startswith(name):
             file = value if equals else "".join(words[number : number + 1])
     return (file if file.endswith(".toml") else f"{file}.toml") if file else None
 
@@ -96,7 +127,8 @@ def _keys(file: Path) -> set[str]:
 
 
 def _launcher_exists() -> bool:
-    """Whether the package is there, and not just the folder that an uninstall may leave (which Python takes for a namespace)."""
+    """Whether the package is there, and not just the folder that an uninstall may leave (which Python takes
+    for a namespace)."""
     from importlib.util import find_spec
 
     spec = find_spec("sdxl_fixes")
@@ -111,7 +143,8 @@ def _options() -> list[str]:
 
 
 def _become(command: list[str]) -> None:
-    """Run ``command`` in this process's place; where that is not possible, on Windows, as its child, and end as it ends."""
+    """Run ``command`` in this process's place; where that is not possible, on Windows, as its child, and end
+    as it ends."""
     if os.name != "nt":
         os.execv(command[0], command)
     import subprocess

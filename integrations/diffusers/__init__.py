@@ -1,6 +1,8 @@
-"""sdxl_fixes.diffusers: the fixes inside diffusers' SDXL example scripts, and a noise schedule for any diffusers scheduler.
+"""sdxl_fixes.diffusers: the fixes inside diffusers' SDXL example scripts, and a noise schedule for any
+diffusers scheduler.
 
-    accelerate launch -m sdxl_fixes.diffusers train_text_to_image_sdxl.py --loss_type huber --terminal_sigma 300 ...
+    accelerate launch -m sdxl_fixes.diffusers train_text_to_image_sdxl.py --loss_type huber --terminal_sigma
+    300 ...
 
 or, at the top of your own copy of a script, ``install()``.
 """

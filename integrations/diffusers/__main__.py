@@ -10,7 +10,10 @@ from sdxl_fixes.diffusers.install import install
 from sdxl_fixes.diffusers.run import SESSION
 from sdxl_fixes.trainers.session import run_script
 
-USAGE = "usage: python -m sdxl_fixes.diffusers PATH/TO/train_text_to_image_sdxl.py [the script's own flags and ours; --help lists both]"
+USAGE = (
+    "usage: python -m sdxl_fixes.diffusers PATH/TO/train_text_to_image_sdxl.py [the script's own flags "
+    "and ours; --help lists both]"
+)
 
 
 def main() -> None:
@@ -19,11 +22,14 @@ def main() -> None:
         sys.exit(USAGE)
     script = Path(sys.argv[1])
     if not script.is_file():
-        sys.exit(f"sdxl-fixes: there is no {script}: give the path of a training script of diffusers' examples")
+        sys.exit(
+            f"sdxl-fixes: there is no {script}: give the path of a training script of diffusers' examples"
+        )
     source = script.read_text(encoding="utf-8")
     if not is_sdxl_script(source):
         sys.exit(
-            f"sdxl-fixes: {script} is no SDXL training script like those of diffusers' examples: it needs main, parse_args and a pipeline"
+            f"sdxl-fixes: {script} is no SDXL training script like those of diffusers' examples: it needs "
+            "main, parse_args and a pipeline"
         )
     if why := refused(source):
         sys.exit(f"sdxl-fixes: {script.name} cannot be fixed: {why}; start it with plain python")

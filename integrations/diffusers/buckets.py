@@ -1,4 +1,5 @@
-"""Batches of captions that have equally many chunks. The scripts crop every image to one square, so there is one aspect bucket."""
+"""Batches of captions that have equally many chunks. The scripts crop every image to one square, so there is
+one aspect bucket."""
 
 from __future__ import annotations
 
@@ -20,7 +21,12 @@ from .run import SESSION
 def loader(original: Callable[..., None], self: Any, dataset: Any, *args: Any, **kwargs: Any) -> None:
     """The script's shuffled loader, with our batches in its place: as many, every sample once per epoch."""
     run = SESSION.run
-    if run is None or not kwargs.get("shuffle") or "batch_size" not in kwargs or not SESSION.called_by_script():
+    if (
+        run is None
+        or not kwargs.get("shuffle")
+        or "batch_size" not in kwargs
+        or not SESSION.called_by_script()
+    ):
         return original(self, dataset, *args, **kwargs)
     SESSION.reached("buckets")
     chunks = _chunks(dataset, run.args)
@@ -37,7 +43,8 @@ def loader(original: Callable[..., None], self: Any, dataset: Any, *args: Any, *
 
 
 def prepare(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """accelerate deals our batches out to the processes as they are, instead of filling them up to one size."""
+    """accelerate deals our batches out to the processes as they are, instead of filling them up to one
+    size."""
     self.dataloader_config.even_batches = False
     return original(self, *args, **kwargs)
 
@@ -52,11 +59,14 @@ def _chunks(dataset: Any, args: argparse.Namespace) -> Any:
     captions = list(dataset.with_format(None)[args.caption_column])
     if not all(isinstance(caption, str) for caption in captions):
         raise FixError(
-            f"--caption_column {args.caption_column} holds several captions per image, of which the script draws one later: "
+            f"--caption_column {args.caption_column} holds several captions per image, of which the script "
+            "draws one later: "
             "leave --chunk_buckets out"
         )
     from transformers import CLIPTokenizer
 
     where: dict[str, Any] = {"subfolder": "tokenizer", "revision": getattr(args, "revision", None)}
-    counts = count_chunks(CLIPTokenizer.from_pretrained(args.pretrained_model_name_or_path, **where), captions)
+    counts = count_chunks(
+        CLIPTokenizer.from_pretrained(args.pretrained_model_name_or_path, **where), captions
+    )
     return np.minimum(counts, -(-args.max_token_length // CHUNK))

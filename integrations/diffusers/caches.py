@@ -21,9 +21,11 @@ KEPT = ("model_input", crops.COLUMN, prompts.COLUMN)
 
 
 def map(original: Callable[..., Any], self: Any, function: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """The script's cached map, keyed by all that its content depends on, leaving the random generators as it found them.
+    """The script's cached map, keyed by all that its content depends on, leaving the random generators as it
+    found them.
 
-    (It draws random numbers only where it finds no cache: without this a cold and a warm run of one seed train on different noise.)
+    (It draws random numbers only where it finds no cache: without this a cold and a warm run of one seed
+    train on different noise.)
     """
     run = SESSION.run
     if run is None or "new_fingerprint" not in kwargs or not SESSION.called_by_script():
@@ -42,8 +44,11 @@ def map(original: Callable[..., Any], self: Any, function: Any = None, *args: An
         torch.cuda.set_rng_state_all(cuda)
 
 
-def remove_columns(original: Callable[..., Any], self: Any, column_names: Any, *args: Any, **kwargs: Any) -> Any:
-    """The script drops the columns "image" and "text" of its latents by name; here whatever is not latents goes."""
+def remove_columns(
+    original: Callable[..., Any], self: Any, column_names: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """The script drops the columns "image" and "text" of its latents by name; here whatever is not latents
+    goes."""
     if SESSION.run is not None and SESSION.called_by_script():
         SESSION.reached("caches")
         column_names = [name for name in self.column_names if name not in KEPT]
@@ -51,7 +56,8 @@ def remove_columns(original: Callable[..., Any], self: Any, column_names: Any, *
 
 
 def content_key(model: str, script: dict[str, Any]) -> str:
-    """What upstream's key, the hash of the arguments, leaves out: the script's code, ours, the encoders' files, the precision."""
+    """What upstream's key, the hash of the arguments, leaves out: the script's code, ours, the encoders'
+    files, the precision."""
     digest = hashlib.sha256(f"{__version__} {os.environ.get('ACCELERATE_MIXED_PRECISION')}".encode())
     for ours in (crops, prompts):
         digest.update(Path(str(ours.__file__)).read_bytes())

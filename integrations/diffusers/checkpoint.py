@@ -1,4 +1,5 @@
-"""What the scripts save: the schedule's record in model and LoRA files, and beside accelerate's checkpoints."""
+"""What the scripts save: the schedule's record in model and LoRA files, and beside accelerate's
+checkpoints."""
 
 from __future__ import annotations
 
@@ -20,9 +21,11 @@ RECORD = "sdxl_fixes.json"
 _VAE = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
 
-def save_file(original: Callable[..., Any], tensors: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-    """A U-Net, ControlNet or LoRA file with the record in its metadata. No marker tensors: those belong to single-file checkpoints,
-    and diffusers would report them as unexpected keys."""
+def save_file(
+    original: Callable[..., Any], tensors: dict[str, torch.Tensor], *args: Any, **kwargs: Any
+) -> Any:
+    """A U-Net, ControlNet or LoRA file with the record in its metadata. No marker tensors: those belong to
+    single-file checkpoints, and diffusers would report them as unexpected keys."""
     noise_level_counts = not any(name.startswith(_VAE) for name in tensors)
     if noise_level_counts and (run := SESSION.on("saving")):
         SESSION.reached("saving")
@@ -34,7 +37,9 @@ def save_file(original: Callable[..., Any], tensors: dict[str, torch.Tensor], *a
     return original(tensors, *args, **kwargs)
 
 
-def save_state(original: Callable[..., Any], self: Any, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+def save_state(
+    original: Callable[..., Any], self: Any, output_dir: str | None = None, *args: Any, **kwargs: Any
+) -> Any:
     """A checkpoint with the schedule and the place in the stratified timesteps beside it."""
     result = original(self, output_dir, *args, **kwargs)
     run = SESSION.run
@@ -49,15 +54,19 @@ def save_state(original: Callable[..., Any], self: Any, output_dir: str | None =
     return result
 
 
-def load_state(original: Callable[..., Any], self: Any, input_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
-    """Resume, if the checkpoint was trained on the schedule that the flags describe. Raises FixError otherwise."""
+def load_state(
+    original: Callable[..., Any], self: Any, input_dir: str | None = None, *args: Any, **kwargs: Any
+) -> Any:
+    """Resume, if the checkpoint was trained on the schedule that the flags describe. Raises FixError
+    otherwise."""
     run, file = SESSION.run, Path(input_dir or "") / RECORD
     if run is not None and input_dir is not None and file.is_file():
         state = json.loads(file.read_text(encoding="utf-8"))
         trained = NoiseSchedule.from_record(state["schedule"])
         if run.on and (trained, state["prediction_type"]) != (run.schedule, run.prediction_type):
             raise FixError(
-                f"{input_dir} was trained with {state['prediction_type']} on {trained!r}, and the flags of this run describe "
+                f"{input_dir} was trained with {state['prediction_type']} on {trained!r}, and the flags of "
+                "this run describe "
                 f"{run.prediction_type} on {run.schedule!r}: resume with the flags that it was started with"
             )
         if run.timesteps is not None and state["timesteps"] is not None:

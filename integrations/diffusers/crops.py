@@ -17,7 +17,8 @@ def encode(original: Callable[..., dict[str, Any]], batch: Any, vae: Any) -> dic
 
 
 def loader(original: Callable[..., None], self: Any, dataset: Any, *args: Any, **kwargs: Any) -> None:
-    """The script's loader of cached latents, whose examples get the kept crop in place of the one just drawn."""
+    """The script's loader of cached latents, whose examples get the kept crop in place of the one just
+    drawn."""
     if COLUMN in getattr(dataset, "column_names", ()) and SESSION.called_by_script():
         SESSION.reached("crops")
         kwargs["collate_fn"] = WithKeptCrops(kwargs["collate_fn"])

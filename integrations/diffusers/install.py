@@ -10,10 +10,12 @@ from .run import SESSION
 
 
 def install() -> None:
-    """Get ready for an example script of diffusers, or your own copy of one, that will run in this process: call it before the script
-    parses its arguments. Only then is anything else replaced, and only what the flags ask for.
+    """Get ready for an example script of diffusers, or your own copy of one, that will run in this process:
+    call it before the script parses its arguments. Only then is anything else replaced, and only what the
+    flags ask for.
 
-    Installing twice is the same as once. Raises FixError when diffusers or accelerate are of a shape that we do not know.
+    Installing twice is the same as once. Raises FixError when diffusers or accelerate are of a shape that we
+    do not know.
     """
     uninstall()
     patches = PatchSet(PATCHES, calls=SESSION.called)

@@ -10,11 +10,14 @@ import torch
 from .run import SESSION
 
 
-def mse_loss(original: Callable[..., Any], input: torch.Tensor, target: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Loss of the script's prediction [B, C, H, W], reduced as the script asks; anybody else's call is upstream's.
+def mse_loss(
+    original: Callable[..., Any], input: torch.Tensor, target: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """Loss of the script's prediction [B, C, H, W], reduced as the script asks; anybody else's call is
+    upstream's.
 
-    With prior preservation there are two calls a step, one for each half of the batch: each half is a loss of its own, which the script
-    adds up with its own weight."""
+    With prior preservation there are two calls a step, one for each half of the batch: each half is a loss of
+    its own, which the script adds up with its own weight."""
     run, step = SESSION.run, SESSION.step
     if run is None or step.timesteps is None or not SESSION.called_by_script():
         return original(input, target, *args, **kwargs)
@@ -22,4 +25,6 @@ def mse_loss(original: Callable[..., Any], input: torch.Tensor, target: torch.Te
     importance = None if run.timesteps is None else run.timesteps.weights(timesteps)
     for mark in ("loss", "weighting", "mse_loss"):
         SESSION.reached(mark)
-    return run.step_loss(input, target, timesteps, importance=importance, reduction=kwargs.get("reduction", "mean"))
+    return run.step_loss(
+        input, target, timesteps, importance=importance, reduction=kwargs.get("reduction", "mean")
+    )

@@ -1,4 +1,5 @@
-"""The schedulers of the pipelines that a script makes, for validation images and for the saved folder: the trained schedule."""
+"""The schedulers of the pipelines that a script makes, for validation images and for the saved folder: the
+trained schedule."""
 
 from __future__ import annotations
 
@@ -8,14 +9,16 @@ from .run import SESSION
 
 
 def scheduler(made: Any) -> Any:
-    """A scheduler of the same class with the trained schedule and prediction type: the exact drop-in where there is one, else diffusers'
-    own with trailing spacing, which samples an infinite terminal sigma from 4096. Saved, stock diffusers loads it.
+    """A scheduler of the same class with the trained schedule and prediction type: the exact drop-in where
+    there is one, else diffusers' own with trailing spacing, which samples an infinite terminal sigma from
+    4096. Saved, stock diffusers loads it.
     """
     if "trained_betas" not in made.config or not (run := SESSION.on("previews")):
         return made
     from sdxl_fixes.schedulers import CLASSES, config_for, fix_scheduler
 
-    meaningless = run.prediction_type == "epsilon" and run.schedule.residual_signal == 0  # and drop-ins refuse it
+    # and drop-ins refuse it
+    meaningless = run.prediction_type == "epsilon" and run.schedule.residual_signal == 0
     if type(made).__name__ in CLASSES and not meaningless:
         return fix_scheduler(made, run.schedule, run.prediction_type)
     return type(made).from_config(config_for(type(made), run.schedule, run.prediction_type, made.config))

@@ -1,4 +1,5 @@
-"""The training run that the patches serve: the fixes for diffusers' scripts, and their arguments as settings."""
+"""The training run that the patches serve: the fixes for diffusers' scripts, and their arguments as
+settings."""
 
 from __future__ import annotations
 
@@ -25,12 +26,17 @@ from .scripts import version
 def departs(args: argparse.Namespace) -> bool:
     """Whether training leaves the base model's schedule or prediction type."""
     changed = given(args, "zero_terminal_snr") or getattr(args, "terminal_sigma", None) is not None
-    return changed or getattr(args, "prediction_type", None) not in (None, getattr(args, "base_prediction_type", None))
+    return changed or getattr(args, "prediction_type", None) not in (
+        None,
+        getattr(args, "base_prediction_type", None),
+    )
 
 
 def caches_may_lie(args: argparse.Namespace) -> bool:
     """Whether what the script keeps for later may be something else than it takes it for."""
-    columns = getattr(args, "caption_column", None) not in (None, "text") or getattr(args, "image_column", None) not in (None, "image")
+    columns = getattr(args, "caption_column", None) not in (None, "text") or getattr(
+        args, "image_column", None
+    ) not in (None, "image")
     cached_text = hasattr(args, "proportion_empty_prompts")
     asked = args.checked_caches or args.max_token_length or args.true_crop_coordinates or columns
     return bool(asked) if cached_text else bool(getattr(args, "cache_latents", args.checked_caches))
@@ -42,10 +48,21 @@ FIXES = {
         options=("terminal_sigma_method", "terminal_sigma_start"),
         wanted=departs,
     ),
-    "loss": Fix({"loss_type": ("huber", "smooth_l1", "l1")}, options=("huber_schedule", "huber_c", "huber_scale", "huber_l2_gradient")),
-    "weighting": Fix(dict.fromkeys(("snr_gamma", "soft_min_snr_gamma", "debiased_estimation_loss")), options=("min_snr_floor",)),
-    "noise": Fix({"ip_noise_gamma": None, "float32_noising": None}, options=("ip_noise_gamma_random_strength",)),
-    "timesteps": Fix({"stratified_timesteps": None, "terminal_timestep_share": None}, parts={"terminal_timestep_share": "mse_loss"}),
+    "loss": Fix(
+        {"loss_type": ("huber", "smooth_l1", "l1")},
+        options=("huber_schedule", "huber_c", "huber_scale", "huber_l2_gradient"),
+    ),
+    "weighting": Fix(
+        dict.fromkeys(("snr_gamma", "soft_min_snr_gamma", "debiased_estimation_loss")),
+        options=("min_snr_floor",),
+    ),
+    "noise": Fix(
+        {"ip_noise_gamma": None, "float32_noising": None}, options=("ip_noise_gamma_random_strength",)
+    ),
+    "timesteps": Fix(
+        {"stratified_timesteps": None, "terminal_timestep_share": None},
+        parts={"terminal_timestep_share": "mse_loss"},
+    ),
     "validation": Fix({"stable_loss_steps": None}, options=("stable_loss_images",)),
     "prompts": Fix({"max_token_length": None}, due="start"),
     "buckets": Fix({"chunk_buckets": None}, due="start"),
@@ -54,8 +71,11 @@ FIXES = {
     "previews": Fix(due="later", wanted=departs),
     "saving": Fix(due="later", wanted=departs),
 }
-TRAINING = ("loss", "weighting", "noise", "timesteps", "validation")  # fixes that have no place in EDM-style training
-DIFFUSERS = Trainer(name="huggingface/diffusers example", v_flag="--prediction_type v_prediction", fixes=FIXES)
+# fixes that have no place in EDM-style training
+TRAINING = ("loss", "weighting", "noise", "timesteps", "validation")
+DIFFUSERS = Trainer(
+    name="huggingface/diffusers example", v_flag="--prediction_type v_prediction", fixes=FIXES
+)
 
 
 class ScriptSession(Session):
@@ -90,12 +110,15 @@ def caller() -> dict[str, Any]:
 SESSION = ScriptSession()
 
 
-def start(args: argparse.Namespace, patches: PatchSet, ours: Collection[str] = (), sigma_space: bool = False) -> Run:
-    """The run that a script's parsed arguments describe, after it was reported. ``ours`` are flags that the script does not have itself,
-    ``sigma_space`` is whether it noises by sigma and knows no other way. Raises FlagError, before any model is loaded, for flags that make
-    no sense.
+def start(
+    args: argparse.Namespace, patches: PatchSet, ours: Collection[str] = (), sigma_space: bool = False
+) -> Run:
+    """The run that a script's parsed arguments describe, after it was reported. ``ours`` are flags that the
+    script does not have itself, ``sigma_space`` is whether it noises by sigma and knows no other way. Raises
+    FlagError, before any model is loaded, for flags that make no sense.
 
-    The base model's scheduler config, which is read when a flag of ours is used, is the schedule that the flags change.
+    The base model's scheduler config, which is read when a flag of ours is used, is the schedule that the
+    flags change.
     """
     may_act = allowed(args.fixes, FIXES)
     dropped = switch_off(FIXES, may_act, ours, args)
@@ -106,7 +129,10 @@ def start(args: argparse.Namespace, patches: PatchSet, ours: Collection[str] = (
     base, known.base_prediction_type, edm = _base(args) if maybe else (None, "epsilon", False)
     on = frozenset(name for name in may_act if FIXES[name].asked(known)) if maybe else maybe
     if edm and "schedule" in on:
-        raise FlagError(f"{args.pretrained_model_name_or_path} is an EDM model with sigmas of its own: leave out {FIXES['schedule'].text}")
+        raise FlagError(
+            f"{args.pretrained_model_name_or_path} is an EDM model with sigmas of its own: "
+            f"leave out {FIXES['schedule'].text}"
+        )
     if edm or getattr(args, "do_edm_style_training", False):
         refuse_edm(on)
     prediction_type = args.prediction_type or known.base_prediction_type
@@ -132,18 +158,28 @@ def start(args: argparse.Namespace, patches: PatchSet, ours: Collection[str] = (
 
 def _check(args: argparse.Namespace, on: frozenset[str], settings: Settings, prediction_type: str) -> None:
     if "prompts" in on and args.max_token_length <= 75:
-        raise FlagError(f"--max_token_length {args.max_token_length}: expected more than the 75 tokens that upstream has (150, 225, ...)")
+        raise FlagError(
+            f"--max_token_length {args.max_token_length}: expected more than the 75 tokens that "
+            "upstream has (150, 225, ...)"
+        )
     if "buckets" in on and not args.max_token_length:
-        raise FlagError("--chunk_buckets needs --max_token_length 150, 225, ...: at 75 tokens every caption is one chunk")
+        raise FlagError(
+            "--chunk_buckets needs --max_token_length 150, 225, ...: at 75 tokens every caption is one chunk"
+        )
     if "buckets" in on and hasattr(args, "instance_prompt"):
         raise FlagError(
-            "--chunk_buckets does not fit a DreamBooth script: it makes its batches of class and instance prompts; leave the flag out"
+            "--chunk_buckets does not fit a DreamBooth script: it makes its batches of class and instance "
+            "prompts; leave the flag out"
         )
     if "validation" in on and prediction_type not in ("epsilon", "v_prediction"):
-        raise FlagError(f"--stable_loss_steps knows the loss of epsilon and v_prediction, not of {prediction_type}: leave it out")
+        raise FlagError(
+            "--stable_loss_steps knows the loss of epsilon and v_prediction, not of "
+            f"{prediction_type}: leave it out"
+        )
     if "timesteps" in on and getattr(args, "timestep_bias_strategy", "none") != "none":
         raise FlagError(
-            f"--timestep_bias_strategy {args.timestep_bias_strategy} draws the timesteps its own way: leave it out, or "
+            f"--timestep_bias_strategy {args.timestep_bias_strategy} draws the timesteps its own way: leave "
+            "it out, or "
             "--stratified_timesteps and --terminal_timestep_share"
         )
 
@@ -151,12 +187,14 @@ def _check(args: argparse.Namespace, on: frozenset[str], settings: Settings, pre
 def _check_sigma_space(schedule: NoiseSchedule, prediction_type: str) -> None:
     if prediction_type != "epsilon":
         raise FlagError(
-            f"this script noises by sigma and measures {prediction_type} as if it were epsilon: leave --prediction_type out, and take a "
+            f"this script noises by sigma and measures {prediction_type} as if it were epsilon: leave "
+            "--prediction_type out, and take a "
             "base model that predicts epsilon"
         )
     if schedule.residual_signal == 0:
         raise FlagError(
-            "this script noises by sigma, which must be finite: give --terminal_sigma 300 or the like instead of --zero_terminal_snr"
+            "this script noises by sigma, which must be finite: give --terminal_sigma 300 or the like "
+            "instead of --zero_terminal_snr"
         )
 
 
@@ -168,33 +206,54 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
         prompts.append("captions of equally many chunks to a batch")
     prompts += ["true crop coordinates"] if "crops" in run.on else []
     prompts += ["checked caches"] if "caches" in run.on else []
-    files = ["schedule record in every model file but the VAE's, the scheduler of a saved folder"] if "saving" in run.on else []
+    files = (
+        ["schedule record in every model file but the VAE's, the scheduler of a saved folder"]
+        if "saving" in run.on
+        else []
+    )
     files += ["validation images sample the same"] if "previews" in run.on else []
     script = SESSION.script.get("__file__")
-    tell(run, may_act, dropped, "" if script is None else f"{Path(script).name}, {version(script)}", prompts, files)
-    if run.stable_loss is not None and any(getattr(args, f"train_text_encoder{end}", False) for end in ("", "_ti")):
+    tell(
+        run,
+        may_act,
+        dropped,
+        "" if script is None else f"{Path(script).name}, {version(script)}",
+        prompts,
+        files,
+    )
+    if run.stable_loss is not None and any(
+        getattr(args, f"train_text_encoder{end}", False) for end in ("", "_ti")
+    ):
         warn("--stable_loss_steps: text embeddings stay as first seen, though the text encoder is trained")
 
 
 def refuse_edm(fixes: Collection[str]) -> None:
-    """Raise FlagError if one of ``fixes`` does not apply to EDM-style training, which noises and weights its own loss by sigma."""
+    """Raise FlagError if one of ``fixes`` does not apply to EDM-style training, which noises and weights its
+    own loss by sigma."""
     refused = [name for name in TRAINING if name in fixes]
     if refused:
         raise FlagError(
-            f"EDM-style training noises by sigma and weights its own loss by sigma, so {', '.join(refused)} cannot be had there: leave "
-            "out --loss_type, --snr_gamma, --ip_noise_gamma and the like, or train without --do_edm_style_training"
+            f"EDM-style training noises by sigma and weights its own loss by sigma, so {', '.join(refused)} "
+            "cannot be had there: leave "
+            "out --loss_type, --snr_gamma, --ip_noise_gamma and the like, or train without "
+            "--do_edm_style_training"
         )
 
 
 def _base(args: argparse.Namespace) -> tuple[NoiseSchedule | None, str, bool]:
-    """The base model's schedule (None if it has no betas), its prediction type, and whether it is trained EDM-style."""
+    """The base model's schedule (None if it has no betas), its prediction type, and whether it is trained
+    EDM-style."""
     from diffusers import DDPMScheduler
 
     where = args.pretrained_model_name_or_path
     try:
-        config = DDPMScheduler.load_config(where, subfolder="scheduler", revision=getattr(args, "revision", None))
+        config = DDPMScheduler.load_config(
+            where, subfolder="scheduler", revision=getattr(args, "revision", None)
+        )
         edm = "EDM" in config.get("_class_name", "")
         schedule = None if edm else NoiseSchedule.from_config(config)
         return schedule, check_prediction_type(config.get("prediction_type", "epsilon")), edm
     except (OSError, ValueError) as error:
-        raise FlagError(f"--pretrained_model_name_or_path {where}: no noise schedule in its scheduler folder ({error})") from error
+        raise FlagError(
+            f"--pretrained_model_name_or_path {where}: no noise schedule in its scheduler folder ({error})"
+        ) from error

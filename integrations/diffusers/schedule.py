@@ -1,4 +1,5 @@
-"""Schedulers that follow a noise schedule: with_schedule for everybody, and the schedulers that a patched script loads."""
+"""Schedulers that follow a noise schedule: with_schedule for everybody, and the schedulers that a patched
+script loads."""
 
 from __future__ import annotations
 
@@ -18,49 +19,69 @@ from sdxl_fixes.trainers.run import Run
 from . import previews
 from .run import SESSION, refuse_edm
 
-TIMESTEP_SPACE = ("DDPMScheduler", "DDIMScheduler")  # their add_noise is variance preserving and takes timesteps
+# their add_noise is variance preserving and takes timesteps
+TIMESTEP_SPACE = ("DDPMScheduler", "DDIMScheduler")
 
 
-def with_schedule(scheduler: Any, schedule: NoiseSchedule, prediction_type: str | None = None, **options: Any) -> Any:
+def with_schedule(
+    scheduler: Any, schedule: NoiseSchedule, prediction_type: str | None = None, **options: Any
+) -> Any:
     """A new scheduler of the same class that follows ``schedule``, with trailing spacing.
 
-    ``prediction_type`` None keeps the scheduler's own; ``options`` are more of its config (``timestep_spacing="leading"``). Works for
-    training (``noise_scheduler``) and for generation (``pipe.scheduler``); a saved one loads in plain diffusers. DDPMScheduler and
-    DDIMScheduler also take an infinite terminal sigma with v_prediction and sample. Raises ValueError for schedulers without betas,
-    and for an infinite terminal sigma in any other class (they return NaN) or with epsilon.
+    ``prediction_type`` None keeps the scheduler's own; ``options`` are more of its config
+    (``timestep_spacing="leading"``). Works for training (``noise_scheduler``) and for generation
+    (``pipe.scheduler``); a saved one loads in plain diffusers. DDPMScheduler and DDIMScheduler also take an
+    infinite terminal sigma with v_prediction and sample. Raises ValueError for schedulers without betas, and
+    for an infinite terminal sigma in any other class (they return NaN) or with epsilon.
     """
     if prediction_type is not None:
         check_prediction_type(prediction_type)
     name = type(scheduler).__name__
     if "trained_betas" not in scheduler.config:
-        raise ValueError(f"{name} takes no betas, so it cannot follow a noise schedule: use a DDPM-type scheduler such as DDIMScheduler")
+        raise ValueError(
+            f"{name} takes no betas, so it cannot follow a noise schedule: use a DDPM-type "
+            "scheduler such as DDIMScheduler"
+        )
     changes = {**schedule.to_config(prediction_type), **options}
     predicted = changes.get("prediction_type", scheduler.config.get("prediction_type", "epsilon"))
     if predicted == "flow_prediction":
-        raise ValueError(f"{name} does not follow a noise schedule when it predicts flow: use one of diffusers' flow-matching schedulers")
-    if schedule.residual_signal == 0 and (name not in ("DDPMScheduler", "DDIMScheduler") or predicted == "epsilon"):
         raise ValueError(
-            f"{name} with {predicted} cannot sample an infinite terminal sigma: use DDIMScheduler or DDPMScheduler with v_prediction, "
+            f"{name} does not follow a noise schedule when it predicts flow: use one of "
+            "diffusers' flow-matching schedulers"
+        )
+    if schedule.residual_signal == 0 and (
+        name not in ("DDPMScheduler", "DDIMScheduler") or predicted == "epsilon"
+    ):
+        raise ValueError(
+            f"{name} with {predicted} cannot sample an infinite terminal sigma: use DDIMScheduler or "
+            "DDPMScheduler with v_prediction, "
             "or schedule.with_terminal_sigma(20000, 'rescale')"
         )
-    config = {key: value for key, value in scheduler.config.items() if key != EXACT_KEY}  # of the schedule that it had
+    # of the schedule that it had
+    config = {key: value for key, value in scheduler.config.items() if key != EXACT_KEY}
     if "rescale_betas_zero_snr" not in inspect.signature(type(scheduler).__init__).parameters:
-        for keys in (config, changes):  # a class that ignores the flag keeps it, and one made from its config would obey it
+        # a class that ignores the flag keeps it, and one made from its config would obey it
+        for keys in (config, changes):
             keys.pop("rescale_betas_zero_snr", None)
     made = type(scheduler).from_config(config, **changes)
     reached = NoiseSchedule.from_alphas_cumprod(made.alphas_cumprod).terminal_sigma
-    if reached != schedule.terminal_sigma and not math.isclose(reached, schedule.terminal_sigma, rel_tol=0.01):
+    if reached != schedule.terminal_sigma and not math.isclose(
+        reached, schedule.terminal_sigma, rel_tol=0.01
+    ):
         raise ValueError(
-            f"{name} keeps betas in float32 and would end at sigma {reached:.6g} instead of {schedule.terminal_sigma:.6g}: "
+            f"{name} keeps betas in float32 and would end at sigma {reached:.6g} instead of "
+            f"{schedule.terminal_sigma:.6g}: "
             "use method 'rescale' or 'tail', or a smaller terminal sigma"
         )
     return made
 
 
 def load(original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -> Any:
-    """A scheduler from its folder: the script's own is what it trains with, a pipeline's samples what was trained.
+    """A scheduler from its folder: the script's own is what it trains with, a pipeline's samples what was
+    trained.
 
-    Pipelines that come before the training scheduler (the class images of prior preservation) sample the base model as it is.
+    Pipelines that come before the training scheduler (the class images of prior preservation) sample the base
+    model as it is.
     """
     made = original(cls, *args, **kwargs)
     run = SESSION.run
@@ -77,19 +98,27 @@ def _for_training(scheduler: Any, run: Run) -> Any:
     if name not in TIMESTEP_SPACE:
         return _sigma_space(scheduler, run)
     if "schedule" in run.on:
-        scheduler = type(scheduler).from_config(scheduler_config(run.schedule, run.prediction_type, scheduler.config, knows_infinity=True))
+        scheduler = type(scheduler).from_config(
+            scheduler_config(run.schedule, run.prediction_type, scheduler.config, knows_infinity=True)
+        )
         scheduler.alphas_cumprod = torch.from_numpy(run.schedule.alphas_cumprod.copy()).float()
     noising = run.noising
     ours = bool({"schedule", "noise"} & run.on)
     upstream = scheduler.add_noise
 
-    def add_noise(original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def add_noise(
+        original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
         SESSION.step.timesteps = timesteps  # for the loss, which is not told
         if run.stable_loss is not None:
             run.stable_loss.noised(original_samples)
         for mark in ("schedule", "noise"):
             SESSION.reached(mark)
-        return noising.add_noise(original_samples, noise, timesteps) if ours else upstream(original_samples, noise, timesteps)
+        return (
+            noising.add_noise(original_samples, noise, timesteps)
+            if ours
+            else upstream(original_samples, noise, timesteps)
+        )
 
     scheduler.add_noise = add_noise
     if ours:
@@ -104,7 +133,8 @@ def _sigma_space(scheduler: Any, run: Run) -> Any:
         return scheduler
     if run.schedule.residual_signal == 0:
         raise FlagError(
-            "EDM-style training needs a finite sigma: give --terminal_sigma 20000 --terminal_sigma_method rescale instead of "
+            "EDM-style training needs a finite sigma: give --terminal_sigma 20000 --terminal_sigma_method "
+            "rescale instead of "
             "--zero_terminal_snr, or train without --do_edm_style_training"
         )
     made = with_schedule(scheduler, run.schedule, run.prediction_type)

@@ -1,4 +1,5 @@
-"""The example scripts that were tried, and with which releases of diffusers. Data; which fix fits a script is told by its source."""
+"""The example scripts that were tried, and with which releases of diffusers. Data; which fix fits a script is
+told by its source."""
 
 from __future__ import annotations
 

@@ -10,7 +10,10 @@ from sdxl_fixes.kohya.run import SESSION
 from sdxl_fixes.kohya.scripts import REFUSED, SCRIPTS
 from sdxl_fixes.trainers.session import run_script
 
-USAGE = "usage: python -m sdxl_fixes.kohya PATH/TO/sdxl_train.py [the script's own flags and ours; --help lists both]"
+USAGE = (
+    "usage: python -m sdxl_fixes.kohya PATH/TO/sdxl_train.py [the script's own flags and ours; --help "
+    "lists both]"
+)
 
 
 def main() -> None:
@@ -19,11 +22,18 @@ def main() -> None:
         sys.exit(USAGE)
     script = Path(sys.argv[1])
     if script.name in REFUSED:
-        sys.exit(f"sdxl-fixes: {script.name} cannot be fixed: {REFUSED[script.name]}; start it with plain python")
+        sys.exit(
+            f"sdxl-fixes: {script.name} cannot be fixed: {REFUSED[script.name]}; start it with plain python"
+        )
     if script.name not in SCRIPTS:
-        sys.exit(f"sdxl-fixes: {script.name} is not one of the trainers that the fixes are made for: {', '.join(SCRIPTS)}")
+        sys.exit(
+            f"sdxl-fixes: {script.name} is not one of the trainers that the fixes are made for: "
+            f"{', '.join(SCRIPTS)}"
+        )
     if not script.is_file():
-        sys.exit(f"sdxl-fixes: there is no {script}: give the path of {script.name} in your sd-scripts folder")
+        sys.exit(
+            f"sdxl-fixes: there is no {script}: give the path of {script.name} in your sd-scripts folder"
+        )
     run_script(script, install, SESSION)
 
 

@@ -1,4 +1,5 @@
-"""Kohya's data sets and tokens by prompt chunks: what ``--chunk_buckets`` puts in their place, in the main process.
+"""Kohya's data sets and tokens by prompt chunks: what ``--chunk_buckets`` puts in their place, in the main
+process.
 
 What runs in DataLoader workers is in datasets.py: subclasses, which spawn keeps.
 """
@@ -33,14 +34,20 @@ def datasets(original: Callable[..., Any], dataset_group_blueprint: Any, *args: 
     names = ("DreamBoothDataset", "FineTuningDataset")
     upstream = [getattr(config_util, name) for name in names]
     try:
-        config_util.DreamBoothDataset, config_util.FineTuningDataset = datasets.ChunkDreamBoothDataset, datasets.ChunkFineTuningDataset
+        config_util.DreamBoothDataset, config_util.FineTuningDataset = (
+            datasets.ChunkDreamBoothDataset,
+            datasets.ChunkFineTuningDataset,
+        )
         return original(dataset_group_blueprint, *args, **kwargs)
     finally:
         config_util.DreamBoothDataset, config_util.FineTuningDataset = upstream
 
 
-def collator(original: Callable[..., None], self: Any, epoch: Any, step: Any, dataset: Any, *args: Any, **kwargs: Any) -> None:
-    """Upstream tells a data set of the new epoch after the epoch's first batch; ours read it themselves, before."""
+def collator(
+    original: Callable[..., None], self: Any, epoch: Any, step: Any, dataset: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Upstream tells a data set of the new epoch after the epoch's first batch; ours read it themselves,
+    before."""
     original(self, epoch, step, dataset, *args, **kwargs)
     if SESSION.on("buckets"):
         from . import datasets

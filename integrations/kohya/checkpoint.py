@@ -1,4 +1,5 @@
-"""What kohya saves: metadata of full models and networks, marker tensors of full models, the scheduler of diffusers folders."""
+"""What kohya saves: metadata of full models and networks, marker tensors of full models, the scheduler of
+diffusers folders."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from .run import SESSION
 
 
 def model_spec(original: Callable[..., dict[str, str]], *args: Any, **kwargs: Any) -> dict[str, str]:
-    """Upstream's metadata with the schedule's record and the prediction type that UIs understand, and room for a later stamp."""
+    """Upstream's metadata with the schedule's record and the prediction type that UIs understand, and room
+    for a later stamp."""
     spec = original(*args, **kwargs)
     if run := SESSION.on("saving"):
         SESSION.reached("saving")
@@ -28,7 +30,9 @@ def model_spec(original: Callable[..., dict[str, str]], *args: Any, **kwargs: An
     return spec
 
 
-def save_file(original: Callable[..., Any], tensors: dict[str, torch.Tensor], filename: Any, *args: Any, **kwargs: Any) -> Any:
+def save_file(
+    original: Callable[..., Any], tensors: dict[str, torch.Tensor], filename: Any, *args: Any, **kwargs: Any
+) -> Any:
     """A full model with its marker tensors."""
     if run := SESSION.on("saving"):
         tensors = {**tensors, **{name: torch.empty(0) for name in markers(run.schedule, run.prediction_type)}}
@@ -43,6 +47,8 @@ def save_folder(original: Callable[..., Any], output_dir: str, *args: Any, **kwa
 
         folder = Path(output_dir) / "scheduler"
         saved = diffusers.EulerDiscreteScheduler.from_pretrained(folder)
-        saved.from_config(scheduler_config(run.schedule, run.prediction_type, saved.config)).save_pretrained(folder)
+        saved.from_config(scheduler_config(run.schedule, run.prediction_type, saved.config)).save_pretrained(
+            folder
+        )
         SESSION.reached("saving")
     return result

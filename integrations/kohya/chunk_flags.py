@@ -13,11 +13,13 @@ LAYOUTS = ("75n+2", "77n")
 FLAGS: dict[str, dict[str, Any]] = {
     "chunk_buckets": dict(
         action="store_true",
-        help="batch prompts of equal length (in chunks of 75 tokens) and pad none to --max_token_length, which stays the limit",
+        help="batch prompts of equal length (in chunks of 75 tokens) and pad none to --max_token_length, "
+        "which stays the limit",
     ),
     "chunk_layout": dict(
         choices=LAYOUTS,
-        help="what the U-Net is given for n chunks: 75n+2 vectors (kohya's own, default), or 77n, BOS and EOS in every chunk (the UIs')",
+        help="what the U-Net is given for n chunks: 75n+2 vectors (kohya's own, default), or 77n, BOS and "
+        "EOS in every chunk (the UIs')",
     ),
 }
 
@@ -41,11 +43,18 @@ class Options:
                 raise FlagError("--chunk_layout needs --chunk_buckets: give both, or leave it out")
             return None
         if getattr(args, "dataset_class", None):
-            raise FlagError("--chunk_buckets knows kohya's own data sets, not one of --dataset_class: leave one of them out")
+            raise FlagError(
+                "--chunk_buckets knows kohya's own data sets, not one of --dataset_class: leave "
+                "one of them out"
+            )
         if length <= CHUNK or length % CHUNK:
             raise FlagError(
-                f"--chunk_buckets needs --max_token_length 150 or 225, the most that a prompt may have, got {length}: "
+                "--chunk_buckets needs --max_token_length 150 or 225, the most that a prompt may have, got "
+                f"{length}: "
                 f"at {CHUNK} every prompt is one chunk already"
             )
-        cached, weighted = bool(getattr(args, "cache_text_encoder_outputs", False)), bool(getattr(args, "weighted_captions", False))
+        cached, weighted = (
+            bool(getattr(args, "cache_text_encoder_outputs", False)),
+            bool(getattr(args, "weighted_captions", False)),
+        )
         return cls(length // CHUNK, layout or LAYOUTS[0], cached, weighted)

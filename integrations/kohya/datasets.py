@@ -1,4 +1,5 @@
-"""Kohya's classes that run in DataLoader workers, by prompt chunks. Needs sd-scripts' ``library`` on sys.path, as its workers have it."""
+"""Kohya's classes that run in DataLoader workers, by prompt chunks. Needs sd-scripts' ``library`` on
+sys.path, as its workers have it."""
 
 from __future__ import annotations
 
@@ -29,7 +30,13 @@ from .chunk_flags import Options
 
 OPTIONS: Options | None = None  # of this run, in the main process
 MADE: list[Any] = []  # its data sets
-_DRAWN = ("shuffle_caption", "enable_wildcard", "caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate")
+_DRAWN = (
+    "shuffle_caption",
+    "enable_wildcard",
+    "caption_dropout_rate",
+    "caption_dropout_every_n_epochs",
+    "caption_tag_dropout_rate",
+)
 
 
 class ChunkTokenizeStrategy(SdxlTokenizeStrategy):  # type: ignore[misc]
@@ -54,8 +61,9 @@ class ChunkTokenizeStrategy(SdxlTokenizeStrategy):  # type: ignore[misc]
         return self._last(super().tokenize_with_weights(text)[0] if weighted else super().tokenize(text))
 
     def _last(self, ids: Sequence[torch.Tensor]) -> int:
-        """Chunks until the last that is not empty in all of the batch. Both tokenizers are asked: the first pads
-        with EOS, and a caption may hold EOS itself (``<|endoftext|>``); the second pads with 0, which is a token."""
+        """Chunks until the last that is not empty in all of the batch. Both tokenizers are asked: the first
+        pads with EOS, and a caption may hold EOS itself (``<|endoftext|>``); the second pads with 0, which is
+        a token."""
         pairs = zip(ids, (self.tokenizer1, self.tokenizer2), strict=True)
         differs = [(each != _empty(tokenizer, each)).any(dim=-1).any(dim=0) for each, tokenizer in pairs]
         filled = (differs[0] | differs[1]).nonzero()
@@ -70,11 +78,13 @@ class ChunkCachingStrategy(SdxlTextEncoderOutputsCachingStrategy):  # type: igno
 
     def get_outputs_npz_path(self, image_abs_path: str) -> str:
         """The file beside the image."""
-        return f"{os.path.splitext(image_abs_path)[0]}_te_outputs_{self.layout}_{self.chunks[image_abs_path]}.npz"
+        stem, _ = os.path.splitext(image_abs_path)
+        return f"{stem}_te_outputs_{self.layout}_{self.chunks[image_abs_path]}.npz"
 
 
 class _Chunked:
-    """What both kinds of data set have in common. A batch is one bucket of upstream's bucket manager, which is filled anew every epoch."""
+    """What both kinds of data set have in common. A batch is one bucket of upstream's bucket manager, which
+    is filled anew every epoch."""
 
     epoch_now: Any = None  # the trainer's epoch, shared between processes
     options: Options
@@ -88,19 +98,33 @@ class _Chunked:
         self.batches = None
         for subset in self.subsets:
             if subset.token_warmup_step > 0:
-                raise FlagError("--chunk_buckets does not go with token_warmup_step, which changes the prompts within an epoch: drop one")
+                raise FlagError(
+                    "--chunk_buckets does not go with token_warmup_step, which changes the "
+                    "prompts within an epoch: drop one"
+                )
         super().make_buckets()  # type: ignore[misc]
         self.strategy = TokenizeStrategy.get_strategy()
         infos = list(self.image_data.values())
         self.draws = [info.image_key for info in infos for _ in range(info.num_repeats)]
         places = {resolution: k for k, resolution in enumerate(self.bucket_manager.resos)}
-        self.aspects = np.array([places[self.image_data[key].bucket_reso] for key in self.draws], dtype=np.int64)
-        self.drawn = not self.options.cached and any(getattr(subset, name, 0) for subset in self.subsets for name in _DRAWN)
+        self.aspects = np.array(
+            [places[self.image_data[key].bucket_reso] for key in self.draws], dtype=np.int64
+        )
+        self.drawn = not self.options.cached and any(
+            getattr(subset, name, 0) for subset in self.subsets for name in _DRAWN
+        )
         if not self.draws:
             return
-        self.static = None if self.drawn else self._counts([self._caption(number) for number in range(len(self.draws))], report=True)
+        self.static = (
+            None
+            if self.drawn
+            else self._counts([self._caption(number) for number in range(len(self.draws))], report=True)
+        )
         if self.options.cached:
-            self.keys_to_chunks = {self.image_data[key].absolute_path: int(n) for key, n in zip(self.draws, self.static, strict=True)}
+            self.keys_to_chunks = {
+                self.image_data[key].absolute_path: int(n)
+                for key, n in zip(self.draws, self.static, strict=True)
+            }
         MADE.append(self)
         self.batches = []
         self.shuffle_buckets()
@@ -111,10 +135,16 @@ class _Chunked:
         if self.batches is None:
             super().shuffle_buckets()  # type: ignore[misc]
             return
-        counts = self._counts([self._caption(number) for number in range(len(self.draws))]) if self.drawn else self.static
+        counts = (
+            self._counts([self._caption(number) for number in range(len(self.draws))])
+            if self.drawn
+            else self.static
+        )
         # cached outputs cannot be given empty chunks, so there leftovers are not merged
         leftovers = "smaller" if self.options.cached else "merge"
-        sampler = ChunkBucketBatchSampler(self.aspects, counts, batch_size=self.batch_size, seed=self.seed, leftovers=leftovers)
+        sampler = ChunkBucketBatchSampler(
+            self.aspects, counts, batch_size=self.batch_size, seed=self.seed, leftovers=leftovers
+        )
         sampler.set_epoch(self.current_epoch)
         self.batches = list(sampler)
         self.bucket_manager.buckets = [[self.draws[number] for number in batch] for batch in self.batches]
@@ -127,7 +157,8 @@ class _Chunked:
             self.shuffle_buckets()
 
     def __getitem__(self: Any, index: int) -> Any:
-        if self.batches and getattr(self, "caching_mode", None) is None:  # before 0.11 an item may be for a cache
+        # before 0.11 an item may be for a cache
+        if self.batches and getattr(self, "caching_mode", None) is None:
             if self.epoch_now is not None:
                 self.set_current_epoch(self.epoch_now.value)
             self._queue = tuple(self.batches[index])
@@ -135,7 +166,11 @@ class _Chunked:
             example = super().__getitem__(index)  # type: ignore[misc]
         finally:
             self._queue = ()
-        for ids, tokenizer in zip(example.get("input_ids_list") or (), (self.strategy.tokenizer1, self.strategy.tokenizer2), strict=False):
+        for ids, tokenizer in zip(
+            example.get("input_ids_list") or (),
+            (self.strategy.tokenizer1, self.strategy.tokenizer2),
+            strict=False,
+        ):
             _fill(ids, tokenizer)
         return example
 
@@ -153,7 +188,9 @@ class _Chunked:
         if self.options.cached:
             return str(caption)
         state = random.getstate()
-        random.seed(hashlib.blake2b(f"{self.seed} {self.current_epoch} {number}".encode(), digest_size=8).digest())
+        random.seed(
+            hashlib.blake2b(f"{self.seed} {self.current_epoch} {number}".encode(), digest_size=8).digest()
+        )
         try:
             return str(super().process_caption(self.image_to_subset[key], caption))  # type: ignore[misc]
         finally:
@@ -180,7 +217,8 @@ class _Chunked:
 
 
 def _fill(ids: torch.Tensor, tokenizer: Any) -> None:
-    """Upstream pads a caption to its batch mates with rows of zeros; an empty chunk is BOS, EOS, padding. ``ids``: [B, n, 77]."""
+    """Upstream pads a caption to its batch mates with rows of zeros; an empty chunk is BOS, EOS, padding.
+    ``ids``: [B, n, 77]."""
     if ids is None or ids.ndim != 3:
         return
     ids[ids[:, :, 0] != tokenizer.bos_token_id] = _empty(tokenizer, ids)

@@ -1,4 +1,5 @@
-"""Which fixes fit a checkout of sd-scripts: the patch table, held against its source and against what each of its scripts calls."""
+"""Which fixes fit a checkout of sd-scripts: the patch table, held against its source and against what each of
+its scripts calls."""
 
 from __future__ import annotations
 
@@ -12,16 +13,27 @@ from .scripts import REFUSED, SCRIPTS, version
 
 
 def examine(path: Path) -> tuple[str, bool]:
-    """The table as text, and whether every fix that has a place fits. Raises ValueError where there is no sd-scripts."""
+    """The table as text, and whether every fix that has a place fits. Raises ValueError where there is no
+    sd-scripts."""
     root = path if path.is_dir() else path.parent
     if not path.exists() or not (root / "library" / "train_util.py").is_file():
-        raise ValueError(f"{path} is no sd-scripts: expected the folder that holds sdxl_train.py and library/, or a script in it")
+        raise ValueError(
+            f"{path} is no sd-scripts: expected the folder that holds sdxl_train.py and "
+            "library/, or a script in it"
+        )
     lines = [f"kohya-ss/sd-scripts in {root}: {version(root)}"]
     if why := check_source(NEEDED, root):
         return "\n".join([*lines, f"nothing can be patched: v0.10.0 or newer is needed ({why})"]), False
     if path.is_file() and path.name not in (*SCRIPTS, *REFUSED):
-        return "\n".join([*lines, f"{path.name}: not one of the scripts that the fixes are made for ({', '.join(SCRIPTS)})"]), False
-    names = [path.name] if path.is_file() else [name for name in (*SCRIPTS, *REFUSED) if (root / name).is_file()]
+        return "\n".join(
+            [
+                *lines,
+                f"{path.name}: not one of the scripts that the fixes are made for ({', '.join(SCRIPTS)})",
+            ]
+        ), False
+    names = (
+        [path.name] if path.is_file() else [name for name in (*SCRIPTS, *REFUSED) if (root / name).is_file()]
+    )
     fits = []
     for name in names:
         if name in REFUSED:
@@ -35,14 +47,19 @@ def examine(path: Path) -> tuple[str, bool]:
 
 
 def problems(root: Path, script: str) -> dict[str, list[str]]:
-    """fix -> why it does not work in a script, one sentence for each function that is not there, has another shape or is not called."""
+    """fix -> why it does not work in a script, one sentence for each function that is not there, has another
+    shape or is not called."""
     reached = called(root, script)
     found: dict[str, list[str]] = {}
     for patch in PATCHES:
         if patch.only and script not in patch.only:
             continue
         why = check_source(patch, root)
-        if why is None and not patch.target.startswith("accelerate") and patch.path.split(".")[0] not in reached:
+        if (
+            why is None
+            and not patch.target.startswith("accelerate")
+            and patch.path.split(".")[0] not in reached
+        ):
             why = f"{patch.path}: {script} does not call it"
         for fix in patch.fixes if why is not None else ():
             found.setdefault(fix, []).append(str(why))

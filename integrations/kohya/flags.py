@@ -7,7 +7,15 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
-from sdxl_fixes.flags import FLAGS, TIMESTEP_FLAGS, VALIDATION_FLAGS, FlagError, add_flags, declared, read_values
+from sdxl_fixes.flags import (
+    FLAGS,
+    TIMESTEP_FLAGS,
+    VALIDATION_FLAGS,
+    FlagError,
+    add_flags,
+    declared,
+    read_values,
+)
 from sdxl_fixes.log import warn
 from sdxl_fixes.trainers.fixes import add_fixes_flag
 
@@ -15,22 +23,45 @@ from . import chunk_flags
 from .run import FIXES, SESSION, start
 
 OURS = (
-    *("terminal_sigma", "terminal_sigma_method", "terminal_sigma_start", "huber_l2_gradient", "min_snr_floor"),
+    *(
+        "terminal_sigma",
+        "terminal_sigma_method",
+        "terminal_sigma_start",
+        "huber_l2_gradient",
+        "min_snr_floor",
+    ),
     *(*TIMESTEP_FLAGS, *VALIDATION_FLAGS),
 )
 ALL_OURS = (*OURS, *chunk_flags.FLAGS)
 NAMES = (*FLAGS, *chunk_flags.FLAGS, "fixes")  # what a misspelt key may have meant
 READ = (  # kohya's own that we read beside them
-    *("v_parameterization", "v_pred_like_loss", "scale_v_pred_loss_like_noise_pred", "cache_text_encoder_outputs", "weighted_captions"),
+    *(
+        "v_parameterization",
+        "v_pred_like_loss",
+        "scale_v_pred_loss_like_noise_pred",
+        "cache_text_encoder_outputs",
+        "weighted_captions",
+    ),
     *("max_token_length", "min_timestep", "max_timestep", "seed", "gradient_accumulation_steps"),
-    *("dataset_class", "pretrained_model_name_or_path", "output_dir", "resume", "masked_loss", "prior_loss_weight"),
+    *(
+        "dataset_class",
+        "pretrained_model_name_or_path",
+        "output_dir",
+        "resume",
+        "masked_loss",
+        "prior_loss_weight",
+    ),
     *("train_text_encoder", "network_module", "network_train_unet_only", "network_weights", "save_model_as"),
 )
-ALIKE = 0.85  # difflib's ratio; noise_offset_type, which kohya_ss writes and sd-scripts ignores, has 0.83 with noise_offset
+# difflib's ratio; noise_offset_type, which kohya_ss writes and sd-scripts ignores, has 0.83 with noise_offset
+ALIKE = 0.85
 
 
-def add_arguments(original: Callable[..., Any], parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
-    """Upstream's arguments, then ours; a TOML --config_file is read with the same parser, so it knows them too."""
+def add_arguments(
+    original: Callable[..., Any], parser: argparse.ArgumentParser, *args: Any, **kwargs: Any
+) -> Any:
+    """Upstream's arguments, then ours; a TOML --config_file is read with the same parser, so it knows them
+    too."""
     result = original(parser, *args, **kwargs)
     add_flags(parser, OURS)
     group = parser.add_argument_group("sdxl-fixes, prompts")
@@ -40,12 +71,19 @@ def add_arguments(original: Callable[..., Any], parser: argparse.ArgumentParser,
     return result
 
 
-def read_config(original: Callable[..., Any], args: argparse.Namespace, parser: argparse.ArgumentParser, *rest: Any, **kwargs: Any) -> Any:
+def read_config(
+    original: Callable[..., Any],
+    args: argparse.Namespace,
+    parser: argparse.ArgumentParser,
+    *rest: Any,
+    **kwargs: Any,
+) -> Any:
     """Upstream puts a TOML file's values past argparse, and ignores a key that it does not know."""
     file = getattr(args, "config_file", None)
     args = original(args, parser, *rest, **kwargs)
     if file:
-        # not its choices: from a file upstream takes a max_token_length of 75 or 300 as well, and kohya_ss writes 75
+        # not its choices: from a file upstream takes a max_token_length of 75 or 300 as well, and kohya_ss
+        # writes 75
         theirs = {name: {**flag, "choices": None} for name, flag in declared(parser, READ).items()}
         try:
             values = read_values(args, {**declared(parser, NAMES), **theirs})
@@ -61,9 +99,14 @@ def _warn_of_misspelt(file: str, args: argparse.Namespace, parser: argparse.Argu
     """Only of keys that look like a flag of ours: files written for several programs may hold others."""
     known = [action.dest for action in parser._actions]
     for key in vars(args).keys() - set(known):
-        nearest = difflib.get_close_matches(key.strip("-").replace("-", "_").lower(), known, n=1, cutoff=ALIKE)
+        nearest = difflib.get_close_matches(
+            key.strip("-").replace("-", "_").lower(), known, n=1, cutoff=ALIKE
+        )
         if nearest and nearest[0] in NAMES:
-            warn(f"--config_file {file}: the trainer has no flag {key!r} and ignores it: did you mean {nearest[0]}?")
+            warn(
+                f"--config_file {file}: the trainer has no flag {key!r} and ignores it: did you mean "
+                f"{nearest[0]}?"
+            )
 
 
 def verify(original: Callable[..., Any], args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:

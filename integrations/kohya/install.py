@@ -13,15 +13,18 @@ from .run import SESSION
 
 
 def install() -> None:
-    """Patch sd-scripts in this process, before its script trains; its folder must be importable (on sys.path).
+    """Patch sd-scripts in this process, before its script trains; its folder must be importable (on
+    sys.path).
 
-    Installing twice is the same as once. Raises FixError when there is no sd-scripts, or when it is one whose argument handling we do
-    not know.
+    Installing twice is the same as once. Raises FixError when there is no sd-scripts, or when it is one whose
+    argument handling we do not know.
     """
     spec = importlib.util.find_spec("library")
     where = Path(next(iter(spec.submodule_search_locations or []), "")) if spec else None
     if where is None or not (where / "train_util.py").is_file():
-        raise FixError("no sd-scripts found: put the folder that holds sdxl_train.py and library/ on sys.path first")
+        raise FixError(
+            "no sd-scripts found: put the folder that holds sdxl_train.py and library/ on sys.path first"
+        )
     uninstall()
     root = where.resolve().parent
     patches, needed = PatchSet(PATCHES, root, SESSION.called), PatchSet((NEEDED,), root).check()[NEEDED]
@@ -30,7 +33,8 @@ def install() -> None:
     if needed or "run" in patches.refused:
         patches.undo()
         raise FixError(
-            f"sd-scripts v0.10.0 or newer is needed, and this one is not, or is newer than we know ({needed or patches.refused['run']})"
+            "sd-scripts v0.10.0 or newer is needed, and this one is not, or is newer than we know "
+            f"({needed or patches.refused['run']})"
         )
     SESSION.patches = patches
     SESSION.watch_optimizers()

@@ -1,7 +1,9 @@
-"""Kohya's loss of a step: what its functions are told is handed to the one :class:`StepLoss`, which knows delta, weights and masks.
+"""Kohya's loss of a step: what its functions are told is handed to the one :class:`StepLoss`, which knows
+delta, weights and masks.
 
-Kohya spreads a step's loss over four functions. Here ``conditional_loss`` returns it with the weights in it, ``apply_masked_loss``
-computes it again with the mask (a gain that follows l2's gradient depends on it), and the weighting functions find their work done.
+Kohya spreads a step's loss over four functions. Here ``conditional_loss`` returns it with the weights in it,
+``apply_masked_loss`` computes it again with the mask (a gain that follows l2's gradient depends on it), and
+the weighting functions find their work done.
 """
 
 from __future__ import annotations
@@ -29,12 +31,21 @@ def batch(original: Callable[..., Any], self: Any, batch: Any, *args: Any, **kwa
 
 
 def threshold(
-    original: Callable[..., torch.Tensor | None], args: argparse.Namespace, timesteps: torch.Tensor, noise_scheduler: Any, **kwargs: Any
+    original: Callable[..., torch.Tensor | None],
+    args: argparse.Namespace,
+    timesteps: torch.Tensor,
+    noise_scheduler: Any,
+    **kwargs: Any,
 ) -> torch.Tensor | None:
-    """Delta of each sample, float32, [B], on the timesteps' device; our loss looks it up by itself. (Upstream's, with v-prediction on an
-    accelerator, indexes a table there with timesteps here and stops, and forgets --huber_scale.)"""
+    """Delta of each sample, float32, [B], on the timesteps' device; our loss looks it up by itself.
+    (Upstream's, with v-prediction on an accelerator, indexes a table there with timesteps here and stops, and
+    forgets --huber_scale.)"""
     run = SESSION.on("loss")
-    return original(args, timesteps, noise_scheduler, **kwargs) if run is None else run.step_loss.delta(timesteps)
+    return (
+        original(args, timesteps, noise_scheduler, **kwargs)
+        if run is None
+        else run.step_loss.delta(timesteps)
+    )
 
 
 def conditional_loss(
@@ -54,7 +65,10 @@ def conditional_loss(
     if "loss" not in run.on:
         values = original(model_pred, target, loss_type, "none", huber_c, **kwargs)
     elif loss_type != run.settings.loss_type:
-        raise FixError(f"the trainer asks for the loss {loss_type!r}, --loss_type is {run.settings.loss_type}: give --fixes all,-loss")
+        raise FixError(
+            f"the trainer asks for the loss {loss_type!r}, --loss_type is "
+            f"{run.settings.loss_type}: give --fixes all,-loss"
+        )
     SESSION.step.residual = (model_pred, target, values)
     for mark in ("loss", "weighting", "conditional_loss"):
         SESSION.reached(mark)
@@ -69,14 +83,20 @@ def masked(original: Callable[..., torch.Tensor], loss: torch.Tensor, batch: Any
         return original(loss, batch)
     if loss is not SESSION.step.loss:
         raise FixError(
-            "the trainer changes the loss before its mask, which this plugin does not expect: give --fixes all,-loss,-weighting,-timesteps"
+            "the trainer changes the loss before its mask, which this plugin does not expect: give --fixes "
+            "all,-loss,-weighting,-timesteps"
         )
     SESSION.reached("apply_masked_loss")
     return _loss(run, original(torch.ones_like(loss), batch), "none")
 
 
 def weighted(
-    original: Callable[..., torch.Tensor], loss: torch.Tensor, timesteps: torch.Tensor, noise_scheduler: Any, *args: Any, **kwargs: Any
+    original: Callable[..., torch.Tensor],
+    loss: torch.Tensor,
+    timesteps: torch.Tensor,
+    noise_scheduler: Any,
+    *args: Any,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """Upstream's place for an SNR weight, which the loss has already."""
     if SESSION.on("weighting") is None:

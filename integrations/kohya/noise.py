@@ -1,4 +1,5 @@
-"""Kohya's noising step: the timesteps that the rest of the step is of, and input perturbation with a strength for every sample."""
+"""Kohya's noising step: the timesteps that the rest of the step is of, and input perturbation with a strength
+for every sample."""
 
 from __future__ import annotations
 
@@ -14,10 +15,16 @@ from .run import SESSION
 
 
 def noised(
-    original: Callable[..., Any], args: argparse.Namespace, noise_scheduler: Any, latents: torch.Tensor, *rest: Any, **kwargs: Any
+    original: Callable[..., Any],
+    args: argparse.Namespace,
+    noise_scheduler: Any,
+    latents: torch.Tensor,
+    *rest: Any,
+    **kwargs: Any,
 ) -> Any:
-    """Upstream's own function. If a random strength of input perturbation is asked for, its perturbation is switched off, and ours, which
-    it calls at the same point, is in its place: the random numbers are drawn in upstream's order."""
+    """Upstream's own function. If a random strength of input perturbation is asked for, its perturbation is
+    switched off, and ours, which it calls at the same point, is in its place: the random numbers are drawn in
+    upstream's order."""
     run, step = SESSION.run, SESSION.step
     if run is None or not run.on:
         return original(args, noise_scheduler, latents, *rest, **kwargs)

@@ -1,4 +1,5 @@
-"""Every patch of sd-scripts, in one table (v0.10.0 to main). ``run`` carries the flags and is applied whatever fixes are on.
+"""Every patch of sd-scripts, in one table (v0.10.0 to main). ``run`` carries the flags and is applied
+whatever fixes are on.
 
 v0.11 moved most functions into modules of their own; both homes are named, newest first.
 """
@@ -10,73 +11,112 @@ from sdxl_fixes.trainers.patching import Patch
 from . import buckets, checkpoint, flags, loss, noise, previews, prompts, schedule, timesteps, validation
 from .run import SESSION
 
-_LOSS, _ARGS, _DATA = "library.loss|library.train_util", "library.args|library.train_util", "library.dataset|library.train_util"
-_SAMPLING, _SAVING, _MODELS = "library.sampling|library.train_util", "library.model_io|library.train_util", "library.sdxl_model_util"
-_FUNCTIONS, _SDXL, _UNET = "library.custom_train_functions", "library.strategy_sdxl", "library.sdxl_original_unet"
+_LOSS, _ARGS, _DATA = (
+    "library.loss|library.train_util",
+    "library.args|library.train_util",
+    "library.dataset|library.train_util",
+)
+_SAMPLING, _SAVING, _MODELS = (
+    "library.sampling|library.train_util",
+    "library.model_io|library.train_util",
+    "library.sdxl_model_util",
+)
+_FUNCTIONS, _SDXL, _UNET = (
+    "library.custom_train_functions",
+    "library.strategy_sdxl",
+    "library.sdxl_original_unet",
+)
 _PIPELINE = "library.sdxl_lpw_stable_diffusion"
 _WEIGHT = ("loss", "timesteps", "noise_scheduler")
 _STEP = ("loss", "weighting", "timesteps")
 _MASKS = ("sdxl_train.py", "sdxl_train_network.py", "sdxl_train_textual_inversion.py")
 
-# What came with v0.10.0; below it the trainers pass other values between the same functions, so nothing is patched at all.
-NEEDED = Patch(("run",), f"{_LOSS}:get_huber_threshold_if_needed", ("args", "timesteps", "noise_scheduler"), loss.threshold, "")
+# What came with v0.10.0; below it the trainers pass other values between the same functions, so nothing is
+# patched at all.
+NEEDED = Patch(
+    ("run",),
+    f"{_LOSS}:get_huber_threshold_if_needed",
+    ("args", "timesteps", "noise_scheduler"),
+    loss.threshold,
+    "",
+)
 
 # fmt: off
 PATCHES = (
-    Patch(("run",), f"{_FUNCTIONS}:add_custom_train_arguments", ("parser",), flags.add_arguments, "adds the flags"),
+    Patch(("run",), f"{_FUNCTIONS}:add_custom_train_arguments", ("parser",), flags.add_arguments,
+          "adds the flags"),
     Patch(("run",), f"{_ARGS}:read_config_from_file", ("args", "parser"), flags.read_config,
-          "a TOML file's values are read as on the command line (upstream takes any), misspelt keys of ours are named"),
-    Patch(("run",), f"{_ARGS}:verify_training_args", ("args",), flags.verify, "checks the flags before any model is loaded"),
+          "a TOML file's values are read as on the command line (upstream takes any), misspelt keys of ours "
+          "are named"),
+    Patch(("run",), f"{_ARGS}:verify_training_args", ("args",), flags.verify,
+          "checks the flags before any model is loaded"),
     Patch(("run",), "accelerate.accelerator:Accelerator.backward", ("self", "loss"), SESSION.backward,
           "stops a step in which a fix that is on was not reached"),
 
-    Patch(("schedule",), f"{_FUNCTIONS}:prepare_scheduler_for_custom_training", ("noise_scheduler", "device"), schedule.prepare,
-          "one schedule for betas, alphas_cumprod, SNR table and noising (upstream keeps the SNR table of the old one)"),
-    Patch(("schedule",), f"{_FUNCTIONS}:fix_noise_scheduler_betas_for_zero_terminal_snr", ("noise_scheduler",), schedule.rescale,
-          "the same, whichever of the two comes last"),
+    Patch(("schedule",), f"{_FUNCTIONS}:prepare_scheduler_for_custom_training", ("noise_scheduler", "device"),
+          schedule.prepare,
+          "one schedule for betas, alphas_cumprod, SNR table and noising (upstream keeps the SNR table of "
+          "the old one)"),
+    Patch(("schedule",), f"{_FUNCTIONS}:fix_noise_scheduler_betas_for_zero_terminal_snr",
+          ("noise_scheduler",), schedule.rescale, "the same, whichever of the two comes last"),
 
     Patch(("schedule", *_STEP, "noise", "validation"), f"{_LOSS}:get_noise_noisy_latents_and_timesteps",
           ("args", "noise_scheduler", "latents"), noise.noised,
-          "tells the step its timesteps; random input perturbation draws a strength per sample (upstream: one for the batch)"),
-    Patch(("timesteps",), f"{_LOSS}:get_timesteps", ("min_timestep", "max_timestep", "b_size", "device"), timesteps.draw,
-          "timesteps from the run's sampler"),
+          "tells the step its timesteps; random input perturbation draws a strength per sample (upstream: "
+          "one for the batch)"),
+    Patch(("timesteps",), f"{_LOSS}:get_timesteps", ("min_timestep", "max_timestep", "b_size", "device"),
+          timesteps.draw, "timesteps from the run's sampler"),
 
-    Patch(_STEP, f"{_LOSS}:conditional_loss", ("model_pred", "target", "loss_type", "reduction", "huber_c"), loss.conditional_loss,
-          "the step's loss: Huber that does not cancel to 0, delta, SNR and importance weights from the one schedule", exact=True),
-    Patch(_STEP, f"{_FUNCTIONS}:apply_masked_loss", ("loss", "batch"), loss.masked, "the same under a mask", exact=True, only=_MASKS),
-    Patch(("loss",), f"{_LOSS}:get_huber_threshold_if_needed", ("args", "timesteps", "noise_scheduler"), loss.threshold,
-          "delta from the one schedule (upstream's stops on a GPU with v-prediction, and forgets --huber_scale)"),
+    Patch(_STEP, f"{_LOSS}:conditional_loss", ("model_pred", "target", "loss_type", "reduction", "huber_c"),
+          loss.conditional_loss,
+          "the step's loss: Huber that does not cancel to 0, delta, SNR and importance weights from the one "
+          "schedule", exact=True),
+    Patch(_STEP, f"{_FUNCTIONS}:apply_masked_loss", ("loss", "batch"), loss.masked, "the same under a mask",
+          exact=True, only=_MASKS),
+    Patch(("loss",), f"{_LOSS}:get_huber_threshold_if_needed", ("args", "timesteps", "noise_scheduler"),
+          loss.threshold,
+          "delta from the one schedule (upstream's stops on a GPU with v-prediction, and forgets "
+          "--huber_scale)"),
     Patch(("loss",), "train_network:NetworkTrainer.process_batch", ("self", "batch"), loss.batch,
-          "the loss weights of a LoRA's regularisation images, for --huber_l2_gradient batch", only=("sdxl_train_network.py",)),
+          "the loss weights of a LoRA's regularisation images, for --huber_l2_gradient batch",
+          only=("sdxl_train_network.py",)),
 
     Patch(("weighting",), f"{_FUNCTIONS}:apply_snr_weight", (*_WEIGHT, "gamma"), loss.weighted,
           "the loss has min-SNR already, finite at SNR 0, one lookup per batch"),
-    Patch(("weighting",), f"{_FUNCTIONS}:apply_debiased_estimation", _WEIGHT, loss.weighted, "the same for debiased estimation"),
-    Patch(("weighting",), f"{_FUNCTIONS}:scale_v_prediction_loss_like_noise_prediction", _WEIGHT, loss.weighted, "the same"),
-    Patch(("weighting",), f"{_FUNCTIONS}:add_v_prediction_like_loss", (*_WEIGHT, "v_pred_like_loss"), loss.weighted, "the same"),
+    Patch(("weighting",), f"{_FUNCTIONS}:apply_debiased_estimation", _WEIGHT, loss.weighted,
+          "the same for debiased estimation"),
+    Patch(("weighting",), f"{_FUNCTIONS}:scale_v_prediction_loss_like_noise_prediction", _WEIGHT,
+          loss.weighted, "the same"),
+    Patch(("weighting",), f"{_FUNCTIONS}:add_v_prediction_like_loss", (*_WEIGHT, "v_pred_like_loss"),
+          loss.weighted, "the same"),
 
-    Patch(("buckets",), "library.config_util:generate_dataset_group_by_blueprint", ("dataset_group_blueprint",), buckets.datasets,
+    Patch(("buckets",), "library.config_util:generate_dataset_group_by_blueprint",
+          ("dataset_group_blueprint",), buckets.datasets,
           "batches of equal aspect and prompt chunks, tokens cut at the longest of the batch"),
-    Patch(("buckets",), f"{_DATA}:collator_class.__init__", ("self", "epoch", "step", "dataset"), buckets.collator,
-          "an epoch's first batches are its own (upstream: the last epoch's)"),
-    Patch(("buckets",), f"{_SDXL}:SdxlTextEncodingStrategy._get_hidden_states_sdxl", ("self", "input_ids1", "input_ids2"),
-          prompts.hidden_states, "--chunk_layout"),
+    Patch(("buckets",), f"{_DATA}:collator_class.__init__", ("self", "epoch", "step", "dataset"),
+          buckets.collator, "an epoch's first batches are its own (upstream: the last epoch's)"),
+    Patch(("buckets",), f"{_SDXL}:SdxlTextEncodingStrategy._get_hidden_states_sdxl",
+          ("self", "input_ids1", "input_ids2"), prompts.hidden_states, "--chunk_layout"),
     Patch(("buckets",), f"{_SDXL}:SdxlTextEncodingStrategy.encode_tokens_with_weights",
           ("self", "tokenize_strategy", "models", "tokens_list", "weights_list"), prompts.encode_with_weights,
           "--chunk_layout, with emphasis", exact=True),
     Patch(("buckets",), f"{_SDXL}:SdxlTextEncoderOutputsCachingStrategy.cache_batch_outputs",
           ("self", "tokenize_strategy", "models", "text_encoding_strategy", "infos"), prompts.cache_outputs,
           "caches prompts of equal chunks together", exact=True),
-    Patch(("buckets",), f"{_PIPELINE}:SdxlStableDiffusionLongPromptWeightingPipeline.__call__", ("self", "prompt", "negative_prompt"),
-          prompts.preview, "previews give prompt and negative prompt the chunks of the longer one"),
+    Patch(("buckets",), f"{_PIPELINE}:SdxlStableDiffusionLongPromptWeightingPipeline.__call__",
+          ("self", "prompt", "negative_prompt"), prompts.preview,
+          "previews give prompt and negative prompt the chunks of the longer one"),
 
-    Patch(("validation",), f"{_UNET}:SdxlUNet2DConditionModel.forward", ("self", "x", "timesteps"), validation.called,
-          "the first images are kept, with their conditioning"),
-    Patch(("validation",), f"{_SAMPLING}:sample_images_common", ("pipe_class", "accelerator", "args", "epoch", "steps"),
-          validation.step_done, "their loss is computed and logged after the optimizer step"),
+    Patch(("validation",), f"{_UNET}:SdxlUNet2DConditionModel.forward", ("self", "x", "timesteps"),
+          validation.called, "the first images are kept, with their conditioning"),
+    Patch(("validation",), f"{_SAMPLING}:sample_images_common",
+          ("pipe_class", "accelerator", "args", "epoch", "steps"), validation.step_done,
+          "their loss is computed and logged after the optimizer step"),
 
-    Patch(("previews",), f"{_SAMPLING}:get_my_scheduler", ("sample_sampler", "v_parameterization"), previews.scheduler,
-          "previews sample the trained schedule, trailing, x0 not clipped (upstream: SDXL's own, leading, clipped at 1)"),
+    Patch(("previews",), f"{_SAMPLING}:get_my_scheduler", ("sample_sampler", "v_parameterization"),
+          previews.scheduler,
+          "previews sample the trained schedule, trailing, x0 not clipped (upstream: SDXL's own, leading, "
+          "clipped at 1)"),
 
     Patch(("saving",), f"{_SAVING}:get_sai_model_spec", ("state_dict", "args"), checkpoint.model_spec,
           "the schedule's record and prediction type in the metadata"),

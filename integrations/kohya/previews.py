@@ -12,8 +12,9 @@ from .run import SESSION
 
 
 def scheduler(original: Callable[..., Any], **kwargs: Any) -> Any:
-    """Upstream's choice of class with the run's schedule and x0 not clipped (latents do not end at 1): the exact drop-in where there is
-    one, else upstream's own with trailing spacing and a finite stand-in for an infinite terminal sigma."""
+    """Upstream's choice of class with the run's schedule and x0 not clipped (latents do not end at 1): the
+    exact drop-in where there is one, else upstream's own with trailing spacing and a finite stand-in for an
+    infinite terminal sigma."""
     made = original(**kwargs)
     run = SESSION.on("previews")
     if run is None:

@@ -49,7 +49,8 @@ FIXES = {
     "weighting": Fix(dict.fromkeys(_WEIGHTS), options=("min_snr_floor",), parts=_WEIGHTS),
     "noise": Fix({"ip_noise_gamma_random_strength": None}, needs=("ip_noise_gamma",)),
     "timesteps": Fix(
-        {"stratified_timesteps": None, "terminal_timestep_share": None}, parts={"terminal_timestep_share": "conditional_loss"}
+        {"stratified_timesteps": None, "terminal_timestep_share": None},
+        parts={"terminal_timestep_share": "conditional_loss"},
     ),
     "buckets": Fix({"chunk_buckets": None}, options=("chunk_layout",), due="start"),
     "validation": Fix({"stable_loss_steps": None}, options=("stable_loss_images",)),
@@ -71,7 +72,8 @@ def weightings(args: argparse.Namespace, settings: Settings) -> tuple[Weighting,
 
 
 def _bases(args: argparse.Namespace) -> list[Path]:
-    """The models that are trained on: the checkpoint, a LoRA that is continued (a name on the Hugging Face Hub says nothing here)."""
+    """The models that are trained on: the checkpoint, a LoRA that is continued (a name on the Hugging Face
+    Hub says nothing here)."""
     names = [getattr(args, name, None) for name in ("pretrained_model_name_or_path", "network_weights")]
     return [Path(name) for name in names if name and Path(name).exists()]
 
@@ -90,13 +92,15 @@ def trains_text(args: argparse.Namespace) -> bool:
 
 
 def start(args: argparse.Namespace, ours: tuple[str, ...] = ()) -> Run:
-    """The run that kohya's parsed arguments describe, after it was reported. ``ours`` are flags of the plugin's own. Raises FlagError,
-    before any model is loaded, for flags that make no sense and for fixes that cannot work here."""
+    """The run that kohya's parsed arguments describe, after it was reported. ``ours`` are flags of the
+    plugin's own. Raises FlagError, before any model is loaded, for flags that make no sense and for fixes
+    that cannot work here."""
     may_act = allowed(getattr(args, "fixes", None), FIXES)
     dropped = switch_off(FIXES, may_act, ours, args)
     settings = Settings.from_args(_known(args)) if may_act else Settings()
     script = SESSION.script_name()
-    without = {fix for fix in SCRIPTS.get(script or "", {}) if FIXES[fix].due == "later"}  # nobody asks for these by a flag of their own
+    # nobody asks for these by a flag of their own
+    without = {fix for fix in SCRIPTS.get(script or "", {}) if FIXES[fix].due == "later"}
     asked = frozenset(name for name in may_act - without if FIXES[name].asked(args))
     refused = {**SESSION.patches.refused, **_no_place(script, asked, args)}
     options = Options.from_args(args) if may_act else None
@@ -123,11 +127,22 @@ def _no_place(script: str | None, asked: frozenset[str], args: argparse.Namespac
     if script is None:
         return {}
     if script not in SCRIPTS:
-        return dict.fromkeys(asked, f"{script} is not one of the scripts that it is made for: {', '.join(SCRIPTS)}")
-    found = {fix: why for (name, fix), why in SESSION.patches.refused_in.items() if name == script} | dict(SCRIPTS[script])
-    if given(args, "huber_l2_gradient") and args.huber_l2_gradient == "batch" and script == "sdxl_train_textual_inversion.py":
+        return dict.fromkeys(
+            asked, f"{script} is not one of the scripts that it is made for: {', '.join(SCRIPTS)}"
+        )
+    found = {fix: why for (name, fix), why in SESSION.patches.refused_in.items() if name == script} | dict(
+        SCRIPTS[script]
+    )
+    if (
+        given(args, "huber_l2_gradient")
+        and args.huber_l2_gradient == "batch"
+        and script == "sdxl_train_textual_inversion.py"
+    ):
         if getattr(args, "prior_loss_weight", 1.0) != 1.0:
-            found["loss"] = "--huber_l2_gradient batch does not see --prior_loss_weight in this script: take --huber_l2_gradient sample"
+            found["loss"] = (
+                "--huber_l2_gradient batch does not see --prior_loss_weight in this script: "
+                "take --huber_l2_gradient sample"
+            )
     return found
 
 
@@ -135,7 +150,10 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
     args, root = run.args, SESSION.patches.root
     prompts = []
     if options := run.options:
-        prompts.append(f"prompts of up to {75 * options.limit} tokens in batches of equal aspect and chunks, {options.layout} vectors")
+        prompts.append(
+            f"prompts of up to {75 * options.limit} tokens in batches of equal aspect and "
+            f"chunks, {options.layout} vectors"
+        )
     files = []
     if "saving" in run.on:
         full = SESSION.script_name() in (None, "sdxl_train.py") and not hasattr(args, "network_module")
@@ -143,7 +161,11 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
         spec = metadata(run.schedule, run.prediction_type)["modelspec.prediction_type"]
         said = [f"markers {' '.join(names)}"] if names else []
         folder = str(getattr(args, "save_model_as", None)).startswith("diffusers")
-        files.append("its scheduler" if folder else ", ".join(["schedule record", *said, *([f"modelspec {spec}"] if spec else [])]))
+        files.append(
+            "its scheduler"
+            if folder
+            else ", ".join(["schedule record", *said, *([f"modelspec {spec}"] if spec else [])])
+        )
     if "previews" in run.on:
         files.append("previews sample the same")
     known = version(root) if root is not None else ""
@@ -151,11 +173,17 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
     if not may_act:
         return
     if run.on and root is not None and digest(root) not in TESTED:
-        warn(f"this sd-scripts is {known}: the fixes that are on are checked in every step, but their numbers were not compared")
+        warn(
+            f"this sd-scripts is {known}: the fixes that are on are checked in every step, but their "
+            "numbers were not compared"
+        )
     if run.stable_loss is not None and trains_text(args):
         warn("--stable_loss_steps: text embeddings stay as first seen, though the text encoder is trained")
     if "saving" in run.on and getattr(args, "save_model_as", None) in ("ckpt", "pt"):
-        warn(f"--save_model_as {args.save_model_as}: such a file carries neither record nor markers: take safetensors")
+        warn(
+            f"--save_model_as {args.save_model_as}: such a file carries neither record nor markers: take "
+            "safetensors"
+        )
     for path in _bases(args):
         if problem := said_problem(path):
             warn(f"{problem}: what it says of its schedule is not known")
@@ -171,13 +199,22 @@ def _flags_for(base: Sampling) -> str:
     flags = schedule_flags(base.schedule)
     if base.prediction_type not in ("epsilon", "v_prediction") or flags is None:
         return "no flags of this trainer train on as the base was trained"
-    words = " ".join(word for word in ("--v_parameterization" if base.prediction_type == "v_prediction" else "", flags) if word)
-    return "to go on as the base was trained, " + (f"give {words}" if words else "leave the schedule's flags and v_parameterization out")
+    words = " ".join(
+        word
+        for word in ("--v_parameterization" if base.prediction_type == "v_prediction" else "", flags)
+        if word
+    )
+    return "to go on as the base was trained, " + (
+        f"give {words}" if words else "leave the schedule's flags and v_parameterization out"
+    )
 
 
 def _known(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments without a fork's own losses, which stay the fork's."""
     known = argparse.Namespace(**vars(args))
-    if getattr(args, "loss_type", "l2") not in LOSS_TYPES or getattr(args, "huber_schedule", "snr") not in HUBER_SCHEDULES:
+    if (
+        getattr(args, "loss_type", "l2") not in LOSS_TYPES
+        or getattr(args, "huber_schedule", "snr") not in HUBER_SCHEDULES
+    ):
         known.loss_type, known.huber_schedule = "l2", "snr"
     return known

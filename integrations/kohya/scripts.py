@@ -1,4 +1,5 @@
-"""The scripts of sd-scripts that train SDXL, what has a place in each, and the versions that were tested. Data; nothing is decided here."""
+"""The scripts of sd-scripts that train SDXL, what has a place in each, and the versions that were tested.
+Data; nothing is decided here."""
 
 from __future__ import annotations
 
@@ -23,8 +24,10 @@ SCRIPTS: Mapping[str, Mapping[str, str]] = {
 }
 # scripts that look as if they were ours -> why they are not
 REFUSED: Mapping[str, str] = {
-    "sdxl_train_leco.py": "it noises no pictures and compares predictions with each other, so no fix of training has a place in it",
-    "sdxl_train_control_net_lllite_old.py": "upstream's own script stops before it trains: take sdxl_train_control_net_lllite.py",
+    "sdxl_train_leco.py": "it noises no pictures and compares predictions with each other, so no fix of "
+    "training has a place in it",
+    "sdxl_train_control_net_lllite_old.py": "upstream's own script stops before it trains: take "
+    "sdxl_train_control_net_lllite.py",
     "sdxl_train_control_lora.py": "it is a fork's own script, which nobody has tried with the fixes",
 }
 
@@ -38,14 +41,27 @@ TESTED: Mapping[str, str] = {
 _READ = (
     *SCRIPTS,
     *("train_network.py", "train_textual_inversion.py"),
-    *(f"library/{name}.py" for name in ("train_util", "loss", "args", "dataset", "sampling", "model_io", "logging_util")),
-    *(f"library/{name}.py" for name in ("custom_train_functions", "config_util", "strategy_sdxl", "sdxl_model_util", "sdxl_train_util")),
+    *(
+        f"library/{name}.py"
+        for name in ("train_util", "loss", "args", "dataset", "sampling", "model_io", "logging_util")
+    ),
+    *(
+        f"library/{name}.py"
+        for name in (
+            "custom_train_functions",
+            "config_util",
+            "strategy_sdxl",
+            "sdxl_model_util",
+            "sdxl_train_util",
+        )
+    ),
     *(f"library/{name}.py" for name in ("sdxl_original_unet", "sdxl_lpw_stable_diffusion")),
 )
 
 
 def digest(root: Path) -> str:
-    """What the sources that the fixes depend on are, however the checkout was had (git, a zip, either kind of line ending)."""
+    """What the sources that the fixes depend on are, however the checkout was had (git, a zip, either kind of
+    line ending)."""
     found = hashlib.sha256()
     for name in _READ:
         file = root / name
@@ -57,4 +73,8 @@ def digest(root: Path) -> str:
 def version(root: Path) -> str:
     """What is known of a checkout: its version if it was tested, else that it was not."""
     known = TESTED.get(digest(root))
-    return f"{known}, tested" if known else f"a version that was not tested; tested are {', '.join(TESTED.values())}"
+    return (
+        f"{known}, tested"
+        if known
+        else (f"a version that was not tested; tested are {', '.join(TESTED.values())}")
+    )

@@ -9,7 +9,13 @@ import torch
 from .run import SESSION
 
 
-def draw(original: Callable[..., torch.Tensor], min_timestep: int, max_timestep: int, b_size: int, device: torch.device) -> torch.Tensor:
+def draw(
+    original: Callable[..., torch.Tensor],
+    min_timestep: int,
+    max_timestep: int,
+    b_size: int,
+    device: torch.device,
+) -> torch.Tensor:
     """The run's own sampler; a fixed timestep (validation asks for min = max) stays upstream's."""
     run = SESSION.on("timesteps") if min_timestep < max_timestep else None
     if run is None or run.timesteps is None:

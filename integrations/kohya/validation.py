@@ -11,7 +11,9 @@ import torch
 from .run import SESSION
 
 
-def called(original: Callable[..., Any], self: Any, x: torch.Tensor, timesteps: Any = None, *args: Any, **kwargs: Any) -> Any:
+def called(
+    original: Callable[..., Any], self: Any, x: torch.Tensor, timesteps: Any = None, *args: Any, **kwargs: Any
+) -> Any:
     """The U-Net's call; what follows the timesteps is its conditioning."""
     if SESSION.run is not None and SESSION.run.stable_loss is not None:
         if SESSION.run.stable_loss.called(self, x, *args, **kwargs):
@@ -29,8 +31,8 @@ def step_done(
     *rest: Any,
     **kwargs: Any,
 ) -> Any:
-    """The place of the previews, where both trainers come once after every optimizer step (then without an epoch), in every process and
-    with the weights of a schedule-free optimizer that previews are made with."""
+    """The place of the previews, where both trainers come once after every optimizer step (then without an
+    epoch), in every process and with the weights of a schedule-free optimizer that previews are made with."""
     if epoch is None and SESSION.run is not None and SESSION.run.stable_loss is not None:
         if numbers := SESSION.run.stable_loss.step(steps, accelerator):
             _log(accelerator, args, numbers, steps)
@@ -38,7 +40,8 @@ def step_done(
 
 
 def _log(accelerator: Any, args: argparse.Namespace, numbers: dict[str, float], step: int) -> None:
-    """To the trackers as the script writes its own loss: the network trainer counts wandb's steps by calls, and tells the step beside."""
+    """To the trackers as the script writes its own loss: the network trainer counts wandb's steps by calls,
+    and tells the step beside."""
     if not hasattr(args, "network_module"):
         accelerator.log(numbers, step=step)
         return

@@ -22,7 +22,8 @@ from sdxl_fixes.options import flag, whole
 from sdxl_fixes.prompts import CHUNK, SPLITS, count_chunks, token_ids, too_long
 
 TOKENIZER = "openai/clip-vit-large-patch14"
-MOST_PIXELS, MOST_BATCH, MOST_RANKS, MOST_CHUNKS = 1 << 14, 1_000_000, 10_000, 1000  # beyond is a slip, and may not fit into memory
+# beyond is a slip, and may not fit into memory
+MOST_PIXELS, MOST_BATCH, MOST_RANKS, MOST_CHUNKS = 1 << 14, 1_000_000, 10_000, 1000
 ROWS = {
     "batches": "batches per epoch",
     "smaller": "batches below the batch size",
@@ -35,8 +36,8 @@ ROWS = {
 
 @dataclass(frozen=True)
 class Report:
-    """One data set. ``padded``, ``aspect`` and ``chunked`` have the keys of ROWS: every prompt padded to the limit (kohya), to the longest
-    of its batch in aspect buckets, and in aspect x chunk buckets."""
+    """One data set. ``padded``, ``aspect`` and ``chunked`` have the keys of ROWS: every prompt padded to the
+    limit (kohya), to the longest of its batch in aspect buckets, and in aspect x chunk buckets."""
 
     name: str
     samples: int
@@ -63,9 +64,13 @@ def report(
     world_size: int = 1,
     seed: int = 0,
 ) -> Report:
-    """Plan one epoch of ``dataset`` both ways. ``chunks`` are its captions' counts, ``limit`` the trainer's most
-    (``--max_token_length`` / 75). ``batch_size`` None takes the data set's own, or 1."""
-    size = whole(dataset.name, "batch_size", dataset.settings.get("batch_size", 1), 1, MOST_BATCH) if batch_size is None else batch_size
+    """Plan one epoch of ``dataset`` both ways. ``chunks`` are its captions' counts, ``limit`` the trainer's
+    most (``--max_token_length`` / 75). ``batch_size`` None takes the data set's own, or 1."""
+    size = (
+        whole(dataset.name, "batch_size", dataset.settings.get("batch_size", 1), 1, MOST_BATCH)
+        if batch_size is None
+        else batch_size
+    )
     found, problems = _aspects(dataset, rule), list(dataset.problems)
     for k in np.flatnonzero(found.index < 0):
         width, height = dataset.samples[k].size
@@ -85,7 +90,12 @@ def report(
     used, codes = np.unique(index, return_inverse=True)
     draws = np.bincount(codes.reshape(-1), weights=repeats)
     values = np.bincount(counts, weights=repeats)
-    base = {"batches": theirs.batches, "smaller": theirs.smaller, "lost": theirs.lost, "repeated": theirs.repeated}
+    base = {
+        "batches": theirs.batches,
+        "smaller": theirs.smaller,
+        "lost": theirs.lost,
+        "repeated": theirs.repeated,
+    }
     return Report(
         name=dataset.name,
         samples=int(kept.sum()),
@@ -98,7 +108,11 @@ def report(
         worst_aspect_error=float(np.abs(found.error[kept]).max()),
         padded={**base, "chunks": float(limit), "padding": 1 - ours.floor / limit},
         aspect={**base, "chunks": longest, "padding": 1 - ours.floor / longest},
-        chunked={**{name: getattr(ours, name) for name in base}, "chunks": ours.chunks, "padding": 1 - ours.floor / ours.chunks},
+        chunked={
+            **{name: getattr(ours, name) for name in base},
+            "chunks": ours.chunks,
+            "padding": 1 - ours.floor / ours.chunks,
+        },
         problems=problems,
     )
 
@@ -133,11 +147,14 @@ def _resolution(name: str, value: Any) -> tuple[int, int]:
 def as_text(found: Report, problems: int = 10) -> str:
     """The table, and the first ``problems`` sentences about files."""
     widths = ", ".join(
-        f"{k} {'chunk' if k == 1 else 'chunks'} {100 * n / sum(found.chunk_counts.values()):.1f} %" for k, n in found.chunk_counts.items()
+        f"{k} {'chunk' if k == 1 else 'chunks'} {100 * n / sum(found.chunk_counts.values()):.1f} %"
+        for k, n in found.chunk_counts.items()
     )
     lines = [
-        f"{found.name}: {found.samples} images, {found.draws} samples per epoch, batch size {found.batch_size}",
-        f"{len(found.resolutions)} aspect buckets in use, aspect error {found.aspect_error:.3f} (worst {found.worst_aspect_error:.2f})",
+        f"{found.name}: {found.samples} images, {found.draws} samples per epoch, batch size "
+        f"{found.batch_size}",
+        f"{len(found.resolutions)} aspect buckets in use, aspect error {found.aspect_error:.3f} (worst "
+        f"{found.worst_aspect_error:.2f})",
         f"prompts: {widths}",
         "",
         f"{'':<50}{'padded to':>14}{'aspect':>14}{'aspect x':>14}",
@@ -158,8 +175,8 @@ def as_json(reports: list[Report]) -> str:
 
 
 def plot(found: Report, file: Path) -> None:
-    """Write a PNG: samples per aspect bucket, chunks that a sample costs. Raises ValueError without matplotlib, OSError if the file cannot
-    be written (nothing half-written stays behind)."""
+    """Write a PNG: samples per aspect bucket, chunks that a sample costs. Raises ValueError without
+    matplotlib, OSError if the file cannot be written (nothing half-written stays behind)."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -167,13 +184,25 @@ def plot(found: Report, file: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     order = np.argsort([w / h for w, h in found.resolutions])
-    left.bar([f"{found.resolutions[k][0]}x{found.resolutions[k][1]}" for k in order], [found.sizes[k] for k in order])
+    left.bar(
+        [f"{found.resolutions[k][0]}x{found.resolutions[k][1]}" for k in order],
+        [found.sizes[k] for k in order],
+    )
     left.tick_params(axis="x", rotation=90)
     left.set(title="samples per aspect bucket", ylabel="samples per epoch")
-    columns = {"padded to\nthe limit": found.padded, "aspect\nbuckets": found.aspect, "aspect x\nchunk": found.chunked}
+    columns = {
+        "padded to\nthe limit": found.padded,
+        "aspect\nbuckets": found.aspect,
+        "aspect x\nchunk": found.chunked,
+    }
     bars = right.bar(list(columns), [column["chunks"] for column in columns.values()])
     right.bar_label(bars, fmt="%.2f")
-    right.axhline(found.chunked["chunks"] * (1 - found.chunked["padding"]), color="black", linestyle=":", label="the prompts themselves")
+    right.axhline(
+        found.chunked["chunks"] * (1 - found.chunked["padding"]),
+        color="black",
+        linestyle=":",
+        label="the prompts themselves",
+    )
     right.set(title=f"chunks of {CHUNK} tokens per sample, batch {found.batch_size}")
     right.legend()
     with replacing(file) as partial:
@@ -183,21 +212,46 @@ def plot(found: Report, file: Path) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``sdxl-fixes buckets``."""
     parser.add_argument(
-        "dataset", type=Path, help="kohya's --dataset_config (.toml), a metadata.jsonl, or a folder of images with .txt captions"
+        "dataset",
+        type=Path,
+        help="kohya's --dataset_config (.toml), a metadata.jsonl, or a folder of images with .txt captions",
     )
     parser.add_argument("--batch_size", type=int, help="default: the .toml's, or 1")
-    parser.add_argument("--max_token_length", type=int, default=225, help="the trainer's limit, a multiple of 75 (default 225)")
+    parser.add_argument(
+        "--max_token_length",
+        type=int,
+        default=225,
+        help="the trainer's limit, a multiple of 75 (default 225)",
+    )
     parser.add_argument("--rule", choices=RULES, default="kohya", help="whose aspect buckets")
     parser.add_argument(
-        "--split", choices=SPLITS, default="none", help="commas: a tag is not parted between chunks, as A1111 and Forge do it"
+        "--split",
+        choices=SPLITS,
+        default="none",
+        help="commas: a tag is not parted between chunks, as A1111 and Forge do it",
     )
-    parser.add_argument("--leftovers", choices=LEFTOVERS, default="merge", help="what becomes of samples that fill no batch")
+    parser.add_argument(
+        "--leftovers", choices=LEFTOVERS, default="merge", help="what becomes of samples that fill no batch"
+    )
     parser.add_argument("--world_size", type=int, default=1, help="number of processes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokenizer", default=TOKENIZER, help=f"folder or Hugging Face name of CLIP's tokenizer (default {TOKENIZER})")
-    parser.add_argument("--cache", type=Path, help="file that keeps the counts, so that the next run tokenizes only what is new")
+    parser.add_argument(
+        "--tokenizer",
+        default=TOKENIZER,
+        help=f"folder or Hugging Face name of CLIP's tokenizer (default {TOKENIZER})",
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        help="file that keeps the counts, so that the next run tokenizes only what is new",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="also write a picture of the first data set (needs matplotlib)")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="PNG",
+        help="also write a picture of the first data set (needs matplotlib)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -207,9 +261,15 @@ def run(args: argparse.Namespace) -> int:
     datasets = read(args.dataset, shown)
     tokenizer, reports = load_tokenizer(args.tokenizer), []
     for dataset in datasets:
-        chunks = count_chunks(tokenizer, [sample.caption for sample in dataset.samples], args.split, args.cache, shown)
+        chunks = count_chunks(
+            tokenizer, [sample.caption for sample in dataset.samples], args.split, args.cache, shown
+        )
         limit = args.max_token_length // CHUNK
-        reports.append(report(dataset, chunks, limit, args.batch_size, args.rule, args.leftovers, args.world_size, args.seed))
+        reports.append(
+            report(
+                dataset, chunks, limit, args.batch_size, args.rule, args.leftovers, args.world_size, args.seed
+            )
+        )
     if args.plot is not None:
         plot(reports[0], args.plot)
     print(as_json(reports) if args.json else "\n\n".join(map(as_text, reports)))
@@ -219,35 +279,53 @@ def run(args: argparse.Namespace) -> int:
 def _check_flags(args: argparse.Namespace) -> None:
     most = CHUNK * MOST_CHUNKS
     if args.max_token_length % CHUNK or not 0 < args.max_token_length <= most:
-        raise ValueError(f"--max_token_length must be a multiple of {CHUNK}, got {shown(args.max_token_length)}: expected {CHUNK}..{most}")
-    for name, least, most in (("batch_size", 1, MOST_BATCH), ("world_size", 1, MOST_RANKS), ("seed", 0, 2**64 - 1)):
+        raise ValueError(
+            f"--max_token_length must be a multiple of {CHUNK}, got "
+            f"{shown(args.max_token_length)}: expected {CHUNK}..{most}"
+        )
+    for name, least, most in (
+        ("batch_size", 1, MOST_BATCH),
+        ("world_size", 1, MOST_RANKS),
+        ("seed", 0, 2**64 - 1),
+    ):
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
-            raise ValueError(f"--{name} must be a whole number of at least {least} and at most {most}, got {shown(value)}")
+            raise ValueError(
+                f"--{name} must be a whole number of at least {least} and at most {most}, got {shown(value)}"
+            )
 
 
 def load_tokenizer(name: str) -> Any:
-    """CLIP's tokenizer from a folder or a Hugging Face name. Raises ValueError, saying what to do, without transformers or the files."""
+    """CLIP's tokenizer from a folder or a Hugging Face name. Raises ValueError, saying what to do, without
+    transformers or the files."""
     try:
         import transformers
     except ImportError as error:
         raise ValueError('counting tokens needs transformers: pip install "sdxl-fixes[buckets]"') from error
     where = (
-        f"--tokenizer {name}: no CLIP tokenizer there, and none downloaded: give the folder that holds vocab.json and merges.txt, "
+        f"--tokenizer {name}: no CLIP tokenizer there, and none downloaded: give the folder that holds "
+        "vocab.json and merges.txt, "
         "such as tokenizer/ of an SDXL model in diffusers format"
     )
-    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("vocab.json", "tokenizer.json")):
+    if Path(name).is_dir() and not any(
+        (Path(name) / file).is_file() for file in ("vocab.json", "tokenizer.json")
+    ):
         raise ValueError(where)  # transformers 5 would make an empty one
     try:
-        kind = getattr(transformers, "CLIPTokenizerFast", None) or transformers.CLIPTokenizer  # from 5.0 on the latter is the fast one
+        # from 5.0 on the latter is the fast one
+        kind = getattr(transformers, "CLIPTokenizerFast", None) or transformers.CLIPTokenizer
         tokenizer = kind.from_pretrained(name)
         token_ids(tokenizer, [","])
     except OSError as error:
         raise ValueError(where) from error
-    except Exception as error:  # tokenizers raises plain Exception, and many kinds, for as many ways of being broken
+    except (
+        Exception
+    ) as error:  # tokenizers raises plain Exception, and many kinds, for as many ways of being broken
         raise ValueError(f"{where} ({printable(f'{type(error).__name__}: {error}')[:200]})") from error
     return tokenizer
 
 
 def _cell(key: str, value: float) -> str:
-    return f"{100 * value:.1f} %" if key == "padding" else f"{value:.3f}" if key == "chunks" else f"{value:.0f}"
+    return (
+        f"{100 * value:.1f} %" if key == "padding" else f"{value:.3f}" if key == "chunks" else f"{value:.0f}"
+    )

@@ -1,4 +1,5 @@
-"""Read a training set without loading it: images, sizes and captions of a kohya TOML, a folder, or a metadata.jsonl."""
+"""Read a training set without loading it: images, sizes and captions of a kohya TOML, a folder, or a
+metadata.jsonl."""
 
 from __future__ import annotations
 
@@ -31,8 +32,9 @@ class Sample:
 
 @dataclass
 class Dataset:
-    """Samples that may share batches. ``settings`` are kohya's keys (resolution, batch_size, min_bucket_reso, ...), as far as the source
-    has them. ``problems`` are sentences, each about one file; an unusable image is left out, one without a caption stays, with none."""
+    """Samples that may share batches. ``settings`` are kohya's keys (resolution, batch_size, min_bucket_reso,
+    ...), as far as the source has them. ``problems`` are sentences, each about one file; an unusable image is
+    left out, one without a caption stays, with none."""
 
     name: str
     samples: list[Sample] = field(default_factory=list)
@@ -50,7 +52,8 @@ class _Wording:
     whole: bool = False  # not kohya's: every line of a caption is trained
 
     def prompt(self, caption: str) -> str:
-        """What is trained: the first line or, of lines and {alternatives} that are drawn from, the longest."""
+        """What is trained: the first line or, of lines and {alternatives} that are drawn from, the
+        longest."""
         caption = " ".join(part for part in (self.prefix, caption, self.suffix) if part)
         if self.whole:
             return caption
@@ -73,10 +76,11 @@ class _Found:
 
 
 def read(path: Path, progress: bool = False) -> list[Dataset]:
-    """The data sets of ``path``: a kohya ``--dataset_config`` (.toml), a metadata.jsonl of diffusers or kohya (one object a line), a folder
-    of images with captions in .txt files of the same name, or one of folders named ``REPEATS_name``. Captions are as kohya trains them:
-    of a file the first line; with a .toml's prefix and suffix; with ``enable_wildcard`` the longest of the lines. Raises ValueError or
-    OSError, naming the file, for a source that is none of these or holds no usable image."""
+    """The data sets of ``path``: a kohya ``--dataset_config`` (.toml), a metadata.jsonl of diffusers or kohya
+    (one object a line), a folder of images with captions in .txt files of the same name, or one of folders
+    named ``REPEATS_name``. Captions are as kohya trains them: of a file the first line; with a .toml's prefix
+    and suffix; with ``enable_wildcard`` the longest of the lines. Raises ValueError or OSError, naming the
+    file, for a source that is none of these or holds no usable image."""
     if not path.exists():
         raise OSError(f"there is no {path}: give a kohya .toml, a metadata.jsonl or a folder of images")
     if path.suffix == ".toml":
@@ -86,7 +90,9 @@ def read(path: Path, progress: bool = False) -> list[Dataset]:
     elif path.is_dir():
         parts = [(Dataset(str(path)), list(_from_folder(path)))]
     else:
-        raise ValueError(f"{path} is no data set: expected a kohya .toml, a metadata.jsonl or a folder of images")
+        raise ValueError(
+            f"{path} is no data set: expected a kohya .toml, a metadata.jsonl or a folder of images"
+        )
     for dataset, found in parts:
         _measure(dataset, found, progress)
         if not dataset.samples:
@@ -103,10 +109,15 @@ def load_toml(path: Path) -> dict[str, Any]:
         try:
             import tomli as tomllib
         except ImportError as error:
-            raise ValueError(f'reading {path} on Python 3.10 needs tomli: pip install "sdxl-fixes[buckets]"') from error
+            raise ValueError(
+                f'reading {path} on Python 3.10 needs tomli: pip install "sdxl-fixes[buckets]"'
+            ) from error
     try:
         return dict(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError, a number of too many digits
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # TOMLDecodeError, UnicodeDecodeError, a number of too many digits
         raise ValueError(f"{path} is not TOML: {error}") from error
 
 
@@ -124,8 +135,18 @@ def _from_toml(path: Path) -> Iterator[tuple[Dataset, list[_Found]]]:
         dataset, found = Dataset(name, settings=options), []
         for place, subset in enumerate(tables(f"{name}: subsets", entry.get("subsets", [])), 1):
             where = f"{name} [[datasets.subsets]] {place}"
-            if (repeats := whole(where, "num_repeats", {**options, **subset}.get("num_repeats", 1), -MOST_REPEATS, MOST_REPEATS)) < 1:
-                dataset.problems.append(f"{where}: num_repeats is {repeats}, and kohya leaves such a subset out")
+            if (
+                repeats := whole(
+                    where,
+                    "num_repeats",
+                    {**options, **subset}.get("num_repeats", 1),
+                    -MOST_REPEATS,
+                    MOST_REPEATS,
+                )
+            ) < 1:
+                dataset.problems.append(
+                    f"{where}: num_repeats is {repeats}, and kohya leaves such a subset out"
+                )
             else:
                 found += _from_subset(where, {**options, **subset}, repeats)
         yield dataset, found
@@ -135,7 +156,10 @@ def _from_subset(where: str, options: dict[str, Any], repeats: int) -> list[_Fou
     folder, metadata = text(where, options, "image_dir"), text(where, options, "metadata_file")
     tokens, extension = text(where, options, "class_tokens"), options.get("caption_extension", ".caption")
     if not isinstance(extension, str) or not extension.strip(".") or any(c in extension for c in "/\\\0"):
-        raise ValueError(f'{where}: caption_extension is {shown(extension)}: expected the end of a file name, such as ".txt"')
+        raise ValueError(
+            f"{where}: caption_extension is {shown(extension)}: "
+            'expected the end of a file name, such as ".txt"'
+        )
     prefix, suffix = text(where, options, "caption_prefix"), text(where, options, "caption_suffix")
     wording = _Wording(prefix, suffix, flag(where, options, "enable_wildcard"))
     if metadata:
@@ -172,11 +196,17 @@ def _from_folder(path: Path) -> Iterator[_Found]:
     )
 
 
-def _from_images(folder: Path, extension: str, repeats: float, otherwise: str | None, wording: _Wording) -> Iterator[_Found]:
+def _from_images(
+    folder: Path, extension: str, repeats: float, otherwise: str | None, wording: _Wording
+) -> Iterator[_Found]:
     for image in sorted(folder.iterdir()):
         if image.suffix.lower() in IMAGES and image.is_file():
             file = image.with_suffix(extension)
-            caption = _caption(file.read_text(encoding="utf-8", errors="replace"), wording.wildcard) if file.is_file() else otherwise
+            caption = (
+                _caption(file.read_text(encoding="utf-8", errors="replace"), wording.wildcard)
+                if file.is_file()
+                else otherwise
+            )
             yield _Found(image, caption, repeats, None, wording)
 
 
@@ -201,7 +231,9 @@ def _from_lines(file: Path, base: Path, repeats: float, wording: _Wording) -> It
                 entry = json.loads(line)
                 name = entry.get("file_name") or entry["image_path"]
             except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-                raise ValueError(f'{where}: expected an object with "file_name" or "image_path" ({error})') from error
+                raise ValueError(
+                    f'{where}: expected an object with "file_name" or "image_path" ({error})'
+                ) from error
             yield _found(where, _image(where, base, name), entry, repeats, wording)
 
 
@@ -211,14 +243,18 @@ def _from_json(file: Path, base: Path, repeats: float, wording: _Wording) -> Ite
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(entries, dict):
-        raise ValueError(f"{file} holds a {type(entries).__name__}: expected kohya's metadata, an object of images")
+        raise ValueError(
+            f"{file} holds a {type(entries).__name__}: expected kohya's metadata, an object of images"
+        )
     for name, entry in entries.items():
         where = f"{file}, {shown(name)}"
         image = _image(where, base, name)
         if not isinstance(entry, dict):
             raise ValueError(f"{where} is {shown(entry)}: expected an object with caption, tags, image_size")
         if not image.suffix:
-            image = next((image.with_suffix(suffix) for suffix in IMAGES if image.with_suffix(suffix).is_file()), image)
+            image = next(
+                (image.with_suffix(suffix) for suffix in IMAGES if image.with_suffix(suffix).is_file()), image
+            )
         yield _found(where, image, entry, repeats, wording)
 
 
@@ -232,9 +268,14 @@ def _image(where: str, base: Path, name: Any) -> Path:
 
 def _found(where: str, image: Path, entry: dict[str, Any], repeats: float, wording: _Wording) -> _Found:
     texts = (_text_in(where, entry, key) for key in ("text", "caption", "prompt"))
-    caption, tags = next((found for found in texts if found is not None), None), _text_in(where, entry, "tags")
+    caption, tags = (
+        next((found for found in texts if found is not None), None),
+        _text_in(where, entry, "tags"),
+    )
     if tags is not None and wording.wildcard:  # every line of the caption gets the tags
-        caption = "\n".join(line + ", " + tags.replace("\n", ", ") for line in (caption or "").split("\n") if line.strip())
+        caption = "\n".join(
+            line + ", " + tags.replace("\n", ", ") for line in (caption or "").split("\n") if line.strip()
+        )
     elif tags is not None:
         caption = ", ".join(part for part in (caption, tags) if part)
     return _Found(image, caption, repeats, _size_in(where, entry), wording)
@@ -252,7 +293,11 @@ def _size_in(where: str, entry: dict[str, Any]) -> tuple[int, int] | None:
     size = entry.get("image_size")
     if size is None:
         return None
-    if not isinstance(size, list) or len(size) != 2 or not all(type(side) in (int, float) and abs(side) < 2**31 for side in size):
+    if (
+        not isinstance(size, list)
+        or len(size) != 2
+        or not all(type(side) in (int, float) and abs(side) < 2**31 for side in size)
+    ):
         raise ValueError(f"{where}: image_size is {shown(size)}: expected [width, height] in pixels")
     return int(size[0]), int(size[1])
 

@@ -28,7 +28,9 @@ def figures(schedule: NoiseSchedule) -> dict[str, float]:
         "terminal_snr": float(schedule.snr[-1]),
         "first_sigma": float(schedule.sigmas[0]),
         "middle_sigma": float(schedule.sigmas[(len(schedule) - 1) // 2]),
-        "share_above_sdxl": float((schedule.sigmas > NoiseSchedule.sdxl().terminal_sigma * (1 + 1e-9)).mean()),
+        "share_above_sdxl": float(
+            (schedule.sigmas > NoiseSchedule.sdxl().terminal_sigma * (1 + 1e-9)).mean()
+        ),
     }
 
 
@@ -40,12 +42,19 @@ def as_text(schedule: NoiseSchedule) -> str:
     for name, meaning in FIGURES.items():
         unit = "%" if name in ("residual_signal", "share_above_sdxl") else ""
         lines.append(f"{meaning:<54}" + "".join(f"{_cell(x[name], unit):>12}" for x in (theirs, mine)))
-    lines += ["", f"{'timestep':<10}{'sigma SDXL':>14}{'sigma this':>14}{'signal SDXL':>14}{'signal this':>14}"]
+    lines += [
+        "",
+        f"{'timestep':<10}{'sigma SDXL':>14}{'sigma this':>14}{'signal SDXL':>14}{'signal this':>14}",
+    ]
     for t in _timesteps(len(schedule)):
         other = t if len(stock) == len(schedule) else round(t * (len(stock) - 1) / (len(schedule) - 1))
         sigmas = (stock.sigmas[other], schedule.sigmas[t])
         signals = (stock.sqrt_alphas_cumprod[other], schedule.sqrt_alphas_cumprod[t])
-        lines.append(f"{t:<10}" + "".join(f"{_cell(x):>14}" for x in sigmas) + "".join(f"{_cell(x, '%'):>14}" for x in signals))
+        lines.append(
+            f"{t:<10}"
+            + "".join(f"{_cell(x):>14}" for x in sigmas)
+            + "".join(f"{_cell(x, '%'):>14}" for x in signals)
+        )
     return "\n".join(lines)
 
 
@@ -60,8 +69,8 @@ def as_json(schedule: NoiseSchedule) -> str:
 
 
 def plot(schedule: NoiseSchedule, file: Path) -> None:
-    """Write a PNG: sigma and residual signal over the timesteps, beside SDXL's. Raises ValueError without matplotlib, OSError if the
-    file cannot be written (nothing half-written stays behind)."""
+    """Write a PNG: sigma and residual signal over the timesteps, beside SDXL's. Raises ValueError without
+    matplotlib, OSError if the file cannot be written (nothing half-written stays behind)."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -78,14 +87,21 @@ def draw(axes: Any, schedule: NoiseSchedule) -> None:
         u = [t / (len(shown) - 1) * (len(schedule) - 1) for t in range(len(shown))]
         for axis, table in zip(axes, (shown.sigmas, shown.sqrt_alphas_cumprod), strict=True):
             axis.plot(u, table, label=f"{name}, ends at {_cell(float(table[-1]))}")
-    for axis, name, scale in zip(axes, ("sigma", "residual signal, sqrt(alphas_cumprod)"), ("log", "linear"), strict=True):
+    for axis, name, scale in zip(
+        axes, ("sigma", "residual signal, sqrt(alphas_cumprod)"), ("log", "linear"), strict=True
+    ):
         axis.set(title=name, xlabel="timestep", yscale=scale)
         axis.grid(alpha=0.3)
         axis.legend()
 
 
 def _timesteps(count: int) -> list[int]:
-    return sorted({*range(0, count, max(1, count // 10)), *(t for t in (count - 50, count - 10, count - 2, count - 1) if t >= 0)})
+    return sorted(
+        {
+            *range(0, count, max(1, count // 10)),
+            *(t for t in (count - 50, count - 10, count - 2, count - 1) if t >= 0),
+        }
+    )
 
 
 def _cell(value: float, unit: str = "") -> str:

@@ -32,12 +32,20 @@ WAYS = {
 
 def add_commands(commands: Any) -> None:
     """Register both."""
-    parser = commands.add_parser("stamp", help="write into a model file how to sample it, so that UIs load it right")
-    parser.add_argument("path", type=Path, help="a .safetensors file (checkpoint, U-Net, LoRA), or a diffusers or sharded folder")
+    parser = commands.add_parser(
+        "stamp", help="write into a model file how to sample it, so that UIs load it right"
+    )
+    parser.add_argument(
+        "path",
+        type=Path,
+        help="a .safetensors file (checkpoint, U-Net, LoRA), or a diffusers or sharded folder",
+    )
     parser.add_argument("--prediction_type", choices=PREDICTION_TYPES, help="what the model predicts")
     add_flags(parser, tuple(SCHEDULE_FLAGS))
     parser.add_argument(
-        "--base", choices=("sdxl", "linear", "cosine", "flow"), help="schedule to start from (default: sdxl; for flow, flow)"
+        "--base",
+        choices=("sdxl", "linear", "cosine", "flow"),
+        help="schedule to start from (default: sdxl; for flow, flow)",
     )
     parser.add_argument("--shift", type=float, help="shift of --base flow (default 1)")
     parser.add_argument(
@@ -45,21 +53,30 @@ def add_commands(commands: Any) -> None:
         dest="source",
         type=Path,
         metavar="PATH",
-        help="take it from a scheduler_config.json, a schedule record, a diffusers folder, or another stamped file, instead of flags",
+        help="take it from a scheduler_config.json, a schedule record, a diffusers folder, or another "
+        "stamped file, instead of flags",
     )
     parser.add_argument("--force", action="store_true", help="stamp although the file says something else")
     parser.add_argument(
-        "--in_place", action="store_true", help="change the file itself (ext4, XFS) instead of a copy of it: no space needed"
+        "--in_place",
+        action="store_true",
+        help="change the file itself (ext4, XFS) instead of a copy of it: no space needed",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the stamped file here and leave PATH alone")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="write the stamped file here and leave PATH alone"
+    )
     parser.add_argument("--check", action="store_true", help="hash the tensors before and after")
-    parser.add_argument("--yaml", action="store_true", help="also write the YAML that tells A1111 up to 1.10 v-prediction")
+    parser.add_argument(
+        "--yaml", action="store_true", help="also write the YAML that tells A1111 up to 1.10 v-prediction"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     parser.set_defaults(run=stamp)
     parser = commands.add_parser("inspect", help="what a model file is, and what each UI will make of it")
     parser.add_argument("path", type=Path, help="a .safetensors file or a folder")
     parser.add_argument("--json", action="store_true", help="for programs")
-    parser.add_argument("--markdown", action="store_true", help='a page "how to load this model" for the model card')
+    parser.add_argument(
+        "--markdown", action="store_true", help='a page "how to load this model" for the model card'
+    )
     parser.set_defaults(run=inspect)
 
 
@@ -78,9 +95,12 @@ def stamp(args: argparse.Namespace) -> int:
         files, config = model_files(args.path), args.path / "scheduler" / SCHEDULER_CONFIG
         for file in files:
             stamp_file(file, sampling, force=args.force, dry_run=True)  # refuse before anything is written
-        said = said_sampling(args.path)  # a scheduler of SDXL's own is what every tool writes, and says nothing
+        # a scheduler of SDXL's own is what every tool writes, and says nothing
+        said = said_sampling(args.path)
         if said not in (None, sampling) and not args.force:
-            raise ValueError(f"{config} says {said}; the stamp would say {sampling}: give --force if the stamp is right")
+            raise ValueError(
+                f"{config} says {said}; the stamp would say {sampling}: give --force if the stamp is right"
+            )
         print(sampling)
         for file in files:
             _report(stamp_file(file, sampling, **options))
@@ -102,14 +122,25 @@ def stamp(args: argparse.Namespace) -> int:
 
 
 def sampling_from_args(args: argparse.Namespace) -> Sampling:
-    """How the model was trained: by flags, by --from, or by what the file says itself. Raises ValueError if nothing says it."""
-    flags = [name for name in (*SCHEDULE_FLAGS, "base", "shift") if not (getattr(args, name) is None or getattr(args, name) is False)]
+    """How the model was trained: by flags, by --from, or by what the file says itself. Raises ValueError if
+    nothing says it."""
+    flags = [
+        name
+        for name in (*SCHEDULE_FLAGS, "base", "shift")
+        if not (getattr(args, name) is None or getattr(args, name) is False)
+    ]
     if args.source is None and (flags or args.prediction_type):
         if args.prediction_type is None:
-            raise ValueError(f"--{flags[0]} tells the schedule; tell also what the model predicts, with --prediction_type")
+            raise ValueError(
+                f"--{flags[0]} tells the schedule; tell also what the model predicts, with --prediction_type"
+            )
         if args.shift is not None and args.base not in (None, "flow"):
             raise ValueError(f"--shift belongs to --base flow, not to --base {args.base}: leave it out")
-        flow = args.base == "flow" or args.shift is not None or (args.base is None and args.prediction_type == "flow_prediction")
+        flow = (
+            args.base == "flow"
+            or args.shift is not None
+            or (args.base is None and args.prediction_type == "flow_prediction")
+        )
         makers = {"linear": NoiseSchedule.linear, "cosine": NoiseSchedule.cosine}
         base = _flow(args.shift) if flow else makers.get(args.base, NoiseSchedule.sdxl)()
         return Sampling(Settings.from_args(args).schedule(base), args.prediction_type)
@@ -117,9 +148,14 @@ def sampling_from_args(args: argparse.Namespace) -> Sampling:
         raise ValueError(f"--from and --{flags[0]} are two sources for one schedule: give one of them")
     sampling, predicts = _read(args.source or args.path, args.source is not None)
     if args.prediction_type is not None and predicts and sampling.prediction_type != args.prediction_type:
-        raise ValueError(f"{args.source} says {sampling.prediction_type}, --prediction_type {args.prediction_type}: leave one of them out")
+        raise ValueError(
+            f"{args.source} says {sampling.prediction_type}, --prediction_type "
+            f"{args.prediction_type}: leave one of them out"
+        )
     if args.prediction_type is None and not predicts:
-        raise ValueError(f"{args.source} tells the schedule; tell also what the model predicts, with --prediction_type")
+        raise ValueError(
+            f"{args.source} tells the schedule; tell also what the model predicts, with --prediction_type"
+        )
     return Sampling(sampling.schedule, args.prediction_type or sampling.prediction_type)
 
 
@@ -133,29 +169,46 @@ def _flow(shift: float | None) -> NoiseSchedule:
 def _check_yaml(old: Path, yaml: str) -> None:
     """Raise ValueError if the file is there and says anything but ``yaml``."""
     if old.exists() and old.read_text("utf-8", errors="replace") != yaml:
-        raise ValueError(f"{old} exists already and says something else: move it away, or give --force to replace it")
+        raise ValueError(
+            f"{old} exists already and says something else: move it away, or give --force to replace it"
+        )
 
 
 def _read(path: Path, asked: bool) -> tuple[Sampling, bool]:
     """What a file or folder says, and whether it says what is predicted."""
     if path.is_dir():
-        config = next((file for file in (path / "scheduler" / SCHEDULER_CONFIG, path / SCHEDULER_CONFIG) if file.is_file()), None)
+        config = next(
+            (
+                file
+                for file in (path / "scheduler" / SCHEDULER_CONFIG, path / SCHEDULER_CONFIG)
+                if file.is_file()
+            ),
+            None,
+        )
         if config is None:
             raise ValueError(
-                f"{path} has no {SCHEDULER_CONFIG}: say how the model was trained, with --prediction_type and the schedule's flags"
+                f"{path} has no {SCHEDULER_CONFIG}: say how the model was trained, with --prediction_type "
+                "and the schedule's flags"
             )
         return sampling_from_config(read_json(config), str(config)), True
     if path.suffix == ".json":
         return read_sampling(path)
     record = ModelFile.read(path).record
     if record is None:
-        other = "give another --from" if asked else "say it with --prediction_type and the schedule's flags, or with --from"
+        other = (
+            "give another --from"
+            if asked
+            else ("say it with --prediction_type and the schedule's flags, or with --from")
+        )
         raise ValueError(f"{path} does not say how it was trained: {other}")
     return record, True
 
 
 def _report(done: Stamped) -> None:
-    print(f"{done.path}: {KINDS[done.kind][0]}; {WAYS.get(done.way, done.way)}; markers: {', '.join(done.markers) or 'none'}")
+    print(
+        f"{done.path}: {KINDS[done.kind][0]}; {WAYS.get(done.way, done.way)}; markers: "
+        f"{', '.join(done.markers) or 'none'}"
+    )
     for note in done.notes:
         print(f"  {note}")
 
@@ -177,7 +230,11 @@ def as_text(file: ModelFile, truth: Sampling | None, rows: list[Verdict]) -> str
     lines = [f"{file.path}: {KINDS[file.kind][0]}" + (", not SDXL" if file.is_sdxl is False else "")]
     lines += [f"  {file.mended}"] if file.mended else []
     lines += [f"  says: {where}{': ' if what else ''}{what}" for where, what in file.said().items()]
-    lines.append(f"  to be sampled as {truth}" if truth else "  does not say how it was trained: sdxl-fixes stamp writes that")
+    lines.append(
+        f"  to be sampled as {truth}"
+        if truth
+        else "  does not say how it was trained: sdxl-fixes stamp writes that"
+    )
     if truth:
         lines += [f"  but {what}" for what in file.contradictions(truth)]
     lines += ["", f"{'':<42}{'predicts':<17}{'sigma_max':<11}"]
@@ -192,20 +249,28 @@ def as_text(file: ModelFile, truth: Sampling | None, rows: list[Verdict]) -> str
 def as_markdown(path: Path, truth: Sampling | None, rows: list[Verdict]) -> str:
     """The page for a model card. Raises ValueError if the file does not say how it was trained."""
     if truth is None:
-        raise ValueError(f"{path} does not say how it was trained, so nobody can say how to load it: stamp it first")
+        raise ValueError(
+            f"{path} does not say how it was trained, so nobody can say how to load it: stamp it first"
+        )
     schedule = truth.schedule
     lines = [
         "## How to load this model",
         "",
-        f"`{path.name}` predicts **{truth.prediction_type}**; its noise schedule ends at **sigma {schedule.terminal_sigma:.6g}** "
-        f"({100 * schedule.residual_signal:.2g} % of the image left; SDXL's own ends at {NoiseSchedule.sdxl().terminal_sigma:.4g}). "
+        f"`{path.name}` predicts **{truth.prediction_type}**; its noise schedule ends at **sigma "
+        f"{schedule.terminal_sigma:.6g}** "
+        f"({100 * schedule.residual_signal:.2g} % of the image left; SDXL's own ends at "
+        f"{NoiseSchedule.sdxl().terminal_sigma:.4g}). "
         "The file says so itself.",
         "",
         "| program | loads it as | what to do |",
         "|---|---|---|",
     ]
     for row in rows:
-        loads = "-" if row.sampling is None or row.sigma_max is None else f"{row.sampling.prediction_type}, sigma_max {row.sigma_max:.6g}"
+        loads = (
+            "-"
+            if row.sampling is None or row.sigma_max is None
+            else f"{row.sampling.prediction_type}, sigma_max {row.sigma_max:.6g}"
+        )
         todo = "nothing: it is right" if row.right else row.missing
         lines.append(f"| {row.ui} | {loads} | {todo[:1].upper() + todo[1:]} |")
     lines += ["", "Made by `sdxl-fixes inspect --markdown`."]

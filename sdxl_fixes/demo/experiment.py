@@ -1,7 +1,9 @@
-"""`sdxl-fixes demo`: train a tiny SDXL U-Net as SDXL was, finetune it with the fixed noise schedule, offline on a CPU, and measure both.
+"""`sdxl-fixes demo`: train a tiny SDXL U-Net as SDXL was, finetune it with the fixed noise schedule, offline
+on a CPU, and measure both.
 
-There are no VAE and no text encoder offline, so the latents are the photo's own pixels and each caption word is a frozen random
-vector; the network class, the noise, the objective and the sampler are the real ones. The report says all this, too.
+There are no VAE and no text encoder offline, so the latents are the photo's own pixels and each caption word
+is a frozen random vector; the network class, the noise, the objective and the sampler are the real ones. The
+report says all this, too.
 """
 
 from __future__ import annotations
@@ -27,15 +29,32 @@ from sdxl_fixes.atomic import replacing
 from sdxl_fixes.objective import Objective
 from sdxl_fixes.schedule import NoiseSchedule
 
-CAPTIONS = {"a dark photo": -1.0, "a photo": 0.0, "a bright photo": 1.0}  # and the brightness that each asks for
+# and the brightness that each asks for
+CAPTIONS = {"a dark photo": -1.0, "a photo": 0.0, "a bright photo": 1.0}
 SPREAD = 0.3  # standard deviation of the photos' brightness around that: captions do not say everything
 GREY, UNIT = 0.5, 0.25  # latent = (pixel - GREY)/UNIT: 0 is middle grey, -2 black, +2 white
 CANVAS = 64  # latent pixels per side: SDXL's own at 512 x 512; the flaw grows with the canvas
 FOLD = 8  # 64 x 64 pixels are folded to 8 x 8 sites of 64 channels: nothing is lost and the network is cheap
 TEXT_WIDTH = 64
 PHOTOS = (
-    *("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png", "gravel.png"),
-    *("hubble_deep_field.jpg", "moon.png", "motorcycle_left.png", "motorcycle_right.png", "retina.jpg", "rocket.jpg"),
+    *(
+        "astronaut.png",
+        "brick.png",
+        "camera.png",
+        "chelsea.png",
+        "coffee.png",
+        "coins.png",
+        "grass.png",
+        "gravel.png",
+    ),
+    *(
+        "hubble_deep_field.jpg",
+        "moon.png",
+        "motorcycle_left.png",
+        "motorcycle_right.png",
+        "retina.jpg",
+        "rocket.jpg",
+    ),
 )
 
 
@@ -61,7 +80,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Variant:
-    """What one training run is to show: a prediction type and a schedule; a run with a ``start`` finetunes that run's network."""
+    """What one training run is to show: a prediction type and a schedule; a run with a ``start`` finetunes
+    that run's network."""
 
     key: str
     label: str
@@ -99,7 +119,8 @@ class Result:
 
 
 def variants() -> list[Variant]:
-    """What SDXL is and its v-prediction twin, from scratch; finetunes of them in which the schedule alone changes, and one as it was."""
+    """What SDXL is and its v-prediction twin, from scratch; finetunes of them in which the schedule alone
+    changes, and one as it was."""
     stock = NoiseSchedule.sdxl()
     sigma_300, zero = stock.with_terminal_sigma(300), stock.zero_terminal_snr()
     return [
@@ -116,28 +137,35 @@ def variants() -> list[Variant]:
 
 
 class Photos:
-    """Crops that can be exposed to any brightness. Exposure is a shift of the logits: like film, it never clips.
+    """Crops that can be exposed to any brightness. Exposure is a shift of the logits: like film, it never
+    clips.
 
     ``logits``: log(p / (1 - p)) of the grey pixel p, [N, CANVAS, CANVAS].
     """
 
     def __init__(self, logits: torch.Tensor) -> None:
         self.logits, self.shifts = logits, torch.linspace(-8, 8, 65)
-        self.means = torch.stack([_expose(logits, shift).mean((1, 2)) for shift in self.shifts.tolist()], 1)  # [N, 65]
+        # [N, 65]
+        self.means = torch.stack([_expose(logits, shift).mean((1, 2)) for shift in self.shifts.tolist()], 1)
 
     def latents(self, index: torch.Tensor, brightness: torch.Tensor) -> torch.Tensor:
-        """Crops ``index`` ([B]) of mean ``brightness`` ([B], -2 to 2) -> folded latents, as :func:`fold` makes them."""
+        """Crops ``index`` ([B]) of mean ``brightness`` ([B], -2 to 2) -> folded latents, as :func:`fold`
+        makes them."""
         means = self.means[index]
         after = (means < brightness[:, None]).sum(1).clamp(1, len(self.shifts) - 1)
         low, high = (means.gather(1, column[:, None])[:, 0] for column in (after - 1, after))
-        shift = self.shifts[after - 1] + (self.shifts[1] - self.shifts[0]) * ((brightness - low) / (high - low)).clamp(0, 1)
+        shift = self.shifts[after - 1] + (self.shifts[1] - self.shifts[0]) * (
+            (brightness - low) / (high - low)
+        ).clamp(0, 1)
         return fold(_expose(self.logits[index], shift[:, None, None])[:, None])
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """``count`` captioned photos: folded latents, and the captions' numbers [B]."""
         index = torch.randint(len(self.logits), (count,), generator=generator)
         caption = torch.randint(len(CAPTIONS), (count,), generator=generator)
-        brightness = torch.tensor(list(CAPTIONS.values()))[caption] + SPREAD * torch.randn(count, generator=generator)
+        brightness = torch.tensor(list(CAPTIONS.values()))[caption] + SPREAD * torch.randn(
+            count, generator=generator
+        )
         return self.latents(index, brightness.clamp(-1.8, 1.8)), caption
 
 
@@ -146,14 +174,18 @@ def _expose(logits: torch.Tensor, shift: torch.Tensor | float) -> torch.Tensor:
 
 
 def load_photos(settings: Settings) -> Photos:
-    """Random square crops of the photographs inside the scikit-image wheel, shrunk to the canvas, in black and white."""
+    """Random square crops of the photographs inside the scikit-image wheel, shrunk to the canvas, in black
+    and white."""
     from PIL import Image
 
     spec = importlib.util.find_spec("skimage")
     folder = Path(spec.origin).parent / "data" if spec is not None and spec.origin is not None else Path()
     files = [folder / name for name in PHOTOS if (folder / name).is_file()]  # nothing is downloaded
     if not files:
-        raise DemoError("this scikit-image has no photographs in its data folder: install it from its wheel, version 0.22 or newer")
+        raise DemoError(
+            "this scikit-image has no photographs in its data folder: install it from its "
+            "wheel, version 0.22 or newer"
+        )
     photos = [Image.open(file).convert("L") for file in files]
     draw = np.random.default_rng(settings.seed)
     crops = []
@@ -161,7 +193,9 @@ def load_photos(settings: Settings) -> Photos:
         photo = photos[number % len(photos)]
         side = int(draw.integers(min(CANVAS, *photo.size), min(photo.size) + 1))
         left, top = (int(draw.integers(0, length - side + 1)) for length in photo.size)
-        crop = np.asarray(photo.resize((CANVAS, CANVAS), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side)))
+        crop = np.asarray(
+            photo.resize((CANVAS, CANVAS), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+        )
         crops.append(crop[:, ::-1] if draw.random() < 0.5 else crop)
     return Photos(torch.logit(torch.from_numpy(np.stack(crops)).float() / 255, eps=0.02))
 
@@ -169,15 +203,21 @@ def load_photos(settings: Settings) -> Photos:
 def _cosines() -> torch.Tensor:
     """The orthonormal 8 x 8 cosine transform of JPEG as one matrix, [FOLD**2 frequencies, FOLD**2 pixels]."""
     n = np.arange(FOLD)
-    one = np.cos(math.pi * (n + 0.5) * n[:, None] / FOLD) * np.where(n == 0, 1, math.sqrt(2))[:, None] / math.sqrt(FOLD)
+    one = (
+        np.cos(math.pi * (n + 0.5) * n[:, None] / FOLD)
+        * np.where(n == 0, 1, math.sqrt(2))[:, None]
+        / math.sqrt(FOLD)
+    )
     return torch.from_numpy(np.kron(one, one)).float()
 
 
 def fold(latents: torch.Tensor) -> torch.Tensor:
-    """[B, 1, CANVAS, CANVAS] -> [B, FOLD**2, CANVAS/FOLD, CANVAS/FOLD]: each 8 x 8 block becomes one site with a channel per frequency.
+    """[B, 1, CANVAS, CANVAS] -> [B, FOLD**2, CANVAS/FOLD, CANVAS/FOLD]: each 8 x 8 block becomes one site
+    with a channel per frequency.
 
-    A rotation: white noise stays white noise, so noising the folded latents is noising the canvas. Plain pixels as channels would
-    repeat the brightness in all 64 of them, and it would drown the rest in the network's group norms.
+    A rotation: white noise stays white noise, so noising the folded latents is noising the canvas. Plain
+    pixels as channels would repeat the brightness in all 64 of them, and it would drown the rest in the
+    network's group norms.
     """
     return torch.einsum("fp,bphw->bfhw", _cosines(), F.pixel_unshuffle(latents, FOLD))
 
@@ -196,7 +236,8 @@ class Captions:
 
     def conditioning(self, caption: torch.Tensor) -> dict[str, Any]:
         """The U-Net's keyword arguments for captions ``caption``, [B]."""
-        time_ids = torch.tensor([CANVAS, CANVAS, 0, 0, CANVAS, CANVAS]).float().expand(len(caption), 6)  # original size, crop, target size
+        # original size, crop, target size
+        time_ids = torch.tensor([CANVAS, CANVAS, 0, 0, CANVAS, CANVAS]).float().expand(len(caption), 6)
         return {
             "encoder_hidden_states": self.words[caption],
             "added_cond_kwargs": {"text_embeds": self.pooled[caption], "time_ids": time_ids},
@@ -207,10 +248,15 @@ def embed_captions(seed: int) -> Captions:
     """One random vector per word; the pooled embedding is the mean over the caption's words."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = ["", *dict.fromkeys(word for caption in CAPTIONS for word in caption.split())]
-    vectors = dict(zip(vocabulary, torch.randn(len(vocabulary), TEXT_WIDTH, generator=generator), strict=True))
+    vectors = dict(
+        zip(vocabulary, torch.randn(len(vocabulary), TEXT_WIDTH, generator=generator), strict=True)
+    )
     split = [caption.split() for caption in CAPTIONS]
     longest = max(map(len, split))
-    words = [torch.stack([vectors[word] for word in [*caption, *[""] * (longest - len(caption))]]) for caption in split]
+    words = [
+        torch.stack([vectors[word] for word in [*caption, *[""] * (longest - len(caption))]])
+        for caption in split
+    ]
     pooled = [torch.stack([vectors[word] for word in caption]).mean(0) for caption in split]
     return Captions(torch.stack(words), torch.stack(pooled))
 
@@ -219,7 +265,8 @@ def embed_captions(seed: int) -> Captions:
 
 
 def build_unet(settings: Settings) -> Any:
-    """SDXL's U-Net class in SDXL's structure (no attention at the finest level, text_time embedding), a thousandth of its size."""
+    """SDXL's U-Net class in SDXL's structure (no attention at the finest level, text_time embedding), a
+    thousandth of its size."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(settings.seed)
@@ -248,7 +295,8 @@ def build_unet(settings: Settings) -> Any:
 
 @torch.no_grad()
 def _start_as_identity(unet: Any) -> None:
-    """Let the output begin as the input, and all else add to it: a short training should not go into learning to copy the noise.
+    """Let the output begin as the input, and all else add to it: a short training should not go into learning
+    to copy the noise.
 
     The outer layers hold each value x as the pair (x, -x), because SiLU(x) - SiLU(-x) = x.
     """
@@ -261,7 +309,8 @@ def _start_as_identity(unet: Any) -> None:
     pair = torch.cat([identity, -identity])
     unet.conv_in.weight[: 2 * channels, :, 1, 1] = pair
     unet.conv_out.weight[:, : 2 * channels, 1, 1] = pair.T / 2
-    shortcut = unet.up_blocks[-1].resnets[-1].conv_shortcut  # its input: what comes from below, then what conv_in made
+    # its input: what comes from below, then what conv_in made
+    shortcut = unet.up_blocks[-1].resnets[-1].conv_shortcut
     width = shortcut.out_channels
     shortcut.weight[:, -width:, 0, 0] = torch.eye(width)
     shortcut.weight[:, :-width] *= 0.1
@@ -269,10 +318,17 @@ def _start_as_identity(unet: Any) -> None:
 
 
 def train(
-    unet: Any, objective: Objective, photos: Photos, captions: Captions, seed: int, rates: Iterable[float], batch: int = Settings.batch
+    unet: Any,
+    objective: Objective,
+    photos: Photos,
+    captions: Captions,
+    seed: int,
+    rates: Iterable[float],
+    batch: int = Settings.batch,
 ) -> Iterator[float]:
-    """AdamW, a step for each learning rate; yields the losses. Photos, captions, noise and timesteps depend on the seed alone, as long
-    as the objective draws the same numbers in the same order (input perturbation and stratified timesteps do not)."""
+    """AdamW, a step for each learning rate; yields the losses. Photos, captions, noise and timesteps depend
+    on the seed alone, as long as the objective draws the same numbers in the same order (input perturbation
+    and stratified timesteps do not)."""
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1.0)
     generator = torch.Generator().manual_seed(seed)
     for rate in rates:
@@ -289,18 +345,28 @@ def train(
 
 
 def rates(peak: float, steps: int, warm_up: int, falling: float) -> list[float]:
-    """Learning rates: linear up to ``peak`` in ``warm_up`` steps, and linear down to 0 over the last share ``falling``."""
+    """Learning rates: linear up to ``peak`` in ``warm_up`` steps, and linear down to 0 over the last share
+    ``falling``."""
     return [peak * min(1, (step + 1) / warm_up, (steps - step) / (falling * steps)) for step in range(steps)]
 
 
 @torch.no_grad()
 def sample(
-    unet: Any, scheduler: Any, captions: Captions, seed: int, samples: int, steps: int, progress: Progress, network: Any = None
+    unet: Any,
+    scheduler: Any,
+    captions: Captions,
+    seed: int,
+    samples: int,
+    steps: int,
+    progress: Progress,
+    network: Any = None,
 ) -> torch.Tensor:
-    """[captions, samples, CANVAS, CANVAS] pictures, without guidance, from noise that is the same for every network and every caption.
-    ``network(x, t, output)`` may replace the U-Net's output."""
+    """[captions, samples, CANVAS, CANVAS] pictures, without guidance, from noise that is the same for every
+    network and every caption. ``network(x, t, output)`` may replace the U-Net's output."""
     scheduler.set_timesteps(steps)
-    noise = torch.randn(samples, FOLD**2, CANVAS // FOLD, CANVAS // FOLD, generator=torch.Generator().manual_seed(seed + 1000))
+    noise = torch.randn(
+        samples, FOLD**2, CANVAS // FOLD, CANVAS // FOLD, generator=torch.Generator().manual_seed(seed + 1000)
+    )
     x = noise.repeat(len(CAPTIONS), 1, 1, 1) * scheduler.init_noise_sigma
     conditioning = captions.conditioning(torch.arange(len(CAPTIONS)).repeat_interleave(samples))
     drawn = torch.Generator().manual_seed(seed + 2000)
@@ -334,7 +400,9 @@ def compare(settings: Settings, progress: Progress, which: list[Variant] | None 
         losses = list(train(unet.train(), objective, photos, captions, seed, work, settings.batch))
         networks[variant.key] = unet.eval()
         scheduler = variant.schedule.scheduler("dpmpp_2m", variant.prediction_type)
-        pictures = sample(unet, scheduler, captions, settings.seed, settings.samples, settings.sampling_steps, progress)
+        pictures = sample(
+            unet, scheduler, captions, settings.seed, settings.samples, settings.sampling_steps, progress
+        )
         parameters = sum(parameter.numel() for parameter in unet.parameters())
         results.append(Result(variant, losses, pictures, parameters, time.perf_counter() - start))
     return results
@@ -342,16 +410,27 @@ def compare(settings: Settings, progress: Progress, which: list[Variant] | None 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``sdxl-fixes demo``."""
-    parser.add_argument("--seed", type=int, default=Settings.seed, help="initial weights, photos, noise and timesteps (default 0)")
     parser.add_argument(
-        "--steps", type=int, default=Settings.steps, help=f"training steps on the stock schedule (default {Settings.steps})"
+        "--seed",
+        type=int,
+        default=Settings.seed,
+        help="initial weights, photos, noise and timesteps (default 0)",
     )
-    parser.add_argument("--output", type=Path, default=Path("sdxl-fixes-demo"), metavar="DIR", help="folder for the report")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=Settings.steps,
+        help=f"training steps on the stock schedule (default {Settings.steps})",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("sdxl-fixes-demo"), metavar="DIR", help="folder for the report"
+    )
     parser.add_argument("--json", action="store_true", help="print results.json instead of the table")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo. Returns the exit status; what the user can put right is one sentence on standard error and status 2."""
+    """Run the demo. Returns the exit status; what the user can put right is one sentence on standard error
+    and status 2."""
     try:
         results = make_report(Settings(seed=args.seed, steps=args.steps), args.output)
     except DemoError as error:
@@ -365,7 +444,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def make_report(settings: Settings, output: Path) -> dict[str, Any]:
-    """Train, sample, measure, and write report.html, demo.png and results.json into the folder ``output``. Returns results.json."""
+    """Train, sample, measure, and write report.html, demo.png and results.json into the folder ``output``.
+    Returns results.json."""
     if settings.steps < 1:
         raise DemoError(f"--steps must be at least 1, got {settings.steps}")
     if not 0 <= settings.seed < 2**63 - 1:
@@ -394,7 +474,9 @@ def write_report(settings: Settings, results: list[Result], seconds: float, outp
             with replacing(output / name) as file:
                 file.write_bytes(content)
     except OSError as error:
-        raise DemoError(f"cannot write into {output} ({error.strerror}): choose another folder with --output") from error
+        raise DemoError(
+            f"cannot write into {output} ({error.strerror}): choose another folder with --output"
+        ) from error
     return numbers
 
 
@@ -407,17 +489,29 @@ def summarize(settings: Settings, results: list[Result], seconds: float) -> dict
         schedule = result.variant.schedule
         measured = zip(CAPTIONS.items(), result.brightness, result.contrast, strict=True)
         captions = [
-            {"caption": caption, "asked": asked, "got": float(np.mean(got)), "spread": _spread(got), "each": got, "contrast": contrast}
+            {
+                "caption": caption,
+                "asked": asked,
+                "got": float(np.mean(got)),
+                "spread": _spread(got),
+                "each": got,
+                "contrast": contrast,
+            }
             for (caption, asked), got, contrast in measured
         ]
-        misses = [abs(float(np.mean(got)) - asked) for asked, got in zip(CAPTIONS.values(), result.brightness, strict=True)]
+        misses = [
+            abs(float(np.mean(got)) - asked)
+            for asked, got in zip(CAPTIONS.values(), result.brightness, strict=True)
+        ]
         runs.append(
             {
                 "key": result.variant.key,
                 "label": result.variant.label,
                 "prediction_type": result.variant.prediction_type,
                 "schedule": repr(schedule),
-                "terminal_sigma": schedule.terminal_sigma if math.isfinite(schedule.terminal_sigma) else "inf",
+                "terminal_sigma": schedule.terminal_sigma
+                if math.isfinite(schedule.terminal_sigma)
+                else "inf",
                 "residual_signal": schedule.residual_signal,
                 "captions": captions,
                 "miss": float(np.mean(misses)),
@@ -431,12 +525,17 @@ def summarize(settings: Settings, results: list[Result], seconds: float) -> dict
         "parameters": results[0].parameters,
         "runs": runs,
         "timing": {"total_seconds": seconds, **{result.variant.key: result.seconds for result in results}},
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "diffusers": diffusers.__version__},
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+        },
     }
 
 
 def table(numbers: dict[str, Any]) -> str:
-    """The plain-text table of a results.json: brightness got, mean and spread, under each brightness asked."""
+    """The plain-text table of a results.json: brightness got, mean and spread, under each brightness
+    asked."""
     settings, empty = numbers["settings"], ""
     lines = [
         f"{empty:<30}" + "".join(f"{caption:>18}" for caption in CAPTIONS),
@@ -447,9 +546,13 @@ def table(numbers: dict[str, Any]) -> str:
     for row in numbers["runs"]:
         got = "".join(f"{cell['got']:>11.2f} ±{cell['spread']:>5.2f}" for cell in row["captions"])
         lines.append(f"{row['label']:<30}{got}{row['miss']:>12.2f}{row['final_loss']:>12.3f}")
-    lines.append("Brightness: 0 is middle grey, 1 a quarter of the way from black to white; ± is the spread over the generated pictures.")
     lines.append(
-        f"{settings['samples']} pictures per caption, {settings['steps']} training steps on the stock schedule, "
+        "Brightness: 0 is middle grey, 1 a quarter of the way from black to white; ± is the spread "
+        "over the generated pictures."
+    )
+    lines.append(
+        f"{settings['samples']} pictures per caption, {settings['steps']} training steps on the stock "
+        "schedule, "
         f"{settings['finetuning_steps']} of finetuning, seed {settings['seed']}."
     )
     return "\n".join(lines)
@@ -466,7 +569,9 @@ def _check_extras() -> None:
     names = {"matplotlib": "matplotlib", "skimage": "scikit-image", "tqdm": "tqdm"}
     missing = [name for module, name in names.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise DemoError(f'the demo needs {" and ".join(missing)}, not installed here: pip install "sdxl-fixes[demo]"')
+        raise DemoError(
+            f'the demo needs {" and ".join(missing)}, not installed here: pip install "sdxl-fixes[demo]"'
+        )
 
 
 def _check_output(output: Path) -> None:
@@ -476,4 +581,6 @@ def _check_output(output: Path) -> None:
             file.touch()
         (output / "results.json.test").unlink()
     except OSError as error:
-        raise DemoError(f"cannot write into {output} ({error.strerror}): choose another folder with --output") from error
+        raise DemoError(
+            f"cannot write into {output} ({error.strerror}): choose another folder with --output"
+        ) from error

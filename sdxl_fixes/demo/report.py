@@ -1,4 +1,5 @@
-"""The demo's report: one HTML page with its pictures inside, and one picture for the README. Every verdict is computed."""
+"""The demo's report: one HTML page with its pictures inside, and one picture for the README. Every verdict is
+computed."""
 
 from __future__ import annotations
 
@@ -16,7 +17,12 @@ from sdxl_fixes.schedule import NoiseSchedule
 if TYPE_CHECKING:
     from sdxl_fixes.demo.experiment import Result
 
-COLOURS = {"stock_epsilon": "#e59866", "fixed_epsilon": "#935116", "stock_v": "#c0392b", "longer_v": "#d98880"}
+COLOURS = {
+    "stock_epsilon": "#e59866",
+    "fixed_epsilon": "#935116",
+    "stock_v": "#c0392b",
+    "longer_v": "#d98880",
+}
 COLOURS |= {"fixed_v": "#7fb3d5", "ztsnr_v": "#1f618d"}
 NEAR = 0.5  # half of the step from one caption to the next
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -25,17 +31,24 @@ img{max-width:100%;display:block;margin:1rem 0}pre{overflow-x:auto;background:#f
 
 def picture(results: list[Result]) -> bytes:
     """PNG for the README: SDXL's own training, then v-prediction instead, then zero terminal SNR with it."""
-    rows = [result for key in ("stock_epsilon", "longer_v", "ztsnr_v") for result in results if result.variant.key == key]
+    rows = [
+        result
+        for key in ("stock_epsilon", "longer_v", "ztsnr_v")
+        for result in results
+        if result.variant.key == key
+    ]
     return _grid(rows, columns=3, dpi=72)  # noise packs badly: under 400 kB
 
 
 def page(numbers: dict[str, Any], results: list[Result], table: str) -> str:
-    """The whole report as HTML that asks for nothing outside itself. ``table`` is the plain-text table of ``numbers``."""
+    """The whole report as HTML that asks for nothing outside itself. ``table`` is the plain-text table of
+    ``numbers``."""
     from sdxl_fixes.demo.experiment import SPREAD
 
     settings, canvas, stock = numbers["settings"], numbers["canvas"], NoiseSchedule.sdxl()
     zero = next(row for row in numbers["runs"] if row["key"] == "ztsnr_v")
-    # What the stock schedule's last training step shows of a picture's mean, and how far noise alone moves that mean
+    # What the stock schedule's last training step shows of a picture's mean, and how far noise alone moves
+    # that mean
     brightest = max(cell["asked"] for cell in zero["captions"])
     signal, noise = stock.residual_signal * brightest, math.sqrt(1 - stock.residual_signal**2) / canvas
     body = f"""<h1>sdxl-fixes demo: what the noise schedule does to brightness</h1>
@@ -86,9 +99,21 @@ def verdicts(numbers: dict[str, Any]) -> list[str]:
     """What the numbers say: the schedule judged with the prediction type held fixed, then the reverse."""
     runs = {row["key"]: row for row in numbers["runs"]}
     pairs = (
-        ("With v-prediction, finetuning with zero terminal SNR instead of the stock schedule", "longer_v", "ztsnr_v"),
-        ("With v-prediction, finetuning to a terminal sigma of 300 instead of the stock schedule", "longer_v", "fixed_v"),
-        ("With epsilon-prediction, finetuning to a terminal sigma of 300 afterwards", "stock_epsilon", "fixed_epsilon"),
+        (
+            "With v-prediction, finetuning with zero terminal SNR instead of the stock schedule",
+            "longer_v",
+            "ztsnr_v",
+        ),
+        (
+            "With v-prediction, finetuning to a terminal sigma of 300 instead of the stock schedule",
+            "longer_v",
+            "fixed_v",
+        ),
+        (
+            "With epsilon-prediction, finetuning to a terminal sigma of 300 afterwards",
+            "stock_epsilon",
+            "fixed_epsilon",
+        ),
         ("With the stock schedule, v- instead of epsilon-prediction", "stock_epsilon", "stock_v"),
         ("With a terminal sigma of 300, v- instead of epsilon-prediction", "fixed_epsilon", "fixed_v"),
     )
@@ -96,11 +121,16 @@ def verdicts(numbers: dict[str, Any]) -> list[str]:
     for what, before, after in pairs:
         old, new = runs[before]["miss"], runs[after]["miss"]
         change = "hardly changes" if abs(new - old) < 0.05 else ("lowers" if new < old else "raises")
-        sentences.append(f"{what} {change} the mean distance between brightness asked and got: {old:.2f} without, {new:.2f} with.")
+        sentences.append(
+            f"{what} {change} the mean distance between brightness asked and got: {old:.2f} "
+            f"without, {new:.2f} with."
+        )
     for row in runs.values():
         misses = [abs(got - cell["asked"]) for cell in row["captions"] for got in cell["each"]]
         near = sum(miss < NEAR for miss in misses)
-        sentences.append(f"{row['label']}: {near} of {len(misses)} pictures came within {NEAR} of the brightness asked.")
+        sentences.append(
+            f"{row['label']}: {near} of {len(misses)} pictures came within {NEAR} of the brightness asked."
+        )
     return sentences
 
 
@@ -108,7 +138,8 @@ def verdicts(numbers: dict[str, Any]) -> list[str]:
 
 
 def _grid(results: list[Result], columns: int, dpi: int = 110) -> bytes:
-    """Rows are runs, columns captions; ``columns`` samples side by side in each cell, labelled with brightness asked and got."""
+    """Rows are runs, columns captions; ``columns`` samples side by side in each cell, labelled with
+    brightness asked and got."""
     from sdxl_fixes.demo.experiment import CAPTIONS, GREY, UNIT
 
     figure = _figure(9, (2.6 / columns + 0.45) * len(results) + 0.3)
@@ -117,7 +148,9 @@ def _grid(results: list[Result], columns: int, dpi: int = 110) -> bytes:
         for column, (caption, asked) in enumerate(CAPTIONS.items()):
             axis = axes[row][column]
             tiles = [GREY + UNIT * tile.numpy() for tile in result.pictures[column][:columns]]
-            axis.imshow(np.clip(np.concatenate(tiles, 1), 0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.imshow(
+                np.clip(np.concatenate(tiles, 1), 0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
+            )
             got = float(np.mean(result.brightness[column]))
             title = f"asked {asked:+.1f}, got {got:+.2f}"
             axis.set_title(f'"{caption}"\n{title}' if row == 0 else title, fontsize=9)
@@ -134,7 +167,9 @@ def _brightness(numbers: dict[str, Any]) -> bytes:
     axis.plot(asked, asked, color="black", linestyle=":", label="as asked")
     for row in numbers["runs"]:
         got, spread = ([cell[name] for cell in row["captions"]] for name in ("got", "spread"))
-        axis.errorbar(asked, got, yerr=spread, marker="o", capsize=3, color=COLOURS[row["key"]], label=row["label"])
+        axis.errorbar(
+            asked, got, yerr=spread, marker="o", capsize=3, color=COLOURS[row["key"]], label=row["label"]
+        )
     axis.set(xlabel="brightness asked", ylabel="brightness got (bars: spread)")
     axis.set_ylim(-3, 3)  # a diverged run must not flatten the others
     axis.legend(fontsize=8)
@@ -159,7 +194,10 @@ def _schedules(results: list[Result]) -> bytes:
     for key in ("stock_v", "fixed_v", "ztsnr_v"):
         for result in (result for result in results if result.variant.key == key):
             schedule = result.variant.schedule
-            style = {"color": COLOURS[key], "label": result.variant.label.removeprefix("v, ").removeprefix("then ")}
+            style = {
+                "color": COLOURS[key],
+                "label": result.variant.label.removeprefix("v, ").removeprefix("then "),
+            }
             signal.plot(schedule.sqrt_alphas_cumprod, **style)
             finite = schedule.sigmas[np.isfinite(schedule.sigmas)]
             sigma.plot(finite, **style)
@@ -183,4 +221,6 @@ def _png(figure: Any, dpi: int = 110) -> bytes:
 
 
 def _image(png: bytes, description: str) -> str:
-    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    return (
+        f'<img alt="{html.escape(description)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    )

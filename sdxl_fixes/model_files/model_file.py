@@ -1,4 +1,5 @@
-"""What a .safetensors file is (checkpoint, U-Net, LoRA, one of several shards) and what it says about its schedule."""
+"""What a .safetensors file is (checkpoint, U-Net, LoRA, one of several shards) and what it says about its
+schedule."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from sdxl_fixes.schedule import NoiseSchedule
 
 UNET = "model.diffusion_model."
 MARKERS = ("v_pred", "ztsnr")
-# ComfyUI's markers of models that are told another timestep (0.25 log sigma): wrong in any model with a noise schedule
+# ComfyUI's markers of models that are told another timestep (0.25 log sigma): wrong in any model with a noise
+# schedule
 EDM_MARKERS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 # kind of file -> what to call it, and the prefixes at which UIs look for its markers
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -33,7 +35,9 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "shard": ("one of several shards", ()),
 }
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
-_NETWORK = re.compile(r"(^lora_|^lycoris_|\.lora_(down|up|A|B)\.|\.hada_w|\.lokr_w|\.oft_|\.diff$|\.lora\.(down|up)\.)")
+_NETWORK = re.compile(
+    r"(^lora_|^lycoris_|\.lora_(down|up|A|B)\.|\.hada_w|\.lokr_w|\.oft_|\.diff$|\.lora\.(down|up)\.)"
+)
 # where each kind has the layer that tells SDXL's U-Net from others, and its input size there
 _EMBEDDING = {
     "checkpoint": UNET + "label_emb.0.0.weight",
@@ -110,7 +114,9 @@ class ModelFile:
         model of SDXL's kind, and for a broken record, unless it is to be overruled: then the file has
         none."""
         if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
-            raise FormatError(f"{path} is a pickle, which is never opened here: convert it to safetensors first")
+            raise FormatError(
+                f"{path} is a pickle, which is never opened here: convert it to safetensors first"
+            )
         if not path.exists():
             raise FileNotFoundError(f"there is no {path}: give a .safetensors file or a folder")
         if not path.is_file():
@@ -149,7 +155,11 @@ class ModelFile:
         for name in (*MARKERS, *EDM_MARKERS):
             found |= {f"the marker {prefix + name}": "" for prefix in ("", UNET) if self.marked(name, prefix)}
         names = ("modelspec.prediction_type", "modelspec.predict_key", "ss_zero_terminal_snr")
-        return found | {f"the metadata {name}": self.header.metadata[name] for name in names if name in self.header.metadata}
+        return found | {
+            f"the metadata {name}": self.header.metadata[name]
+            for name in names
+            if name in self.header.metadata
+        }
 
     def contradictions(self, sampling: Sampling) -> list[str]:
         """What the file says that is not so for ``sampling``, each as half a sentence."""
@@ -165,9 +175,18 @@ class ModelFile:
                 found.append(f"its marker {prefix}v_pred says v_prediction")
             if self.marked("ztsnr", prefix) and not zero_snr:
                 found.append(f"its marker {prefix}ztsnr says zero terminal SNR")
-            found += [f"its marker {prefix + name} says an EDM model" for name in EDM_MARKERS if self.marked(name, prefix)]
+            found += [
+                f"its marker {prefix + name} says an EDM model"
+                for name in EDM_MARKERS
+                if self.marked(name, prefix)
+            ]
         says = self.header.metadata.get("modelspec.prediction_type")
-        agrees = {"epsilon": epsilon, "v": v, "v-zsnr": v and zero_snr, "sd3": sampling.prediction_type == "flow_prediction"}
+        agrees = {
+            "epsilon": epsilon,
+            "v": v,
+            "v-zsnr": v and zero_snr,
+            "sd3": sampling.prediction_type == "flow_prediction",
+        }
         if says is not None and not agrees.get(says, True):
             found.append(f"its modelspec.prediction_type says {says}")
         says = self.header.metadata.get("ss_zero_terminal_snr")
@@ -176,10 +195,12 @@ class ModelFile:
         return found
 
     def with_markers(self, wanted: tuple[str, ...]) -> dict[str, Tensor]:
-        """The file's entries with exactly the markers ``wanted``. A marker that holds bytes cannot go without moving the others': it is
-        renamed, and means nothing any more."""
+        """The file's entries with exactly the markers ``wanted``. A marker that holds bytes cannot go without
+        moving the others': it is renamed, and means nothing any more."""
         end = max((tensor.end for tensor in self.header.tensors.values()), default=0)
-        entries: dict[str, Tensor] = {prefix + name: Tensor("F32", (0,), end, end) for prefix in self.marker_prefixes for name in wanted}
+        entries: dict[str, Tensor] = {
+            prefix + name: Tensor("F32", (0,), end, end) for prefix in self.marker_prefixes for name in wanted
+        }
         known = {prefix + name for prefix in ("", UNET) for name in (*MARKERS, *EDM_MARKERS)}
         for name, tensor in self.header.tensors.items():
             if name in entries:
@@ -204,4 +225,6 @@ def _kind(path: Path, header: Header) -> str:
         return "diffusers_unet"
     if any(_NETWORK.search(name) for name in names):
         return "lora"
-    raise ValueError(f"{path} holds no U-Net and no LoRA of Stable Diffusion's kind, so there is no schedule to speak of")
+    raise ValueError(
+        f"{path} holds no U-Net and no LoRA of Stable Diffusion's kind, so there is no schedule to speak of"
+    )

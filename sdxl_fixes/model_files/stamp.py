@@ -1,4 +1,5 @@
-"""Write into a file how to sample it: the record, the markers that tell the truth, and beside it a scheduler config."""
+"""Write into a file how to sample it: the record, the markers that tell the truth, and beside it a scheduler
+config."""
 
 from __future__ import annotations
 
@@ -8,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_fixes.atomic import replacing
-from sdxl_fixes.checkpoint import Sampling, flow_shift, markers, metadata, read_json, sampling_of_config, scheduler_config
+from sdxl_fixes.checkpoint import (
+    Sampling,
+    flow_shift,
+    markers,
+    metadata,
+    read_json,
+    sampling_of_config,
+    scheduler_config,
+)
 from sdxl_fixes.model_files.header import ROOM_KEY, Header, encode_header
 from sdxl_fixes.model_files.model_file import KINDS, ModelFile
 from sdxl_fixes.model_files.write import data_hash, longer, replace_header
@@ -16,15 +25,22 @@ from sdxl_fixes.schedule import EXACT_KEY
 
 SCHEDULER_CONFIG = "scheduler_config.json"
 # what SDXL's own scheduler_config.json says beside the schedule
-_EULER = {"_class_name": "EulerDiscreteScheduler", "steps_offset": 1, "interpolation_type": "linear", "use_karras_sigmas": False}
+_EULER = {
+    "_class_name": "EulerDiscreteScheduler",
+    "steps_offset": 1,
+    "interpolation_type": "linear",
+    "use_karras_sigmas": False,
+}
 
 
-_FOLLOW = ("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")  # any of these may stay
+# any of these may stay
+_FOLLOW = ("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 
 
 @dataclass(frozen=True)
 class Stamped:
-    """What was done to one file: the way it was written ("unchanged" if it said so already), and the markers it now has."""
+    """What was done to one file: the way it was written ("unchanged" if it said so already), and the markers
+    it now has."""
 
     path: Path
     kind: str
@@ -48,12 +64,15 @@ def stamp_file(
     file = ModelFile.read(path, overrule=force)
     if file.is_sdxl is False and not force:
         raise ValueError(
-            f"{path} is a {KINDS[file.kind][0]}, but not of SDXL, and the markers would mean something else there: "
+            f"{path} is a {KINDS[file.kind][0]}, but not of SDXL, and the markers would mean something "
+            "else there: "
             "--force writes the record alone"
         )
     found = file.contradictions(sampling)
     if found and not force:
-        raise ValueError(f"{path}: {'; '.join(found)}; the stamp would say {sampling}: give --force if the stamp is right")
+        raise ValueError(
+            f"{path}: {'; '.join(found)}; the stamp would say {sampling}: give --force if the stamp is right"
+        )
     notes = [*([file.mended] if file.mended else []), *(f"overruled: {what}" for what in found)]
     wanted = markers(sampling.schedule, sampling.prediction_type) if file.is_sdxl else ()
     if file.kind == "lora" and markers(sampling.schedule, sampling.prediction_type):
@@ -68,26 +87,40 @@ def stamp_file(
         return Stamped(path, file.kind, "not written (--dry-run)", placed, tuple(notes))
     before = data_hash(path) if check else None
     text_size = len(encode_header(entries, tensors).rstrip())
-    way = replace_header(path, file.header, encode_header(entries, tensors, longer(file.header, text_size)), in_place, output)
+    way = replace_header(
+        path, file.header, encode_header(entries, tensors, longer(file.header, text_size)), in_place, output
+    )
     if before is not None and before != data_hash(output or path):
-        raise OSError(f"{output or path}: the tensors' bytes are not what they were before the stamp: do not trust this disk")
-    return Stamped(output or path, file.kind, way, placed, (*notes, *([f"tensor bytes unchanged, SHA-256 {before}"] if before else [])))
+        raise OSError(
+            f"{output or path}: the tensors' bytes are not what they were before the stamp: do "
+            "not trust this disk"
+        )
+    return Stamped(
+        output or path,
+        file.kind,
+        way,
+        placed,
+        (*notes, *([f"tensor bytes unchanged, SHA-256 {before}"] if before else [])),
+    )
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files of a diffusers folder (or of a folder that holds one sharded model) that carry a record. Raises ValueError for a folder
-    that is neither."""
+    """The files of a diffusers folder (or of a folder that holds one sharded model) that carry a record.
+    Raises ValueError for a folder that is neither."""
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
     found = sorted(unet.glob("*.safetensors"))
     single = (unet / "config.json").is_file() or any(unet.glob("*.safetensors.index.json"))
     if not found or not (single or unet != folder):
-        raise ValueError(f"{folder} is neither a diffusers folder nor a sharded model: give one .safetensors file at a time")
+        raise ValueError(
+            f"{folder} is neither a diffusers folder nor a sharded model: give one "
+            ".safetensors file at a time"
+        )
     return found
 
 
 def write_scheduler_config(file: Path, sampling: Sampling) -> str:
-    """A scheduler_config.json that stock diffusers reads; keys of an existing one that are not about the schedule stay. Returns
-    "written", "unchanged", or why there is none."""
+    """A scheduler_config.json that stock diffusers reads; keys of an existing one that are not about the
+    schedule stay. Returns "written", "unchanged", or why there is none."""
     new = stock_config(sampling)
     if new is None:
         return "not written: no stock diffusers scheduler samples that"
@@ -129,15 +162,21 @@ def sampling_from_config(config: dict[str, Any], name: str) -> Sampling:
 
 
 def a1111_yaml(sampling: Sampling) -> str:
-    """A complete sgm config of SDXL with v-prediction, for A1111 up to 1.10, as JSON (which YAML includes). Raises ValueError where it
-    would not help: it can say v-prediction and nothing else."""
+    """A complete sgm config of SDXL with v-prediction, for A1111 up to 1.10, as JSON (which YAML includes).
+    Raises ValueError where it would not help: it can say v-prediction and nothing else."""
     if markers(sampling.schedule, sampling.prediction_type)[:1] != ("v_pred",):
-        raise ValueError(f"a YAML can tell A1111 only v-prediction on SDXL's own betas, not {sampling}: leave --yaml out")
-    return json.dumps({"model": {"target": "sgm.models.diffusion.DiffusionEngine", "params": _sgm()}}, indent=1) + "\n"
+        raise ValueError(
+            f"a YAML can tell A1111 only v-prediction on SDXL's own betas, not {sampling}: leave --yaml out"
+        )
+    return (
+        json.dumps({"model": {"target": "sgm.models.diffusion.DiffusionEngine", "params": _sgm()}}, indent=1)
+        + "\n"
+    )
 
 
 def _metadata(old: Header, sampling: Sampling) -> dict[str, str]:
-    entries = {key: value for key, value in old.metadata.items() if key != ROOM_KEY}  # its bytes become padding
+    # its bytes become padding
+    entries = {key: value for key, value in old.metadata.items() if key != ROOM_KEY}
     if not old.metadata:
         entries["format"] = "pt"  # transformers refuses metadata without it
     for key, value in metadata(sampling.schedule, sampling.prediction_type).items():
@@ -156,7 +195,12 @@ def _sgm() -> dict[str, Any]:
     modules = "sgm.modules"
     diffusion, encoders = f"{modules}.diffusionmodules", f"{modules}.encoders.modules"
     sizes = [
-        {"is_trainable": False, "input_key": key, "target": f"{encoders}.ConcatTimestepEmbedderND", "params": {"outdim": 256}}
+        {
+            "is_trainable": False,
+            "input_key": key,
+            "target": f"{encoders}.ConcatTimestepEmbedderND",
+            "params": {"outdim": 256},
+        }
         for key in ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple")
     ]
     clip_l = {"layer": "hidden", "layer_idx": 11}
@@ -166,13 +210,41 @@ def _sgm() -> dict[str, Any]:
         {"is_trainable": False, "input_key": "txt", "target": f"{encoders}.{name}", "params": params}
         for name, params in (("FrozenCLIPEmbedder", clip_l), ("FrozenOpenCLIPEmbedder2", clip_g))
     ]
-    unet = {"adm_in_channels": 2816, "num_classes": "sequential", "use_checkpoint": False, "in_channels": 4, "out_channels": 4}
-    unet |= {"model_channels": 320, "attention_resolutions": [4, 2], "num_res_blocks": 2, "channel_mult": [1, 2, 4]}
-    unet |= {"num_head_channels": 64, "use_spatial_transformer": True, "use_linear_in_transformer": True, "transformer_depth": [1, 2, 10]}
+    unet = {
+        "adm_in_channels": 2816,
+        "num_classes": "sequential",
+        "use_checkpoint": False,
+        "in_channels": 4,
+        "out_channels": 4,
+    }
+    unet |= {
+        "model_channels": 320,
+        "attention_resolutions": [4, 2],
+        "num_res_blocks": 2,
+        "channel_mult": [1, 2, 4],
+    }
+    unet |= {
+        "num_head_channels": 64,
+        "use_spatial_transformer": True,
+        "use_linear_in_transformer": True,
+        "transformer_depth": [1, 2, 10],
+    }
     unet |= {"context_dim": 2048, "spatial_transformer_attn_type": "softmax-xformers", "legacy": False}
-    vae = {"attn_type": "vanilla-xformers", "double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3}
+    vae = {
+        "attn_type": "vanilla-xformers",
+        "double_z": True,
+        "z_channels": 4,
+        "resolution": 256,
+        "in_channels": 3,
+        "out_ch": 3,
+    }
     vae |= {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}
-    autoencoder = {"embed_dim": 4, "monitor": "val/rec_loss", "ddconfig": vae, "lossconfig": {"target": "torch.nn.Identity"}}
+    autoencoder = {
+        "embed_dim": 4,
+        "monitor": "val/rec_loss",
+        "ddconfig": vae,
+        "lossconfig": {"target": "torch.nn.Identity"},
+    }
     denoiser = {
         "num_idx": 1000,
         "weighting_config": {"target": f"{diffusion}.denoiser_weighting.VWeighting"},
@@ -184,8 +256,14 @@ def _sgm() -> dict[str, Any]:
         "disable_first_stage_autocast": True,
         "denoiser_config": {"target": f"{diffusion}.denoiser.DiscreteDenoiser", "params": denoiser},
         "network_config": {"target": f"{diffusion}.openaimodel.UNetModel", "params": unet},
-        "conditioner_config": {"target": f"{modules}.GeneralConditioner", "params": {"emb_models": [*texts, *sizes]}},
-        "first_stage_config": {"target": "sgm.models.autoencoder.AutoencoderKLInferenceWrapper", "params": autoencoder},
+        "conditioner_config": {
+            "target": f"{modules}.GeneralConditioner",
+            "params": {"emb_models": [*texts, *sizes]},
+        },
+        "first_stage_config": {
+            "target": "sgm.models.autoencoder.AutoencoderKLInferenceWrapper",
+            "params": autoencoder,
+        },
     }
 
 

@@ -2,15 +2,18 @@
 
 Three ways, and what a crash leaves:
 
-- ``header``: the new header fits into the old one's room. One direct write. A killed process leaves the old or the new file; so does a
-  power cut unless the disk tears that write, and then the journal beside the file has the old header.
-- ``copy``: a new file beside the old one, synced, put in its place by one rename: always the old or the new file. On file systems that
-  share blocks (XFS, btrfs) the data are not copied: the new header is longer by whole blocks, so the kernel can share them.
-- ``insert``: only when asked for. ext4 and XFS can insert blocks at the start of a file, which copies nothing, but between that and the
-  write of the header (milliseconds, more on a busy disk) the file is unreadable; the journal has what is needed and :func:`recover`
-  mends it.
+- ``header``: the new header fits into the old one's room. One direct write. A killed process leaves the old
+  or the new file; so does a power cut unless the disk tears that write, and then the journal beside the file
+  has the old header.
+- ``copy``: a new file beside the old one, synced, put in its place by one rename: always the old or the new
+  file. On file systems that share blocks (XFS, btrfs) the data are not copied: the new header is longer by
+  whole blocks, so the kernel can share them.
+- ``insert``: only when asked for. ext4 and XFS can insert blocks at the start of a file, which copies
+  nothing, but between that and the write of the header (milliseconds, more on a busy disk) the file is
+  unreadable; the journal has what is needed and :func:`recover` mends it.
 
-``header`` and ``insert`` are used only while no other program has the file open, under a lease that makes openers wait.
+``header`` and ``insert`` are used only while no other program has the file open, under a lease that makes
+openers wait.
 """
 
 from __future__ import annotations
@@ -39,24 +42,30 @@ except ImportError:  # Windows: only by copy
 
 JOURNAL, PART = ".sdxl-fixes-journal", ".sdxl-fixes-part"  # beside the file
 BLOCK = 4096  # pages, and the blocks of every common file system
-GROWTH = 64 * 1024  # a header grows by this: whole blocks, and the kernel copies at 64 KiB boundaries of both files faster
+# a header grows by this: whole blocks, and the kernel copies at 64 KiB boundaries of both files faster
+GROWTH = 64 * 1024
 CHUNK = 8 << 20
 _INSERT_RANGE = 0x20  # linux/falloc.h
 
 
 def longer(header: Header, text_size: int, room: int = 8 * 1024) -> int:
-    """The size for a header of ``text_size`` bytes: the old one's if it fits, else longer by whole blocks, with room for the next time."""
+    """The size for a header of ``text_size`` bytes: the old one's if it fits, else longer by whole blocks,
+    with room for the next time."""
     if text_size <= header.size:
         return header.size
     return header.size + -(-(text_size + room - header.size) // GROWTH) * GROWTH
 
 
-def replace_header(path: Path, old: Header, new: bytes, in_place: bool = False, output: Path | None = None) -> str:
-    """Give ``path`` (or, with ``output``, a copy of it) the header ``new``, of a size that :func:`longer` gave, and return the way.
+def replace_header(
+    path: Path, old: Header, new: bytes, in_place: bool = False, output: Path | None = None
+) -> str:
+    """Give ``path`` (or, with ``output``, a copy of it) the header ``new``, of a size that :func:`longer`
+    gave, and return the way.
 
-    ``old`` is the header that was read. A symbolic link is followed and stays. Raises OSError, in one sentence and with everything as
-    it was, if the file is read-only, has other hard links (and would have to be copied), has changed since it was read, is being
-    stamped by another process, or does not fit on the disk.
+    ``old`` is the header that was read. A symbolic link is followed and stays. Raises OSError, in one
+    sentence and with everything as it was, if the file is read-only, has other hard links (and would have to
+    be copied), has changed since it was read, is being stamped by another process, or does not fit on the
+    disk.
     """
     target = path.resolve()
     if output is not None:
@@ -71,7 +80,8 @@ def replace_header(path: Path, old: Header, new: bytes, in_place: bool = False, 
             return "insert"
     if (links := target.stat().st_nlink) > 1:
         raise OSError(
-            f"{path} has {links} names (hard links), and a changed copy would replace only this one: write the stamped file elsewhere with "
+            f"{path} has {links} names (hard links), and a changed copy would replace only this one: write "
+            "the stamped file elsewhere with "
             "--output FILE" + ("" if in_place else ", or change them all with --in_place")
         )
     _copy(target, old, new, target)
@@ -79,21 +89,28 @@ def replace_header(path: Path, old: Header, new: bytes, in_place: bool = False, 
 
 
 def check_writable(path: Path) -> None:
-    """Raise OSError, in one sentence, if ``path`` must not be changed: read-only, or a blob of the Hugging Face cache."""
+    """Raise OSError, in one sentence, if ``path`` must not be changed: read-only, or a blob of the Hugging
+    Face cache."""
     target = path.resolve()
-    if not target.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH) or not os.access(target, os.W_OK):
-        raise OSError(f"{path} is read-only: allow writing to it (chmod u+w), or write the stamped file elsewhere with --output FILE")
+    if not target.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH) or not os.access(
+        target, os.W_OK
+    ):
+        raise OSError(
+            f"{path} is read-only: allow writing to it (chmod u+w), or write the stamped file "
+            "elsewhere with --output FILE"
+        )
     if target.parent.name == "blobs" and (target.parent.parent / "snapshots").is_dir():
         raise OSError(
-            f"{path} belongs to the Hugging Face cache, which names files by their content: write the stamped file elsewhere with "
+            f"{path} belongs to the Hugging Face cache, which names files by their content: write the "
+            "stamped file elsewhere with "
             "--output FILE"
         )
 
 
 def recover(path: Path) -> str | None:
-    """Finish what a crash interrupted: put back the header that a journal beside ``path`` holds if the file needs it, and remove what
-    was left over. Returns a sentence if there was something to mend or to remove, else None. Raises OSError while another process stamps
-    the file."""
+    """Finish what a crash interrupted: put back the header that a journal beside ``path`` holds if the file
+    needs it, and remove what was left over. Returns a sentence if there was something to mend or to remove,
+    else None. Raises OSError while another process stamps the file."""
     target = path.resolve()
     journal, part, said = _beside(target, JOURNAL), _beside(target, PART), None
     if journal.exists():
@@ -107,7 +124,10 @@ def recover(path: Path) -> str | None:
                     return None  # neither of the states that we can have left: not ours to touch
                 _put_back(file.fileno(), header, grown)
                 parse_header(file, str(path))
-                said = f"{path} was left unreadable by an interrupted stamp; its old header was put back from {journal.name}"
+                said = (
+                    f"{path} was left unreadable by an interrupted stamp; its old header was put back "
+                    f"from {journal.name}"
+                )
             journal.unlink(missing_ok=True)  # a stamp that was just ending may have done so
             _sync_folder(target.parent)
     for left in (part, _beside(target, JOURNAL + PART)):
@@ -133,8 +153,8 @@ def data_hash(path: Path) -> str:
 
 
 def _overwrite(target: Path, old: Header, new: bytes, grown: int) -> bool:
-    """Put ``new`` into the file itself, after inserting ``grown`` bytes at its start. False, with nothing changed, if this file, file
-    system or moment does not allow it."""
+    """Put ``new`` into the file itself, after inserting ``grown`` bytes at its start. False, with nothing
+    changed, if this file, file system or moment does not allow it."""
     # a direct write takes whole blocks: the last one ends with tensor bytes, which are written as they were
     end = -(-(8 + len(new)) // BLOCK) * BLOCK
     if end > old.file_size + grown:
@@ -167,7 +187,8 @@ def _overwrite(target: Path, old: Header, new: bytes, grown: int) -> bool:
 
 
 def _write_block(fd: int, block: mmap.mmap) -> None:
-    """One direct write: the kernel hands it to the disk whole, where a buffered one can be cut between pages by a kill."""
+    """One direct write: the kernel hands it to the disk whole, where a buffered one can be cut between pages
+    by a kill."""
     if os.pwrite(fd, block, 0) != len(block):
         raise OSError(errno.EIO, "the disk took only part of the header")
 
@@ -190,9 +211,11 @@ def _direct(fd: int, on: bool) -> bool:
 
 
 def _alone(fd: int) -> bool:
-    """Take a write lease: granted only while nobody else has the file open (or mapped), and openers wait until ``fd`` is closed."""
+    """Take a write lease: granted only while nobody else has the file open (or mapped), and openers wait
+    until ``fd`` is closed."""
     try:
-        fcntl.fcntl(fd, 10, signal.SIGURG)  # F_SETSIG: an opener announces itself by a signal that is ignored, not by a deadly one
+        # F_SETSIG: an opener announces itself by a signal that is ignored, not by a deadly one
+        fcntl.fcntl(fd, 10, signal.SIGURG)
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
     except OSError:
         return False
@@ -217,13 +240,17 @@ def _write_journal(target: Path, old: Header, grown: int) -> Path:
         os.replace(part, journal)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise OSError(f"cannot keep the old header in {journal} meanwhile ({error.strerror}): {target.name} is unchanged") from error
+        raise OSError(
+            f"cannot keep the old header in {journal} meanwhile ({error.strerror}): {target.name} "
+            "is unchanged"
+        ) from error
     _sync_folder(target.parent)
     return journal
 
 
 def _read_journal(journal: Path) -> tuple[dict[str, int], bytes | None]:
-    """What was about to be done, and the old header; None if the journal itself is broken (then nothing had been touched)."""
+    """What was about to be done, and the old header; None if the journal itself is broken (then nothing had
+    been touched)."""
     first, _, header = journal.read_bytes().partition(b"\n")
     try:
         about = json.loads(first)
@@ -242,7 +269,9 @@ def _copy(source: Path, old: Header, new: bytes, target: Path) -> None:
     with open(source, "rb") as file:
         before = _check_unchanged(file.fileno(), old, source)
         with open(_open_part(part), "r+b") as copy, _locked(copy.fileno(), target):
-            if os.name != "nt" and (not part.exists() or not os.path.samestat(os.fstat(copy.fileno()), part.stat())):
+            if os.name != "nt" and (
+                not part.exists() or not os.path.samestat(os.fstat(copy.fileno()), part.stat())
+            ):
                 raise OSError(f"{target} is being stamped by another process: wait for it")
             try:
                 copy.truncate(0)
@@ -257,8 +286,15 @@ def _copy(source: Path, old: Header, new: bytes, target: Path) -> None:
                 os.fsync(copy.fileno())
                 parse_header(copy, str(part))
                 after = os.stat(source)
-                if (after.st_mtime_ns, after.st_size, after.st_ino) != (before.st_mtime_ns, before.st_size, before.st_ino):
-                    raise OSError(f"{source} was changed by another program while it was copied: it is left as that program made it")
+                if (after.st_mtime_ns, after.st_size, after.st_ino) != (
+                    before.st_mtime_ns,
+                    before.st_size,
+                    before.st_ino,
+                ):
+                    raise OSError(
+                        f"{source} was changed by another program while it was copied: it is left "
+                        "as that program made it"
+                    )
                 _copy_attributes(source, part, before)
                 if os.name == "nt":  # no open file can be renamed or replaced
                     copy.close()
@@ -269,8 +305,10 @@ def _copy(source: Path, old: Header, new: bytes, target: Path) -> None:
                 part.unlink(missing_ok=True)
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     raise OSError(
-                        f"no space for a changed copy of {source} in {target.parent} ({old.file_size / 2**30:.2f} GiB needed, "
-                        f"{shutil.disk_usage(target.parent).free / 2**30:.2f} GiB free): free some, write it elsewhere with --output FILE, "
+                        f"no space for a changed copy of {source} in {target.parent} "
+                        f"({old.file_size / 2**30:.2f} GiB needed, "
+                        f"{shutil.disk_usage(target.parent).free / 2**30:.2f} GiB free): free some, write "
+                        "it elsewhere with --output FILE, "
                         "or change the file itself with --in_place (ext4 and XFS)"
                     ) from error
                 if os.name == "nt" and isinstance(error, PermissionError):
@@ -283,11 +321,15 @@ def _open_part(part: Path) -> int:
     try:
         return os.open(part, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
     except OSError as error:
-        raise OSError(f"cannot write in {part.parent} ({error.strerror}): write the stamped file elsewhere with --output FILE") from error
+        raise OSError(
+            f"cannot write in {part.parent} ({error.strerror}): write the stamped file elsewhere "
+            "with --output FILE"
+        ) from error
 
 
 def _copy_data(source: BinaryIO, copy: BinaryIO, old: Header, grown: int) -> None:
-    """The tensors' bytes, moved by ``grown``; from the start of their first block, so that a file system that can share blocks does."""
+    """The tensors' bytes, moved by ``grown``; from the start of their first block, so that a file system that
+    can share blocks does."""
     start = (8 + old.size) // BLOCK * BLOCK if grown % BLOCK == 0 else 8 + old.size
     for begin, end in _extents(source.fileno(), start, old.file_size):
         position = begin
@@ -301,7 +343,8 @@ def _copy_data(source: BinaryIO, copy: BinaryIO, old: Header, grown: int) -> Non
                 copy.flush()
             if not done:
                 raise OSError(errno.EIO, "the file ended while it was copied")
-            if hasattr(os, "posix_fadvise"):  # let the disk begin with what is there while the next part is copied
+            # let the disk begin with what is there while the next part is copied
+            if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(copy.fileno(), position + grown, done, os.POSIX_FADV_DONTNEED)
             position += done
 
@@ -312,7 +355,14 @@ def _copy_in_kernel(source: int, copy: int, read: int, write: int, size: int) ->
     try:
         return os.copy_file_range(source, copy, size, read, write)
     except OSError as error:
-        if error.errno in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF):
+        if error.errno in (
+            errno.EXDEV,
+            errno.EINVAL,
+            errno.ENOSYS,
+            errno.EOPNOTSUPP,
+            errno.EPERM,
+            errno.EBADF,
+        ):
             return 0
         raise
 
@@ -351,7 +401,11 @@ def _check_unchanged(fd: int, old: Header, name: Path) -> os.stat_result:
     with open(fd, "rb", closefd=False) as file:
         file.seek(0)
         start = file.read(8 + old.size)
-    if about.st_size != old.file_size or start != old.size.to_bytes(8, "little") + old.raw or not os.path.samestat(about, os.stat(name)):
+    if (
+        about.st_size != old.file_size
+        or start != old.size.to_bytes(8, "little") + old.raw
+        or not os.path.samestat(about, os.stat(name))
+    ):
         raise OSError(f"{name} was changed by another program after it was read: start again")
     return about
 

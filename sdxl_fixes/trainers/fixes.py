@@ -1,4 +1,5 @@
-"""A fix as data: its name, the flags that bring it into play, stated once, and when its work must have been seen."""
+"""A fix as data: its name, the flags that bring it into play, stated once, and when its work must have been
+seen."""
 
 from __future__ import annotations
 
@@ -15,11 +16,11 @@ class Fix:
     """One fix of a trainer.
 
     flags    the flags that ask for it, each with the values that do (None: any but false, 0 and the default)
-    needs    flags without which they do nothing
-    options  flags that shape it and do nothing by themselves
-    due      when its work must have been seen: "step" in every training step, "start" by the end of the first, "later" at no fixed time
-    parts    further work that is due with it: flag -> name of the function that must have been reached if the flag is given
-    wanted   decides in place of ``flags`` where more than flags decides; told the arguments
+    needs    flags without which they do nothing options  flags that shape it and do nothing by themselves due
+    when its work must have been seen: "step" in every training step, "start" by the end of the first, "later"
+    at no fixed time parts    further work that is due with it: flag -> name of the function that must have
+    been reached if the flag is given wanted   decides in place of ``flags`` where more than flags decides;
+    told the arguments
     """
 
     flags: Mapping[str, tuple[Any, ...] | None] = field(default_factory=dict)
@@ -33,7 +34,10 @@ class Fix:
         """Whether ``args`` bring it into play."""
         if self.wanted is not None:
             return self.wanted(args)
-        asks = any(given(args, flag) and (values is None or getattr(args, flag) in values) for flag, values in self.flags.items())
+        asks = any(
+            given(args, flag) and (values is None or getattr(args, flag) in values)
+            for flag, values in self.flags.items()
+        )
         return asks and all(given(args, flag) for flag in self.needs)
 
     def marks(self, args: argparse.Namespace) -> list[str]:
@@ -43,7 +47,10 @@ class Fix:
     @property
     def text(self) -> str:
         """The flags, for people."""
-        return ", ".join(f"--{flag}" + (f" {'|'.join(map(str, values))}" if values else "") for flag, values in self.flags.items())
+        return ", ".join(
+            f"--{flag}" + (f" {'|'.join(map(str, values))}" if values else "")
+            for flag, values in self.flags.items()
+        )
 
 
 def given(args: argparse.Namespace, flag: str) -> bool:
@@ -64,13 +71,15 @@ def without_effect(fixes: Mapping[str, Fix], args: argparse.Namespace) -> list[s
 
 
 def allowed(text: str | None, known: Collection[str]) -> frozenset[str]:
-    """``all``, ``none``, names, or ``all,-name``: the fixes that may be switched on. Raises FlagError for an unknown name."""
+    """``all``, ``none``, names, or ``all,-name``: the fixes that may be switched on. Raises FlagError for an
+    unknown name."""
     chosen: set[str] = set()
     for word in (word.strip() for word in (text or "all").split(",")):
         names = {"all": set(known), "none": set[str]()}.get(word.lstrip("-"), {word.lstrip("-")})
         if not names <= set(known):
             raise FlagError(
-                f"--fixes: unknown fix {word.lstrip('-')!r}: expected all, none, or some of {', '.join(known)} (-name leaves one out)"
+                f"--fixes: unknown fix {word.lstrip('-')!r}: expected all, none, or some of "
+                f"{', '.join(known)} (-name leaves one out)"
             )
         chosen = chosen - names if word.startswith("-") else chosen | names
     return frozenset(chosen)
@@ -81,17 +90,25 @@ def add_fixes_flag(parser: Any, known: Collection[str]) -> None:
     parser.add_argument(
         "--fixes",
         default=None,
-        help=f"which sdxl-fixes may act: all (default), none, or a list of {', '.join(known)}; -name leaves one out",
+        help=f"which sdxl-fixes may act: all (default), none, or a list of {', '.join(known)}; -name "
+        "leaves one out",
     )
 
 
-def switch_off(fixes: Mapping[str, Fix], may_act: Collection[str], ours: Collection[str], args: argparse.Namespace) -> list[str]:
-    """Take the plugin's own flags (``ours``) of fixes that ``--fixes`` switches off out of ``args``, as if they had not been given:
-    nothing may half-follow them. Returns their names; a trainer's own flags stay, and mean what upstream makes of them."""
+def switch_off(
+    fixes: Mapping[str, Fix], may_act: Collection[str], ours: Collection[str], args: argparse.Namespace
+) -> list[str]:
+    """Take the plugin's own flags (``ours``) of fixes that ``--fixes`` switches off out of ``args``, as if
+    they had not been given: nothing may half-follow them. Returns their names; a trainer's own flags stay,
+    and mean what upstream makes of them."""
     gone = []
     for name, fix in fixes.items():
         for flag in (*fix.flags, *fix.options):
             if name not in may_act and flag in ours and given(args, flag):
-                setattr(args, flag, FLAGS.get(flag, {}).get("default") or (False if getattr(args, flag) is True else None))
+                setattr(
+                    args,
+                    flag,
+                    FLAGS.get(flag, {}).get("default") or (False if getattr(args, flag) is True else None),
+                )
                 gone.append(flag)
     return gone

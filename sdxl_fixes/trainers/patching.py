@@ -1,11 +1,13 @@
-"""Patches: replace a function of somebody else's code wherever it went, only if it has the shape we know, and put it back exactly.
+"""Patches: replace a function of somebody else's code wherever it went, only if it has the shape we know, and
+put it back exactly.
 
-A patch is of a function, not of a name in a module. Trainers move their functions and leave re-exports behind that nobody calls; so a
-target is looked for in the modules where it is known to have lived, else in all of the trainer's source, and replaced in its defining
-module and in every other module of the trainer that holds it, under whatever name.
+A patch is of a function, not of a name in a module. Trainers move their functions and leave re-exports behind
+that nobody calls; so a target is looked for in the modules where it is known to have lived, else in all of
+the trainer's source, and replaced in its defining module and in every other module of the trainer that holds
+it, under whatever name.
 
-A patch serves fixes (``schedule``, ``loss``, ...). A fix is applied whole or refused whole: half a fix would be the very disagreement
-that this package exists to remove.
+A patch serves fixes (``schedule``, ``loss``, ...). A fix is applied whole or refused whole: half a fix would
+be the very disagreement that this package exists to remove.
 """
 
 from __future__ import annotations
@@ -27,14 +29,15 @@ from sdxl_fixes.trainers.source import belongs, defines, defining
 class Patch:
     """One replaced function.
 
-    fixes        names of the fixes it serves; one of them is enough to apply it
-    target       "package.module:function" or "package.module:Class.method"; several modules, newest first, are separated by "|"
-    parameters   names of the target's first parameters, as known (a classmethod's without cls; none for a builtin, which tells no
+    fixes        names of the fixes it serves; one of them is enough to apply it target
+    "package.module:function" or "package.module:Class.method"; several modules, newest first, are separated
+    by "|" parameters   names of the target's first parameters, as known (a classmethod's without cls; none
+    for a builtin, which tells no
                  names); a target that has others is refused
-    replacement  called as replacement(original, *args, **kwargs) in the target's place; args begin with self or cls
-    purpose      what it changes, for reports
-    exact        whether the target may have no further parameters (its replacement would ignore them)
-    only         file names of the trainer's scripts that call it; empty: all do
+    replacement  called as replacement(original, *args, **kwargs) in the target's place; args begin with self
+    or cls purpose      what it changes, for reports exact        whether the target may have no further
+    parameters (its replacement would ignore them) only         file names of the trainer's scripts that call
+    it; empty: all do
     """
 
     fixes: tuple[str, ...]
@@ -64,7 +67,10 @@ class Patch:
 
     def absent(self, why: object) -> str:
         """What to say where there is no such function."""
-        return f"{self.path}: expected a function with parameters ({', '.join(self.parameters)}), found none ({why})"
+        return (
+            f"{self.path}: expected a function with parameters ({', '.join(self.parameters)}), found "
+            f"none ({why})"
+        )
 
 
 @dataclass
@@ -80,17 +86,19 @@ class _Applied:
 class PatchSet:
     """A table of patches, applied and undone together.
 
-    root   the trainer's folder: modules of it that hold a target get the replacement, too, and unknown homes are searched there
-    calls  is told of every call of a replaced function, before the replacement runs
+    root   the trainer's folder: modules of it that hold a target get the replacement, too, and unknown homes
+    are searched there calls  is told of every call of a replaced function, before the replacement runs
 
-    Raises ValueError for two rows of one (target, replacement): each would wrap the other and do the work twice.
+    Raises ValueError for two rows of one (target, replacement): each would wrap the other and do the work
+    twice.
     """
 
     patches: Sequence[Patch]
     root: Path | None = None
     calls: Callable[[Patch], None] | None = None
     refused: dict[str, str] = field(default_factory=dict)  # fix -> why
-    refused_in: dict[tuple[str, str], str] = field(default_factory=dict)  # script, fix -> why, where others may do without
+    # script, fix -> why, where others may do without
+    refused_in: dict[tuple[str, str], str] = field(default_factory=dict)
     _applied: list[_Applied] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -98,7 +106,9 @@ class PatchSet:
         seen = set()
         for patch in self.patches:
             if (patch.target, patch.replacement) in seen:
-                raise ValueError(f"{patch.target} has two rows with one replacement: give one row all of its fixes")
+                raise ValueError(
+                    f"{patch.target} has two rows with one replacement: give one row all of its fixes"
+                )
             seen.add((patch.target, patch.replacement))
 
     @property
@@ -106,11 +116,13 @@ class PatchSet:
         return bool(self._applied)
 
     def check(self) -> dict[Patch, str | None]:
-        """For every patch why it does not fit here, or None. Imports the targets' modules, changes nothing."""
+        """For every patch why it does not fit here, or None. Imports the targets' modules, changes
+        nothing."""
         return {patch: self._mismatch(patch) for patch in self.patches}
 
     def apply(self, fixes: Collection[str] | None = None) -> None:
-        """Apply the patches of ``fixes`` (None: of all); a fix with a patch that does not fit is recorded in ``refused`` instead.
+        """Apply the patches of ``fixes`` (None: of all); a fix with a patch that does not fit is recorded in
+        ``refused`` instead.
 
         Applying again first undoes. Either everything that fits is applied or, on an error, nothing.
         """
@@ -124,7 +136,9 @@ class PatchSet:
                     self.refused.setdefault(fix, str(why))
         try:
             for patch in self.patches:
-                wanted = {fix for fix in patch.fixes if fix not in self.refused and (fixes is None or fix in fixes)}
+                wanted = {
+                    fix for fix in patch.fixes if fix not in self.refused and (fixes is None or fix in fixes)
+                }
                 if wanted and self._mismatch(patch) is None:
                     self._replace(patch)
         except BaseException:
@@ -132,13 +146,17 @@ class PatchSet:
             raise
 
     def undo(self) -> None:
-        """Put every original back, newest first. Raises RuntimeError, naming the target, if somebody replaced ours meanwhile."""
-        wrappers = {id(entry.replacement): entry for entry in self._applied if isinstance(entry.owner, ModuleType)}
+        """Put every original back, newest first. Raises RuntimeError, naming the target, if somebody replaced
+        ours meanwhile."""
+        wrappers = {
+            id(entry.replacement): entry for entry in self._applied if isinstance(entry.owner, ModuleType)
+        }
         while self._applied:
             entry = self._applied[-1]
             if inspect.getattr_static(entry.owner, entry.name, None) is not entry.replacement:
                 raise RuntimeError(
-                    f"cannot undo the patch of {entry.name}: {_name(entry.owner)}.{entry.name} was replaced again by somebody else; "
+                    f"cannot undo the patch of {entry.name}: {_name(entry.owner)}.{entry.name} was replaced "
+                    "again by somebody else; "
                     "undo theirs first"
                 )
             if entry.inherited:
@@ -156,7 +174,12 @@ class PatchSet:
         try:
             owner, name = self._resolve(patch)
             found = _parameters(getattr(owner, name))
-        except (ImportError, AttributeError, TypeError, RuntimeError) as error:  # RuntimeError: diffusers' failed lazy import
+        except (
+            ImportError,
+            AttributeError,
+            TypeError,
+            RuntimeError,
+        ) as error:  # RuntimeError: diffusers' failed lazy import
             return patch.absent(error)
         return patch.mismatch(found)
 
@@ -211,11 +234,20 @@ class PatchSet:
 
     def _holders(self, function: Any) -> list[tuple[ModuleType, str]]:
         """Every (module, name) of the trainer's that is bound to ``function``."""
-        return [(module, name) for module in self._modules() for name, value in list(vars(module).items()) if value is function]
+        return [
+            (module, name)
+            for module in self._modules()
+            for name, value in list(vars(module).items())
+            if value is function
+        ]
 
     def _modules(self) -> list[ModuleType]:
         """The trainer's modules that are loaded."""
-        return [module for module in list(sys.modules.values()) if isinstance(module, ModuleType) and self._ours(module)]
+        return [
+            module
+            for module in list(sys.modules.values())
+            if isinstance(module, ModuleType) and self._ours(module)
+        ]
 
     def _ours(self, module: ModuleType) -> bool:
         file = vars(module).get("__file__")  # not getattr: lazy modules would start importing

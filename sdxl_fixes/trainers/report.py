@@ -16,14 +16,23 @@ from sdxl_fixes.weighting import Debiased, EpsilonLike, MinSNR, PlusVLike, Produ
 
 
 def tell(
-    run: Run, may_act: Collection[str], dropped: Sequence[str], version: str, prompts: Iterable[str] = (), files: Iterable[str] = ()
+    run: Run,
+    may_act: Collection[str],
+    dropped: Sequence[str],
+    version: str,
+    prompts: Iterable[str] = (),
+    files: Iterable[str] = (),
 ) -> None:
-    """Say the report, then warn of what ``--fixes`` switched off (``dropped``: flags of ours that have no effect now), of flags that do
-    nothing, and of what will disappoint. ``may_act``: the fixes that ``--fixes`` allows."""
+    """Say the report, then warn of what ``--fixes`` switched off (``dropped``: flags of ours that have no
+    effect now), of flags that do nothing, and of what will disappoint. ``may_act``: the fixes that
+    ``--fixes`` allows."""
     say(report(run, version, prompts, files))
     args, fixes = run.args, run.trainer.fixes
     if dropped:
-        warn(f"--fixes {args.fixes}: {', '.join(f'--{flag}' for flag in dropped)} {'has' if len(dropped) == 1 else 'have'} no effect")
+        warn(
+            f"--fixes {args.fixes}: {', '.join(f'--{flag}' for flag in dropped)} "
+            f"{'has' if len(dropped) == 1 else 'have'} no effect"
+        )
     for name, fix in fixes.items():
         if name not in may_act and fix.asked(args):
             warn(f"--fixes {args.fixes}: {name} is upstream's own, though flags ask for it")
@@ -32,14 +41,23 @@ def tell(
 
 
 def report(run: Run, version: str, prompts: Iterable[str] = (), files: Iterable[str] = ()) -> str:
-    """The lines. ``version`` says what is known of this version of the trainer; ``prompts`` and ``files`` are what only the adapter
-    knows of data and of what is saved."""
+    """The lines. ``version`` says what is known of this version of the trainer; ``prompts`` and ``files`` are
+    what only the adapter knows of data and of what is saved."""
     head = f"{__version__} in {run.trainer.name}{f' ({version})' if version else ''}"
     if not run.on:
         return f"{head}: no fix is on, it trains as upstream does"
-    lines = {"objective": _objective(run), "weights": [_weights(run)], "data": [*prompts, _timesteps(run), _stable_loss(run)]}
+    lines = {
+        "objective": _objective(run),
+        "weights": [_weights(run)],
+        "data": [*prompts, _timesteps(run), _stable_loss(run)],
+    }
     lines["file"] = [*files] or ["as upstream saves it"]
-    return "\n".join([head, *(f"  {name:<9}  {'; '.join(part for part in parts if part)}" for name, parts in lines.items())])
+    return "\n".join(
+        [
+            head,
+            *(f"  {name:<9}  {'; '.join(part for part in parts if part)}" for name, parts in lines.items()),
+        ]
+    )
 
 
 def _objective(run: Run) -> list[str]:
@@ -54,7 +72,8 @@ def _schedule(run: Run) -> str:
     stock = NoiseSchedule.sdxl()
     if run.schedule == stock:
         return (
-            f"SDXL's own schedule (sigma to {stock.terminal_sigma:.3g}, {100 * stock.residual_signal:.2g} % of the image left at the end)"
+            f"SDXL's own schedule (sigma to {stock.terminal_sigma:.3g}, {100 * stock.residual_signal:.2g} % "
+            "of the image left at the end)"
         )
     zero = run.schedule.residual_signal == 0
     end = "zero terminal SNR" if zero else f"sigma to {run.schedule.terminal_sigma:.6g}"
@@ -85,12 +104,16 @@ def _named(weighting: Weighting) -> str:
     if isinstance(weighting, Product):
         return " times ".join(map(_named, weighting.parts))
     if isinstance(weighting, MinSNR):
-        return f"min-SNR, gamma {weighting.gamma:g}" + (", floor 1 at the last timesteps" if weighting.floor else ", without a floor")
+        return f"min-SNR, gamma {weighting.gamma:g}" + (
+            ", floor 1 at the last timesteps" if weighting.floor else ", without a floor"
+        )
     if isinstance(weighting, SoftMinSNR):
         return f"soft min-SNR, gamma {weighting.gamma:g}"
     if isinstance(weighting, PlusVLike):
         return f"v-like loss added, {weighting.amount:g}"
-    return {Debiased: "debiased estimation", EpsilonLike: "v loss scaled like eps"}.get(type(weighting), repr(weighting))
+    return {Debiased: "debiased estimation", EpsilonLike: "v loss scaled like eps"}.get(
+        type(weighting), repr(weighting)
+    )
 
 
 def _timesteps(run: Run) -> str:
@@ -99,7 +122,9 @@ def _timesteps(run: Run) -> str:
         return "timesteps drawn uniformly"
     share = run.settings.terminal_timestep_share or 0.0
     words = ["timesteps stratified over the optimizer step"] if sampler.stratified else ["timesteps"]
-    return ", ".join(words + ([f"{100 * share:g} % above SDXL's last sigma, importance-weighted"] if share else []))
+    return ", ".join(
+        words + ([f"{100 * share:g} % above SDXL's last sigma, importance-weighted"] if share else [])
+    )
 
 
 def _stable_loss(run: Run) -> str:
@@ -115,13 +140,19 @@ def disappointments(run: Run) -> list[str]:
         found.append(EPSILON_AT_ZERO_SNR.replace("v_prediction", run.trainer.v_flag))
     elif epsilon and sigma > 2 * NoiseSchedule.sdxl().terminal_sigma:
         found.append(
-            f"epsilon prediction at sigma {sigma:.4g}: an error of the prediction becomes {sigma:.4g} times as large in the image, so a "
-            f"short training may sample noise, and a long one can do well; {run.trainer.v_flag} is safe at any sigma"
+            f"epsilon prediction at sigma {sigma:.4g}: an error of the prediction becomes {sigma:.4g} times "
+            "as large in the image, so a "
+            f"short training may sample noise, and a long one can do well; {run.trainer.v_flag} is safe at "
+            "any sigma"
         )
     parts = run.weighting.parts if isinstance(run.weighting, Product) else (run.weighting,)
-    if any(isinstance(part, MinSNR) and not part.floor for part in parts) and run.prediction_type != "epsilon":
+    if (
+        any(isinstance(part, MinSNR) and not part.floor for part in parts)
+        and run.prediction_type != "epsilon"
+    ):
         found.append(
-            "min-SNR without --min_snr_floor gives the noisy half of the timesteps little weight, the last ones none at zero terminal SNR: "
+            "min-SNR without --min_snr_floor gives the noisy half of the timesteps little weight, the last "
+            "ones none at zero terminal SNR: "
             "short trainings learn less there (docs/min-snr.md)"
         )
     return found
@@ -139,8 +170,12 @@ def schedule_flags(schedule: NoiseSchedule) -> str | None:
     method, start = str(step.get("method", "beta_end")), step.get("start")
     sigma = float(f"{schedule.terminal_sigma:.6g}")
     try:
-        made = Settings(terminal_sigma=sigma, terminal_sigma_method=method, terminal_sigma_start=start).schedule()
+        made = Settings(
+            terminal_sigma=sigma, terminal_sigma_method=method, terminal_sigma_start=start
+        ).schedule()
     except ValueError:
         return None
-    words = f"--terminal_sigma {sigma:.6g} --terminal_sigma_method {method}" + ("" if start is None else f" --terminal_sigma_start {start}")
+    words = f"--terminal_sigma {sigma:.6g} --terminal_sigma_method {method}" + (
+        "" if start is None else f" --terminal_sigma_start {start}"
+    )
     return words if made == schedule else None

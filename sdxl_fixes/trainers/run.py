@@ -1,4 +1,5 @@
-"""A patched trainer's run: what its flags describe, built once, and the fixes that are on. The same for every adapter."""
+"""A patched trainer's run: what its flags describe, built once, and the fixes that are on. The same for every
+adapter."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: the checked settings, the schedule they describe, the fixes that are on, and what they work with."""
+    """One training run: the checked settings, the schedule they describe, the fixes that are on, and what
+    they work with."""
 
     trainer: Trainer
     args: argparse.Namespace
@@ -52,12 +54,16 @@ class Run:
     perturbation: InputPerturbation | None
     timesteps: TimestepSampler | None
     stable_loss: StableLoss | None
-    due: Mapping[str, frozenset[str]] = field(default_factory=dict)  # "step" or "start" -> marks that must have been seen
+    # "step" or "start" -> marks that must have been seen
+    due: Mapping[str, frozenset[str]] = field(default_factory=dict)
     options: Any = None  # the adapter's own
 
     def fix_of(self, mark: str) -> str:
         """The fix that a mark of its work belongs to."""
-        return next((name for name in self.on if mark == name or mark in self.trainer.fixes[name].parts.values()), mark)
+        return next(
+            (name for name in self.on if mark == name or mark in self.trainer.fixes[name].parts.values()),
+            mark,
+        )
 
 
 def prepare(
@@ -73,8 +79,8 @@ def prepare(
     timestep_range: tuple[int, int | None] = (0, None),
     options: Any = None,
 ) -> Run:
-    """The run of the fixes ``on``. Raises FlagError, before any model is loaded, for one that does not fit this version (``refused``:
-    fix -> why) and for values that make no sense together."""
+    """The run of the fixes ``on``. Raises FlagError, before any model is loaded, for one that does not fit
+    this version (``refused``: fix -> why) and for values that make no sense together."""
     for fix in sorted(on & set(refused)):
         raise FlagError(
             f"the fix {fix!r}, which your flags ask for, does not fit this {trainer.name.rpartition('/')[2]} "
@@ -90,15 +96,25 @@ def prepare(
         max_timestep=timestep_range[1],
     )
     weighting = Product(weightings) if len(weightings) > 1 else next(iter(weightings), None)
-    if {"loss", "weighting"} & on == {"loss"} and weighting is not None and settings.huber_l2_gradient == "batch":
+    if (
+        {"loss", "weighting"} & on == {"loss"}
+        and weighting is not None
+        and settings.huber_l2_gradient == "batch"
+    ):
         raise FlagError(
-            "--huber_l2_gradient batch must know the weights of the loss, and --fixes leaves them to the trainer: switch weighting on, "
+            "--huber_l2_gradient batch must know the weights of the loss, and --fixes leaves them to the "
+            "trainer: switch weighting on, "
             "too, or take --huber_l2_gradient sample"
         )
     perturbation = settings.perturbation() if "noise" in on else None
     loss = settings.loss() if "loss" in on else None
     due: dict[str, frozenset[str]] = {
-        when: frozenset(mark for name in on if trainer.fixes[name].due == when for mark in (name, *trainer.fixes[name].marks(args)))
+        when: frozenset(
+            mark
+            for name in on
+            if trainer.fixes[name].due == when
+            for mark in (name, *trainer.fixes[name].marks(args))
+        )
         for when in ("step", "start")
     }
     return Run(
@@ -113,14 +129,21 @@ def prepare(
         noising=Noising(schedule, perturbation),
         perturbation=perturbation,
         timesteps=sampler if "timesteps" in on else None,
-        stable_loss=_stable_loss(args, settings, schedule, prediction_type, weighting, resumed) if "validation" in on else None,
+        stable_loss=_stable_loss(args, settings, schedule, prediction_type, weighting, resumed)
+        if "validation" in on
+        else None,
         due=due,
         options=options,
     )
 
 
 def _stable_loss(
-    args: Any, settings: Settings, schedule: NoiseSchedule, prediction_type: str, weighting: Weighting | None, resumed: bool
+    args: Any,
+    settings: Settings,
+    schedule: NoiseSchedule,
+    prediction_type: str,
+    weighting: Weighting | None,
+    resumed: bool,
 ) -> StableLoss:
     with warnings.catch_warnings():  # of epsilon at zero SNR, which the report says
         warnings.simplefilter("ignore", UserWarning)

@@ -1,8 +1,9 @@
 """What a trainer's patches share within the process, and the guard that no fix is ever silently off.
 
-The guard does not stand in the trainer's code, which moves, but in accelerate's backward pass and in torch's optimizers, which no
-training goes round: if training begins and no run was started, if a fix that is on has not done its work, or if a patched function was
-called before the run began, training stops there with one sentence.
+The guard does not stand in the trainer's code, which moves, but in accelerate's backward pass and in torch's
+optimizers, which no training goes round: if training begins and no run was started, if a fix that is on has
+not done its work, or if a patched function was called before the run began, training stops there with one
+sentence.
 """
 
 from __future__ import annotations
@@ -69,12 +70,17 @@ class Session:
         self.check()
         self.step = StepState()  # before, so that nothing here keeps the graph
         result = original(accelerator, *args, **kwargs)
-        if self.run is not None and self.run.timesteps is not None and getattr(accelerator, "sync_gradients", True):
+        if (
+            self.run is not None
+            and self.run.timesteps is not None
+            and getattr(accelerator, "sync_gradients", True)
+        ):
             self.run.timesteps.end_of_step()
         return result
 
     def watch_optimizers(self) -> None:
-        """Guard the first optimizer step of a training that does not go through accelerate's backward pass, too."""
+        """Guard the first optimizer step of a training that does not go through accelerate's backward pass,
+        too."""
         from torch.optim.optimizer import register_optimizer_step_pre_hook
 
         self._hook = register_optimizer_step_pre_hook(self._stepping)
@@ -89,7 +95,8 @@ class Session:
         if self._guarded:
             return
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        if any(parameter.grad is not None and bool(parameter.grad.any()) for parameter in parameters):  # else a step to allocate state
+        # else a step to allocate state
+        if any(parameter.grad is not None and bool(parameter.grad.any()) for parameter in parameters):
             self.check()
             self._guarded = self.run is not None
 
@@ -99,24 +106,32 @@ class Session:
         if run is None:
             if self.launched or self._training():
                 raise FixError(
-                    f"training begins, and this {self.name} has not shown its arguments where we look for them, so no fix is on: "
-                    "nothing was trained. It may be newer than this plugin: update sdxl-fixes, or start the script without it "
+                    f"training begins, and this {self.name} has not shown its arguments where we look for "
+                    "them, so no fix is on: "
+                    "nothing was trained. It may be newer than this plugin: update sdxl-fixes, or start the "
+                    "script without it "
                     f"({self._look()})"
                 )
             return
-        early = [path for path, patch in self._early.items() if run.on & set(patch.fixes)] if self._early else []
+        early = (
+            [path for path, patch in self._early.items() if run.on & set(patch.fixes)] if self._early else []
+        )
         if early:
             raise FixError(
-                f"{', '.join(early)} was called before this {self.name} showed its arguments, so it ran without your fixes: "
-                f"leave out the flags of {', '.join(sorted(run.on & set(self._early[early[0]].fixes)))} ({self._look()})"
+                f"{', '.join(early)} was called before this {self.name} showed its arguments, so it ran "
+                "without your fixes: "
+                f"leave out the flags of {', '.join(sorted(run.on & set(self._early[early[0]].fixes)))} "
+                f"({self._look()})"
             )
         missed = sorted((run.due["step"] - self.step.reached) | (run.due["start"] - self._seen))
         if missed:
             fixes = sorted({run.fix_of(mark) for mark in missed})
             parts = [mark for mark in missed if mark not in fixes]
             raise FixError(
-                f"{', '.join(fixes)} asked for but not reached in this training step: this {self.name} does not call what we patch"
-                f"{' (' + ', '.join(parts) + ')' if parts else ''}, or calls backward twice a step; leave out its flags or give "
+                f"{', '.join(fixes)} asked for but not reached in this training step: this {self.name} does "
+                "not call what we patch"
+                f"{' (' + ', '.join(parts) + ')' if parts else ''}, or calls backward twice a step; leave "
+                "out its flags or give "
                 f"--fixes all,{','.join('-' + fix for fix in fixes)} ({self._look()})"
             )
 
@@ -129,13 +144,19 @@ class Session:
         root, frame, found = self.patches.root, sys._getframe(1), []
         while frame is not None:
             file = frame.f_code.co_filename
-            if root is not None and file.endswith(".py") and belongs(file, str(root)) and Path(file).resolve().parent == root:
+            if (
+                root is not None
+                and file.endswith(".py")
+                and belongs(file, str(root))
+                and Path(file).resolve().parent == root
+            ):
                 found.append(file)
             frame = frame.f_back  # type: ignore[assignment]
         return found
 
     def script_name(self) -> str | None:
-        """File name of the trainer's script that is running; None where no script of its folder is on the stack."""
+        """File name of the trainer's script that is running; None where no script of its folder is on the
+        stack."""
         scripts = self._scripts()
         return Path(scripts[-1]).name if scripts else None
 
@@ -144,8 +165,8 @@ class Session:
 
 
 def run_script(script: Path, install: Callable[[], None], session: Session) -> None:
-    """Run an unmodified training script, whose path is the first argument of this process, with the adapter's patches installed. What the
-    user can put right ends the process with one sentence."""
+    """Run an unmodified training script, whose path is the first argument of this process, with the adapter's
+    patches installed. What the user can put right ends the process with one sentence."""
     sys.path.insert(0, str(script.resolve().parent))  # what python itself does for a script; runpy does not
     sys.argv = sys.argv[1:]
     try:
@@ -163,5 +184,6 @@ def run_script(script: Path, install: Callable[[], None], session: Session) -> N
     if run is not None and rank() == 0 and not session.has_reached("saving"):
         sys.exit(
             "sdxl-fixes: the training is done, but no model file that was saved carries its schedule: "
-            f"sdxl-fixes stamp FILE --prediction_type {run.prediction_type} {schedule_flags(run.schedule) or ''} writes it"
+            f"sdxl-fixes stamp FILE --prediction_type {run.prediction_type} "
+            f"{schedule_flags(run.schedule) or ''} writes it"
         )

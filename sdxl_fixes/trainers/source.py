@@ -1,4 +1,5 @@
-"""A trainer's source, read without importing it: where its functions are, what shape they have, which of them a script calls."""
+"""A trainer's source, read without importing it: where its functions are, what shape they have, which of them
+a script calls."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 
 @functools.lru_cache(maxsize=16384)
 def belongs(file: str, root: str) -> bool:
-    """Whether a source file is of the trainer at ``root`` (which may hold an environment with foreign packages)."""
+    """Whether a source file is of the trainer at ``root`` (which may hold an environment with foreign
+    packages)."""
     path = Path(file).resolve()
     return path.is_relative_to(root) and "site-packages" not in path.parts
 
@@ -22,7 +24,11 @@ def belongs(file: str, root: str) -> bool:
 def sources(root: Path) -> Iterator[Path]:
     """The trainer's own modules: its scripts and its packages one level down."""
     for file in sorted([*root.glob("*.py"), *root.glob("*/*.py")]):
-        if file.parent == root or file.parent.name in ("library", "networks") or (file.parent / "__init__.py").is_file():
+        if (
+            file.parent == root
+            or file.parent.name in ("library", "networks")
+            or (file.parent / "__init__.py").is_file()
+        ):
             yield file
 
 
@@ -60,17 +66,24 @@ def defines(root: Path, module: str, name: str) -> bool:
 
 
 def check_source(patch: Patch, root: Path) -> str | None:
-    """Why a patch's target does not fit a checkout at ``root``, or None: as PatchSet.check, without importing anything."""
-    if not any((root / home.split(".")[0]).exists() or (root / f"{home}.py").exists() for home in patch.homes):
+    """Why a patch's target does not fit a checkout at ``root``, or None: as PatchSet.check, without importing
+    anything."""
+    if not any(
+        (root / home.split(".")[0]).exists() or (root / f"{home}.py").exists() for home in patch.homes
+    ):
         return None  # a library's own function: its parameters are known when it is imported
     outermost, *rest = patch.path.split(".")
     homes = [home for home in patch.homes if root.joinpath(*home.split(".")).with_suffix(".py").is_file()]
     reexported = False
     for home in [*homes, *defining(root, outermost)]:
-        found: ast.AST | None = _defined(parsed(root.joinpath(*home.split(".")).with_suffix(".py")), outermost)
+        found: ast.AST | None = _defined(
+            parsed(root.joinpath(*home.split(".")).with_suffix(".py")), outermost
+        )
         if isinstance(found, ast.ImportFrom):
             reexported = True
-            continue  # its definition comes later in the list, or is a library's own: its parameters are known when it is imported
+            # its definition comes later in the list, or is a library's own: its parameters are known when it
+            # is imported
+            continue
         for name in rest:
             found = _defined(found, name)
         if isinstance(found, ast.FunctionDef):
@@ -89,8 +102,9 @@ def _defined(tree: ast.AST | None, name: str) -> ast.AST | None:
 
 
 def called(root: Path, script: str) -> frozenset[str]:
-    """Names of all functions and classes that a script may come to call, itself or through what it imports of the trainer. By name: a
-    name that is called stands for every function of that name there, so this may say too much, and never too little."""
+    """Names of all functions and classes that a script may come to call, itself or through what it imports of
+    the trainer. By name: a name that is called stands for every function of that name there, so this may say
+    too much, and never too little."""
     modules = _imported(root, root / script)
     index: dict[str, list[ast.AST]] = {}
     for file in modules:
@@ -98,26 +112,36 @@ def called(root: Path, script: str) -> frozenset[str]:
             for name, meant in _named(node):
                 index.setdefault(name, []).append(meant)
     found: set[str] = set()
-    waiting: list[ast.AST] = [node for node in parsed(root / script).body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    waiting: list[ast.AST] = [
+        node for node in parsed(root / script).body if not isinstance(node, ast.FunctionDef | ast.ClassDef)
+    ]
     while waiting:
         names = _mentioned(waiting.pop()) - found
         found |= names
         for name in names:
             for node in index.get(name, ()):
-                # of a class its own code and what python calls by itself; its other methods when they are named
-                implicit = [part for part in getattr(node, "body", ()) if not isinstance(part, ast.FunctionDef) or _implicit(part.name)]
+                # of a class its own code and what python calls by itself; its other methods when they are
+                # named
+                implicit = [
+                    part
+                    for part in getattr(node, "body", ())
+                    if not isinstance(part, ast.FunctionDef) or _implicit(part.name)
+                ]
                 waiting += implicit if isinstance(node, ast.ClassDef) else [node]
                 waiting += node.bases if isinstance(node, ast.ClassDef) else []
     return frozenset(found)
 
 
 def _named(node: ast.AST) -> list[tuple[str, ast.AST]]:
-    """Names that a statement gives to code: definitions, other names of imports, and names of what may be a function."""
+    """Names that a statement gives to code: definitions, other names of imports, and names of what may be a
+    function."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [(node.name, node)]
     if isinstance(node, ast.ImportFrom):
         return [(alias.asname, ast.Name(alias.name)) for alias in node.names if alias.asname]
-    if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name | ast.Attribute | ast.Dict | ast.List | ast.Tuple):
+    if isinstance(node, ast.Assign) and isinstance(
+        node.value, ast.Name | ast.Attribute | ast.Dict | ast.List | ast.Tuple
+    ):
         return [(target.id, node.value) for target in node.targets if isinstance(target, ast.Name)]
     return []
 
@@ -128,7 +152,9 @@ def _implicit(name: str) -> bool:
 
 def _mentioned(node: ast.AST) -> set[str]:
     nodes = list(ast.walk(node))
-    return {n.id for n in nodes if isinstance(n, ast.Name)} | {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+    return {n.id for n in nodes if isinstance(n, ast.Name)} | {
+        n.attr for n in nodes if isinstance(n, ast.Attribute)
+    }
 
 
 def _imported(root: Path, script: Path) -> list[Path]:

@@ -1,8 +1,10 @@
-"""A stable training loss: the validation loss of the first images that a training sees, every so many optimizer steps.
+"""A stable training loss: the validation loss of the first images that a training sees, every so many
+optimizer steps.
 
-An adapter tells what passes by: the clean latents when they are noised, then the call of the network on what became of them. The first
-images are copied with the exact conditioning of that call, so no data set is read and no random number drawn. Their noise is told by
-their content: the same images give the same number in any order, batch size and number of processes.
+An adapter tells what passes by: the clean latents when they are noised, then the call of the network on what
+became of them. The first images are copied with the exact conditioning of that call, so no data set is read
+and no random number drawn. Their noise is told by their content: the same images give the same number in any
+order, batch size and number of processes.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from sdxl_fixes.log import say
 from sdxl_fixes.validation import Validation
 
 IMAGES = 16
-_PATIENCE = 4  # as many samples as this times the wanted images: who has not seen so many different ones by then has no more
+# as many samples as this times the wanted images: who has not seen so many different ones by then has no more
+_PATIENCE = 4
 
 
 class StableLoss:
@@ -46,7 +49,9 @@ class StableLoss:
         self.validation, self.every, self.images, self.main = validation, every, images, rank == 0
         self.wanted = images // processes + (rank < images % processes)
         self.kept: list[tuple[torch.Tensor, Any]] = []  # latents [C, H, W] and conditioning, on the CPU
-        self.file = None if folder is None else Path(folder) / f"stable_loss_{rank + 1}_of_{processes}.safetensors"
+        self.file = (
+            None if folder is None else Path(folder) / f"stable_loss_{rank + 1}_of_{processes}.safetensors"
+        )
         self.found = bool(resumed and self.file is not None and self._load(self.file))
         if resumed and not self.found and self.main:
             say("no images of an earlier stable loss here: it goes on with others, so its curve begins anew")
@@ -63,26 +68,33 @@ class StableLoss:
         self._noised = latents
 
     def called(self, network: torch.nn.Module, noisy: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
-        """``network`` (unwrapped) is called with ``noisy``, timesteps (not given here) and the conditioning. Returns whether this was a
-        training step's call. Raises FixError for a call whose conditioning cannot be kept."""
-        if torch.compiler.is_compiling():  # a graph cannot keep images: the run will say that this was not reached
+        """``network`` (unwrapped) is called with ``noisy``, timesteps (not given here) and the conditioning.
+        Returns whether this was a training step's call. Raises FixError for a call whose conditioning cannot
+        be kept."""
+        # a graph cannot keep images: the run will say that this was not reached
+        if torch.compiler.is_compiling():
             return False
         latents, self._noised = self._noised, None
         if latents is None or not torch.is_grad_enabled():
             return False
         if noisy.shape != latents.shape:
             raise FixError(
-                f"--stable_loss_steps: noised are {list(latents.shape)} and the U-Net is given {list(noisy.shape)}: "
+                f"--stable_loss_steps: noised are {list(latents.shape)} and the U-Net is given "
+                f"{list(noisy.shape)}: "
                 "this trainer gives it something else, too, so leave the flag out"
             )
         self._network, self._dtype, self._batch = network, noisy.dtype, max(self._batch, len(noisy))
         for k in range(0 if self.complete else len(latents)):
-            self._keep(_copy(latents[k]), _map(lambda tensor, k=k: _sample(tensor, k, len(latents)), [list(args), kwargs]))
+            self._keep(
+                _copy(latents[k]),
+                _map(lambda tensor, k=k: _sample(tensor, k, len(latents)), [list(args), kwargs]),
+            )
         return True
 
     def step(self, step: int, accelerator: Any) -> dict[str, float] | None:
-        """To be called by every process after optimizer step ``step``: every ``every`` steps, once every process has its images, prints
-        and returns "stable_loss/loss" and the other numbers of Validation; else None. Training goes on as if nothing had happened."""
+        """To be called by every process after optimizer step ``step``: every ``every`` steps, once every
+        process has its images, prints and returns "stable_loss/loss" and the other numbers of Validation;
+        else None. Training goes on as if nothing had happened."""
         if self._last is None:
             _check_whole(accelerator)
         if step == self._last or step % self.every:
@@ -104,12 +116,17 @@ class StableLoss:
         means = self.validation.means(accelerator.reduce(sums, "sum"), self._total)
         if self.main:
             count = f"{self._total} images x {len(self.validation.timesteps)} timesteps"
-            say(f"step {step}: stable loss {means['loss']:.7g}, unweighted {means['loss_unweighted']:.7g} ({count})")
+            say(
+                f"step {step}: stable loss {means['loss']:.7g}, unweighted {means['loss_unweighted']:.7g} "
+                f"({count})"
+            )
         return {f"stable_loss/{name}": value for name, value in means.items()}
 
     def _keep(self, latents: torch.Tensor, conditioning: Any) -> None:
         self._seen += 1
-        if not self.complete and not any(torch.equal(latents, other) for other, _ in self.kept if other.shape == latents.shape):
+        if not self.complete and not any(
+            torch.equal(latents, other) for other, _ in self.kept if other.shape == latents.shape
+        ):
             self.kept.append((latents, conditioning))
         if not self.complete and (len(self.kept) == self.wanted or self._seen == _PATIENCE * self.wanted):
             self.complete = True
@@ -117,12 +134,20 @@ class StableLoss:
                 self._save(self.file)
 
     def _groups(self, device: torch.device) -> list[tuple[torch.Tensor, Any, list[int]]]:
-        """Images of one shape and conditioning of one length together: latents [N, C, H, W], conditioning, numbers."""
+        """Images of one shape and conditioning of one length together: latents [N, C, H, W], conditioning,
+        numbers."""
         groups: dict[str, list[tuple[torch.Tensor, Any]]] = {}
         for sample in self.kept:
-            groups.setdefault(repr(_map(lambda tensor: (tuple(tensor.shape), tensor.dtype), sample)), []).append(sample)
-        stacked = (_map(lambda *tensors: torch.stack(tensors).to(device), *samples) for samples in groups.values())
-        return [(*both, [_number(latents) for latents, _ in samples]) for both, samples in zip(stacked, groups.values(), strict=True)]
+            groups.setdefault(
+                repr(_map(lambda tensor: (tuple(tensor.shape), tensor.dtype), sample)), []
+            ).append(sample)
+        stacked = (
+            _map(lambda *tensors: torch.stack(tensors).to(device), *samples) for samples in groups.values()
+        )
+        return [
+            (*both, [_number(latents) for latents, _ in samples])
+            for both, samples in zip(stacked, groups.values(), strict=True)
+        ]
 
     def _predict(self, conditioning: Any, accelerator: Any) -> Any:
         network = self._network
@@ -164,12 +189,15 @@ class StableLoss:
                     return False
                 self.kept = [tuple(sample) for sample in _named(json.loads(metadata["layout"]), opened)]
         except SafetensorError as error:
-            raise FixError(f"{file} is not what a run with --stable_loss_steps wrote ({error}): remove it") from error
+            raise FixError(
+                f"{file} is not what a run with --stable_loss_steps wrote ({error}): remove it"
+            ) from error
         return True
 
 
 def _map(function: Any, *trees: Any) -> Any:
-    """``function`` of the tensors at each place of equal ``trees`` of dicts, lists and plain values; tuples become lists."""
+    """``function`` of the tensors at each place of equal ``trees`` of dicts, lists and plain values; tuples
+    become lists."""
     first = trees[0]
     if isinstance(first, torch.Tensor):
         return function(*trees)
@@ -178,20 +206,27 @@ def _map(function: Any, *trees: Any) -> Any:
     if isinstance(first, list | tuple):
         return [_map(function, *parts) for parts in zip(*trees, strict=True)]
     if not isinstance(first, bool | int | float | str | None):
-        raise FixError(f"--stable_loss_steps cannot keep a {type(first).__name__} that the U-Net is given: leave it out")
+        raise FixError(
+            f"--stable_loss_steps cannot keep a {type(first).__name__} that the U-Net is given: leave it out"
+        )
     return first
 
 
 def _named(layout: Any, opened: Any) -> Any:
     if isinstance(layout, dict):
-        return opened.get_tensor(layout["tensor"]) if list(layout) == ["tensor"] else {k: _named(v, opened) for k, v in layout.items()}
+        return (
+            opened.get_tensor(layout["tensor"])
+            if list(layout) == ["tensor"]
+            else {k: _named(v, opened) for k, v in layout.items()}
+        )
     return [_named(part, opened) for part in layout] if isinstance(layout, list) else layout
 
 
 def _sample(tensor: torch.Tensor, k: int, batch: int) -> torch.Tensor:
     if tensor.ndim == 0 or len(tensor) != batch:
         raise FixError(
-            f"--stable_loss_steps: the U-Net is given a tensor of shape {list(tensor.shape)} for a batch of {batch}, which "
+            f"--stable_loss_steps: the U-Net is given a tensor of shape {list(tensor.shape)} for a batch of "
+            f"{batch}, which "
             "belongs to no image of it: leave the flag out"
         )
     return _copy(tensor[k])
@@ -203,7 +238,9 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 def _number(latents: torch.Tensor) -> int:
     """An image's number, by its content."""
-    return int.from_bytes(hashlib.blake2b(latents.view(torch.uint8).numpy().tobytes(), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(latents.view(torch.uint8).numpy().tobytes(), digest_size=8).digest(), "little"
+    )
 
 
 def _check_whole(accelerator: Any) -> None:
@@ -212,5 +249,6 @@ def _check_whole(accelerator: Any) -> None:
     plugin = getattr(getattr(accelerator, "state", None), "deepspeed_plugin", None)
     if kind == "FSDP" or (kind == "DEEPSPEED" and getattr(plugin, "zero_stage", 3) == 3):
         raise FixError(
-            "--stable_loss_steps needs the whole U-Net in every process, and FSDP and DeepSpeed ZeRO-3 deal it out: leave the flag out"
+            "--stable_loss_steps needs the whole U-Net in every process, and FSDP and DeepSpeed ZeRO-3 deal "
+            "it out: leave the flag out"
         )

@@ -1,13 +1,15 @@
-"""The loss of one training step, computed here and nowhere else: for :class:`sdxl_fixes.Objective` and for every trainer.
+"""The loss of one training step, computed here and nowhere else: for :class:`sdxl_fixes.Objective` and for
+every trainer.
 
-    loss[b, i] = rho(r[b, i]; delta_t) m[b, i] g[b] w_t u_t        r = prediction - target, t the timestep of sample b
+    loss[b, i] = rho(r[b, i]; delta_t) m[b, i] g[b] w_t u_t        r = prediction - target, t the timestep of
+    sample b
 
     rho  l2, l1 or Huber with the delta of the timestep        m  the mask, 1 without one
     g    ScheduledHuber.l2_gradient's factor, else 1           w  the SNR weight (arXiv:2303.09556 and others)
     u    the importance weight of a timestep sampler that does not draw uniformly
 
-and the step's loss is the mean over all elements. Weights belong to timesteps, so every part of a batch is weighted, the prior half of
-a DreamBooth batch included.
+and the step's loss is the mean over all elements. Weights belong to timesteps, so every part of a batch is
+weighted, the prior half of a DreamBooth batch included.
 """
 
 from __future__ import annotations
@@ -47,14 +49,15 @@ class StepLoss:
         self._weight = None if weighting is None else Table(weighting.table(schedule, prediction_type))
 
     def weights(self, timesteps: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor | None:
-        """w u of each sample, float32, [B]; None where all are 1. ``timesteps`` [B] are rows of the schedule's tables, ``importance`` [B]
-        is u."""
+        """w u of each sample, float32, [B]; None where all are 1. ``timesteps`` [B] are rows of the
+        schedule's tables, ``importance`` [B] is u."""
         weight = None if self._weight is None else self._weight(timesteps)
         parts = [part for part in (weight, importance) if part is not None]
         return functools.reduce(torch.mul, parts) if parts else None
 
     def delta(self, timesteps: torch.Tensor, ndim: int = 1) -> torch.Tensor | None:
-        """Huber's delta of each sample, float32, [B, 1, ...] with ``ndim`` dimensions; None for a loss that has none."""
+        """Huber's delta of each sample, float32, [B, 1, ...] with ``ndim`` dimensions; None for a loss that
+        has none."""
         return None if self._delta is None else self._delta(timesteps, ndim)
 
     def __call__(
@@ -70,11 +73,11 @@ class StepLoss:
     ) -> torch.Tensor:
         """The loss of ``prediction`` [B, ...] for ``target`` [B, ...].
 
-        mask        broadcasts against the prediction, multiplies each element's loss, which is then averaged over all elements
-        importance  [B], from the timestep sampler, None for 1
-        later       [B], weights of the trainer's own that it will apply to the result: l2_gradient="batch" must know them
-        values      a trainer's own loss of each element [B, ...] in place of rho
-        reduction   mean or sum over all elements, sample: means of the samples [B], none: [B, ...]
+        mask        broadcasts against the prediction, multiplies each element's loss, which is then averaged
+        over all elements importance  [B], from the timestep sampler, None for 1 later       [B], weights of
+        the trainer's own that it will apply to the result: l2_gradient="batch" must know them values      a
+        trainer's own loss of each element [B, ...] in place of rho reduction   mean or sum over all elements,
+        sample: means of the samples [B], none: [B, ...]
         """
         if reduction not in REDUCTIONS:
             raise ValueError(f"unknown reduction {reduction!r}: expected one of {', '.join(REDUCTIONS)}")
@@ -90,7 +93,13 @@ class StepLoss:
             values = values * weights.reshape(-1, *[1] * (values.ndim - 1))
         if reduction == "none":
             return values
-        return values.flatten(1).mean(1) if reduction == "sample" else values.sum() if reduction == "sum" else values.mean()
+        return (
+            values.flatten(1).mean(1)
+            if reduction == "sample"
+            else values.sum()
+            if reduction == "sum"
+            else values.mean()
+        )
 
 
 @dataclass
@@ -100,28 +109,34 @@ class StepState:
     timesteps: torch.Tensor | None = None  # [B], of the latents that were noised
     sampled: bool = False  # whether the run's sampler drew them
     later: torch.Tensor | None = None  # [B], weights that the trainer applies itself
-    residual: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None  # prediction, target, the trainer's own loss of them
+    # prediction, target, the trainer's own loss of them
+    residual: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
     loss: torch.Tensor | None = None  # what was returned for them
     reached: set[str] = field(default_factory=set)  # marks of the work that was done
 
     def of(self, part: torch.Tensor) -> torch.Tensor:
-        """The timesteps of ``part`` [b, ...]: the whole batch, or one of the halves that it was split into (DreamBooth's instance and
-        prior half). Raises FixError where that cannot be told."""
+        """The timesteps of ``part`` [b, ...]: the whole batch, or one of the halves that it was split into
+        (DreamBooth's instance and prior half). Raises FixError where that cannot be told."""
         if self.timesteps is None:
-            raise FixError("a loss was computed before any latents were noised: give --fixes all,-loss,-weighting,-timesteps")
+            raise FixError(
+                "a loss was computed before any latents were noised: give --fixes "
+                "all,-loss,-weighting,-timesteps"
+            )
         if len(part) == len(self.timesteps):
             return self.timesteps
         half = _split(part)
         if half is None or 2 * len(part) != len(self.timesteps):
             raise FixError(
-                f"the loss is of {len(part)} samples and {len(self.timesteps)} were noised, so their timesteps are not known: "
+                f"the loss is of {len(part)} samples and {len(self.timesteps)} were noised, so their "
+                "timesteps are not known: "
                 "give --fixes all,-loss,-weighting,-timesteps"
             )
         return self.timesteps.chunk(2)[half]
 
 
 def _split(part: torch.Tensor) -> int | None:
-    """Which output of a split ``part`` is, by its history (a cast in between does not matter); None if it was not split."""
+    """Which output of a split ``part`` is, by its history (a cast in between does not matter); None if it was
+    not split."""
     node, number = part.grad_fn, part.output_nr
     while node is not None:
         if "Split" in node.name() or "Chunk" in node.name():

@@ -1,4 +1,5 @@
-"""``sdxl-fixes comfyui`` and ``sdxl-fixes webui``: put the node or the extension into a UI, and take it out again."""
+"""``sdxl-fixes comfyui`` and ``sdxl-fixes webui``: put the node or the extension into a UI, and take it out
+again."""
 
 from __future__ import annotations
 
@@ -47,7 +48,9 @@ TARGETS = {
 def add_commands(commands: Any) -> None:
     """Register both."""
     for key, target in TARGETS.items():
-        parser = commands.add_parser(key, help=f"make {target.name} sample stamped files as they say, without a node in the workflow")
+        parser = commands.add_parser(
+            key, help=f"make {target.name} sample stamped files as they say, without a node in the workflow"
+        )
         parser.add_argument("action", choices=("install", "remove", "status"))
         parser.add_argument("path", type=Path, help=f"the folder of {target.name}")
         parser.set_defaults(run=run, target=target)
@@ -60,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def install(target: Target, path: Path) -> str:
-    """Copy the files; an older installation is replaced. Returns a sentence. Raises OSError, with nothing changed, if that is not the UI's
-    folder or another package has the name."""
+    """Copy the files; an older installation is replaced. Returns a sentence. Raises OSError, with nothing
+    changed, if that is not the UI's folder or another package has the name."""
     folder = _folder(target, path)
     part = folder.with_name(f".{FOLDER}.part")  # ComfyUI and the web UIs skip hidden folders
     shutil.rmtree(part, ignore_errors=True)
@@ -93,7 +96,8 @@ def status(target: Target, path: Path) -> str:
     if not folder.exists():
         return "not installed"
     same = all(
-        (folder / theirs).is_file() and (folder / theirs).read_bytes() == resources.files("sdxl_fixes").joinpath(ours).read_bytes()
+        (folder / theirs).is_file()
+        and (folder / theirs).read_bytes() == resources.files("sdxl_fixes").joinpath(ours).read_bytes()
         for ours, theirs in target.files.items()
     )
     return f"installed in {folder}" + ("" if same else ", but not as this version has it: install again")

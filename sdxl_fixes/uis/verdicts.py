@@ -1,7 +1,9 @@
-"""What each UI will make of a file, as data: what it takes the model to predict, on which schedule, up to which sigma.
+"""What each UI will make of a file, as data: what it takes the model to predict, on which schedule, up to
+which sigma.
 
-Read from the UIs' own code (ComfyUI 0.3.64, Forge dfdcbab6, reForge 3b56b268, A1111 dev 2025, SD.Next 058a7f0c, InvokeAI 6.14, SwarmUI
-062407c7, diffusers 0.40); ComfyUI's rows are also a test against that code (tests/uis).
+Read from the UIs' own code (ComfyUI 0.3.64, Forge dfdcbab6, reForge 3b56b268, A1111 dev 2025, SD.Next
+058a7f0c, InvokeAI 6.14, SwarmUI 062407c7, diffusers 0.40); ComfyUI's rows are also a test against that code
+(tests/uis).
 """
 
 from __future__ import annotations
@@ -17,13 +19,18 @@ from sdxl_fixes.model_files.model_file import UNET, ModelFile
 from sdxl_fixes.model_files.stamp import SCHEDULER_CONFIG, beside, model_files, sampling_from_config
 from sdxl_fixes.schedule import NoiseSchedule
 
-ZERO_SNR_SIGMA = 4518.7636987  # where ComfyUI, Forge, reForge and A1111 end zero terminal SNR: alphas_cumprod 4.897345e-08
-NODE, EXTENSION = "install the node (sdxl-fixes comfyui install PATH)", "install the extension (sdxl-fixes webui install PATH)"
+# where ComfyUI, Forge, reForge and A1111 end zero terminal SNR: alphas_cumprod 4.897345e-08
+ZERO_SNR_SIGMA = 4518.7636987
+NODE, EXTENSION = (
+    "install the node (sdxl-fixes comfyui install PATH)",
+    ("install the extension (sdxl-fixes webui install PATH)"),
+)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one UI does. ``sampling`` None: it does not load the file, or nobody can say; ``right`` None: the truth is not known."""
+    """What one UI does. ``sampling`` None: it does not load the file, or nobody can say; ``right`` None: the
+    truth is not known."""
 
     ui: str
     sampling: Sampling | None
@@ -43,14 +50,17 @@ class Verdict:
 
 
 def verdicts(path: Path) -> tuple[ModelFile, Sampling | None, list[Verdict]]:
-    """The file (of a folder: its U-Net's first), how it must be sampled if it says so, and one verdict per UI. Raises ValueError or
-    OSError as ModelFile.read."""
+    """The file (of a folder: its U-Net's first), how it must be sampled if it says so, and one verdict per
+    UI. Raises ValueError or OSError as ModelFile.read."""
     if path.is_dir():
         return _of_folder(path)
     file = ModelFile.read(path)
     rows: list[tuple[str, Sampling | None, str]]
     if file.kind == "lora":
-        rows = [(ui, None, "the checkpoint that it is used with decides: no UI reads a schedule from a LoRA") for ui in UIS]
+        rows = [
+            (ui, None, "the checkpoint that it is used with decides: no UI reads a schedule from a LoRA")
+            for ui in UIS
+        ]
     elif file.kind == "shard":
         rows = [(ui, None, "loads no single shard") for ui in UIS]
     else:
@@ -60,12 +70,17 @@ def verdicts(path: Path) -> tuple[ModelFile, Sampling | None, list[Verdict]]:
 
 def _verdict(ui: str, sampling: Sampling | None, truth: Sampling | None, note: str) -> Verdict:
     right = _agree(sampling, truth) if sampling is not None and truth is not None else None
-    return Verdict(ui, sampling, None if sampling is None else _sigma_max(ui, sampling), right, "" if right else note)
+    return Verdict(
+        ui, sampling, None if sampling is None else _sigma_max(ui, sampling), right, "" if right else note
+    )
 
 
 def _agree(sampling: Sampling, truth: Sampling) -> bool:
     """Two shifts of rectified flow are the same model, whose steps are spaced otherwise."""
-    flows = all(s.prediction_type == "flow_prediction" and flow_shift(s.schedule) is not None for s in (sampling, truth))
+    flows = all(
+        s.prediction_type == "flow_prediction" and flow_shift(s.schedule) is not None
+        for s in (sampling, truth)
+    )
     return flows or sampling == truth
 
 
@@ -85,20 +100,26 @@ Reading = tuple[Sampling | None, str]
 
 def _stock(v: bool, zero_snr: bool) -> Sampling:
     schedule = NoiseSchedule.sdxl()
-    return Sampling(schedule.zero_terminal_snr() if zero_snr else schedule, "v_prediction" if v else "epsilon")
+    return Sampling(
+        schedule.zero_terminal_snr() if zero_snr else schedule, "v_prediction" if v else "epsilon"
+    )
 
 
 def _comfy_markers(file: ModelFile, prefix: str) -> Reading:
     if file.marked("edm_mean", prefix) and file.marked("edm_std", prefix):
         return None, "takes it for Playground's EDM (edm_mean, edm_std)"
     if file.marked("edm_vpred.sigma_max", prefix):
-        return None, "takes it for CosXL's EDM v-prediction (edm_vpred.sigma_max) and tells the network another timestep"
+        return None, (
+            "takes it for CosXL's EDM v-prediction (edm_vpred.sigma_max) and tells the network "
+            "another timestep"
+        )
     v = file.marked("v_pred", prefix)
     return _stock(v, v and file.marked("ztsnr", prefix)), NODE if _needs_node(file) else "stamp the file"
 
 
 def _needs_node(file: ModelFile) -> bool:
-    """Whether no marker could help ComfyUI: any schedule but eps, v and v with zero terminal SNR, all on SDXL's betas."""
+    """Whether no marker could help ComfyUI: any schedule but eps, v and v with zero terminal SNR, all on
+    SDXL's betas."""
     stock = (_stock(False, False), _stock(True, False), _stock(True, True))
     return file.record is not None and file.record not in stock
 
@@ -127,18 +148,25 @@ def _forge(file: ModelFile) -> Reading:
         return None, "does not load it (edm_mean, edm_std)"
     marked = file.kind != "bare_unet"  # it puts a prefix before every bare name, the markers' included
     v = (marked and file.marked("v_pred") and not file.marked("edm_vpred.sigma_max")) or _yaml_says_v(file)
-    return _stock(v, marked and file.marked("ztsnr")), EXTENSION if _needs_extension(file) or not marked else "stamp the file"
+    return _stock(v, marked and file.marked("ztsnr")), EXTENSION if _needs_extension(
+        file
+    ) or not marked else "stamp the file"
 
 
 def _extension(file: ModelFile) -> str:
     """What helps in reForge and A1111 where no marker does."""
     assert file.record is not None
     types = ("epsilon", "v_prediction")
-    return EXTENSION if file.record.prediction_type in types else "in reForge: Advanced Model Sampling, by hand; in A1111: nothing"
+    return (
+        EXTENSION
+        if file.record.prediction_type in types
+        else ("in reForge: Advanced Model Sampling, by hand; in A1111: nothing")
+    )
 
 
 def _needs_extension(file: ModelFile) -> bool:
-    """Whether no marker could help Forge, reForge and A1111: they also know epsilon with zero terminal SNR."""
+    """Whether no marker could help Forge, reForge and A1111: they also know epsilon with zero terminal
+    SNR."""
     return _needs_node(file) and file.record != _stock(False, True)
 
 
@@ -147,7 +175,9 @@ def _reforge(file: ModelFile) -> Reading:
         return None, "loads whole checkpoints"
     if file.marked("edm_vpred.sigma_max") or file.marked("edm_mean"):
         return _comfy_markers(file, "")
-    return _stock(file.marked("v_pred"), file.marked("ztsnr")), _extension(file) if _needs_extension(file) else "stamp the file"
+    return _stock(file.marked("v_pred"), file.marked("ztsnr")), _extension(file) if _needs_extension(
+        file
+    ) else "stamp the file"
 
 
 def _a1111_dev(file: ModelFile) -> Reading:
@@ -161,21 +191,39 @@ def _a1111_old(file: ModelFile) -> Reading:
     if file.kind != "checkpoint":
         return None, "loads whole checkpoints"
     by_yaml = file.record in (_stock(True, False), _stock(True, True))
-    note = "stamp --yaml" if by_yaml and not _yaml_says_v(file) else _extension(file) if _needs_extension(file) else ""
+    note = (
+        "stamp --yaml"
+        if by_yaml and not _yaml_says_v(file)
+        else _extension(file)
+        if _needs_extension(file)
+        else ""
+    )
     if file.record is not None and file.record.schedule == _stock(False, True).schedule:
-        note = (note + "; " if note else "") + 'set "Noise schedule for sampling" to Zero Terminal SNR, or install the extension'
+        note = (
+            note + "; " if note else ""
+        ) + 'set "Noise schedule for sampling" to Zero Terminal SNR, or install the extension'
     return _stock(_yaml_says_v(file), False), note or "stamp the file"
 
 
 def _forge_extension(file: ModelFile) -> Reading:
-    if file.record is None or file.kind not in ("checkpoint", "unet", "bare_unet") or file.record.prediction_type == "sample":
+    if (
+        file.record is None
+        or file.kind not in ("checkpoint", "unet", "bare_unet")
+        or file.record.prediction_type == "sample"
+    ):
         return _forge(file)[0], "stamp the file" if file.record is None else "samples no x0 prediction"
     return file.record, ""
 
 
 def _a1111_extension(file: ModelFile) -> Reading:
-    if file.record is None or file.kind != "checkpoint" or file.record.prediction_type not in ("epsilon", "v_prediction"):
-        return _a1111_dev(file)[0], "stamp the file" if file.record is None else "in reForge: Advanced Model Sampling, by hand"
+    if (
+        file.record is None
+        or file.kind != "checkpoint"
+        or file.record.prediction_type not in ("epsilon", "v_prediction")
+    ):
+        return _a1111_dev(file)[0], "stamp the file" if file.record is None else (
+            "in reForge: Advanced Model Sampling, by hand"
+        )
     return file.record, ""
 
 
@@ -184,7 +232,9 @@ def _sd_next(file: ModelFile) -> Reading:
         return None, "use it as a U-Net of another checkpoint, whose schedule rules"
     name = file.path.stem.lower()
     if "bigaspv25" in name or "noobai-rf" in name or ("flow" in name and "flower" not in name):
-        return Sampling(NoiseSchedule.flow(2.5), "flow_prediction"), "its file name says flow to SD.Next, at shift 2.5: rename it"
+        return Sampling(NoiseSchedule.flow(2.5), "flow_prediction"), (
+            "its file name says flow to SD.Next, at shift 2.5: rename it"
+        )
     v = any(word in name for word in ("vpred", "v-pred", "v_pred")) or file.marked("v_pred")
     return _stock(v, False), "use a diffusers folder with its scheduler_config.json and the sampler Default"
 
@@ -192,7 +242,11 @@ def _sd_next(file: ModelFile) -> Reading:
 def _invokeai(file: ModelFile) -> Reading:
     if file.kind != "checkpoint":
         return None, "loads checkpoints and diffusers folders"
-    note = "choose v-prediction in the model manager" if file.record == _stock(True, False) else "use a diffusers folder, stamped"
+    note = (
+        "choose v-prediction in the model manager"
+        if file.record == _stock(True, False)
+        else ("use a diffusers folder, stamped")
+    )
     return _stock(False, False), note
 
 
@@ -200,7 +254,10 @@ def _diffusers(file: ModelFile) -> Reading:
     if file.kind not in ("checkpoint", "diffusers_unet"):
         return None, "loads checkpoints and diffusers folders"
     name = beside(file.path, "." + SCHEDULER_CONFIG).name
-    return _stock(False, False), f"from_single_file reads no schedule: load {name} into the pipeline's scheduler, or use a folder, stamped"
+    return _stock(False, False), (
+        f"from_single_file reads no schedule: load {name} into the pipeline's "
+        "scheduler, or use a folder, stamped"
+    )
 
 
 def _swarm(file: ModelFile) -> Reading:
@@ -213,22 +270,32 @@ def _swarm(file: ModelFile) -> Reading:
 
 
 def _shift(file: ModelFile) -> float:
-    """SwarmUI's Sigma Shift is the user's (3 by default) and only spaces the steps: any one samples a flow model."""
-    shift = flow_shift(file.record.schedule) if file.record and file.record.prediction_type == "flow_prediction" else None
+    """SwarmUI's Sigma Shift is the user's (3 by default) and only spaces the steps: any one samples a flow
+    model."""
+    shift = (
+        flow_shift(file.record.schedule)
+        if file.record and file.record.prediction_type == "flow_prediction"
+        else None
+    )
     return 3.0 if shift is None else shift
 
 
 def _forge_neo(file: ModelFile) -> Reading:
     if "rectified" in str(file.path.resolve()).lower():
-        return Sampling(NoiseSchedule.flow(), "flow_prediction"), "its path says rectified flow to Forge Neo: rename it"
+        return Sampling(NoiseSchedule.flow(), "flow_prediction"), (
+            "its path says rectified flow to Forge Neo: rename it"
+        )
     sampling, note = _forge(file)
     return sampling, "no route but a path with the word rectified, for flow" if note == EXTENSION else note
 
 
 def _yaml_says_v(file: ModelFile) -> bool:
-    """Whether the YAML beside the file names v-prediction's scaling (a YAML parser would be one more dependency)."""
+    """Whether the YAML beside the file names v-prediction's scaling (a YAML parser would be one more
+    dependency)."""
     yaml = beside(file.path, ".yaml")
-    return yaml.is_file() and "denoiser_scaling.VScaling" in yaml.read_text(encoding="utf-8", errors="replace")
+    return yaml.is_file() and "denoiser_scaling.VScaling" in yaml.read_text(
+        encoding="utf-8", errors="replace"
+    )
 
 
 UIS: dict[str, Callable[[ModelFile], Reading]] = {

@@ -1,4 +1,5 @@
-"""sdxl-fixes buckets: kohya's TOML, folders and metadata.jsonl, and everything that can be wrong with them."""
+"""sdxl-fixes buckets: kohya's TOML, folders and metadata.jsonl, and everything that can be wrong with
+them."""
 
 import json
 import re
@@ -48,10 +49,15 @@ def test_folder_before_and_after(images, tokenizer, capsys):
     assert status == 0 and found["samples"] == found["draws"] == 24 and found["problems"] == []
     assert found["chunk_counts"] == {"1": 12, "2": 12} and found["sizes"] == [12, 12]
     assert found["padded"]["chunks"] == 3 and found["padded"]["padding"] == 0.5
-    assert found["aspect"]["chunks"] > 1.8 and found["chunked"]["chunks"] == 1.5 and found["chunked"]["padding"] == 0
+    assert (
+        found["aspect"]["chunks"] > 1.8
+        and found["chunked"]["chunks"] == 1.5
+        and found["chunked"]["padding"] == 0
+    )
     assert found["aspect"]["batches"] == found["chunked"]["batches"] == 4
     rows = {
-        line[:50].strip(): line[50:].split() for line in call(capsys, images, "--tokenizer", tokenizer, "--batch_size", "6")[1].splitlines()
+        line[:50].strip(): line[50:].split()
+        for line in call(capsys, images, "--tokenizer", tokenizer, "--batch_size", "6")[1].splitlines()
     }
     assert rows["chunks of 75 tokens that a sample costs (mean)"][0::2] == ["3.000", "1.500"]
     assert rows["share of chunks that are nothing but padding"][-2:] == ["0.0", "%"]
@@ -87,19 +93,36 @@ image_dir = {json.dumps(str(other))}
     )
     status, out, _ = call(capsys, config, "--tokenizer", tokenizer, "--json")
     first, second = json.loads(out)
-    assert status == 0 and first["draws"] == 49 and first["batch_size"] == 3 and [128, 32] in first["resolutions"]
-    assert second["resolutions"] == [[64, 64]] and second["samples"] == 1 and "no caption" in second["problems"][0]
+    assert (
+        status == 0
+        and first["draws"] == 49
+        and first["batch_size"] == 3
+        and [128, 32] in first["resolutions"]
+    )
+    assert (
+        second["resolutions"] == [[64, 64]]
+        and second["samples"] == 1
+        and "no caption" in second["problems"][0]
+    )
 
 
 def test_metadata_of_diffusers_and_of_kohya(images, tokenizer, tmp_path, capsys):
-    (images / "metadata.jsonl").write_text('{"file_name": "00.png", "text": "a cat"}\n\n{"file_name": "01.png", "text": "a dog"}\n')
+    (images / "metadata.jsonl").write_text(
+        '{"file_name": "00.png", "text": "a cat"}\n\n{"file_name": "01.png", "text": "a dog"}\n'
+    )
     kohya = tmp_path / "meta.jsonl"
-    lines = [{"image_path": str(images / "00.png"), "caption": "a", "tags": "b"}, {"image_path": "nowhere.png", "image_size": [70, 70]}]
+    lines = [
+        {"image_path": str(images / "00.png"), "caption": "a", "tags": "b"},
+        {"image_path": "nowhere.png", "image_size": [70, 70]},
+    ]
     kohya.write_text("\n".join(map(json.dumps, lines)))
     (dataset,) = read(images)
     assert [sample.caption for sample in dataset.samples] == ["a cat", "a dog"]
     (dataset,) = read(kohya)
-    assert [(sample.size, sample.caption) for sample in dataset.samples] == [((64, 64), "a, b"), ((70, 70), "")]
+    assert [(sample.size, sample.caption) for sample in dataset.samples] == [
+        ((64, 64), "a, b"),
+        ((70, 70), ""),
+    ]
     assert call(capsys, kohya, "--tokenizer", tokenizer)[0] == 0
 
 
@@ -123,14 +146,23 @@ def test_bad_files_are_named_and_nothing_else_is_lost(images, tokenizer, capsys)
     (found,) = json.loads(out)
     assert status == 0 and found["samples"] == 21
     text = "\n".join(found["problems"])
-    assert "00.png: unreadable, left out" in text and "01.png: unreadable, left out" in text and "06.png: unreadable, left out" in text
-    assert "02.png: no caption" in text and "04.png: the caption is empty" in text and "05.png (134 chunks)" in text
+    assert (
+        "00.png: unreadable, left out" in text
+        and "01.png: unreadable, left out" in text
+        and ("06.png: unreadable, left out") in text
+    )
+    assert (
+        "02.png: no caption" in text
+        and "04.png: the caption is empty" in text
+        and "05.png (134 chunks)" in text
+    )
 
 
 def test_a_zero_size_is_left_out(tmp_path):
     file = tmp_path / "meta.jsonl"
     file.write_text(
-        '{"file_name": "a.png", "image_size": [0, 5], "text": "x"}\n{"file_name": "b.png", "image_size": [5, 5], "text": "x"}\n'
+        '{"file_name": "a.png", "image_size": [0, 5], "text": "x"}\n'
+        '{"file_name": "b.png", "image_size": [5, 5], "text": "x"}\n'
     )
     (dataset,) = read(file)
     assert len(dataset.samples) == 1 and dataset.problems == [f"{tmp_path / 'a.png'}: 0 x 5 pixels, left out"]
@@ -138,9 +170,13 @@ def test_a_zero_size_is_left_out(tmp_path):
 
 def test_images_below_the_step_fit_no_bucket_without_upscaling(tmp_path):
     settings = {"resolution": 512, "enable_bucket": True, "bucket_no_upscale": True, "batch_size": 2}
-    samples = [Sample(tmp_path / f"{n}.png", size, "a") for n, size in enumerate([(500, 300), (50, 900), (500, 310)])]
+    samples = [
+        Sample(tmp_path / f"{n}.png", size, "a") for n, size in enumerate([(500, 300), (50, 900), (500, 310)])
+    ]
     found = report(Dataset("set", samples, settings), np.array([1, 1, 1]), 3)
-    assert found.samples == 2 and found.problems == [f"{tmp_path / '1.png'}: 50 x 900 pixels fit no bucket, left out"]
+    assert found.samples == 2 and found.problems == [
+        f"{tmp_path / '1.png'}: 50 x 900 pixels fit no bucket, left out"
+    ]
 
 
 def test_cache_is_written_and_used(images, tokenizer, tmp_path, capsys):
@@ -152,7 +188,9 @@ def test_cache_is_written_and_used(images, tokenizer, tmp_path, capsys):
 def test_plot_is_a_png(images, tokenizer, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     file = tmp_path / "b.png"
-    assert call(capsys, images, "--tokenizer", tokenizer, "--plot", file)[0] == 0 and file.read_bytes().startswith(b"\x89PNG")
+    assert call(capsys, images, "--tokenizer", tokenizer, "--plot", file)[
+        0
+    ] == 0 and file.read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.part"))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "sdxl-fixes[plot]" in call(capsys, images, "--tokenizer", tokenizer, "--plot", file)[2]
@@ -164,8 +202,16 @@ def test_plot_is_a_png(images, tokenizer, tmp_path, capsys, monkeypatch):
         ("nowhere", None, "there is no "),
         ("set.toml", "[[datasets", "is not TOML"),
         ("set.toml", "[general]", "has no [[datasets]]"),
-        ("set.toml", "[[datasets]]\n[[datasets.subsets]]\nimage_dir = '/nowhere'", "there is no image_dir /nowhere"),
-        ("set.toml", "[[datasets]]\n[[datasets.subsets]]\nmetadata_file = 'gone.json'", "there is no metadata_file gone.json"),
+        (
+            "set.toml",
+            "[[datasets]]\n[[datasets.subsets]]\nimage_dir = '/nowhere'",
+            "there is no image_dir /nowhere",
+        ),
+        (
+            "set.toml",
+            "[[datasets]]\n[[datasets.subsets]]\nmetadata_file = 'gone.json'",
+            "there is no metadata_file gone.json",
+        ),
         ("set.jsonl", "{}", 'line 1: expected an object with "file_name" or "image_path"'),
         ("set.jsonl", "[1]", 'line 1: expected an object with "file_name" or "image_path"'),
         ("set.jsonl", "", "holds no usable image"),
@@ -176,9 +222,17 @@ def test_plot_is_a_png(images, tokenizer, tmp_path, capsys, monkeypatch):
         ("set.toml", "a = " + "9" * 5000, "is not TOML"),
         ("set.toml", "[[datasets]]\nsubsets = 3", "subsets is 3: expected an array of tables"),
         ("set.toml", "[[datasets]]\nsubsets = [1]", "subsets is [1]: expected an array of tables"),
-        ("set.toml", "[[datasets]]\n[[datasets.subsets]]", "[[datasets.subsets]] 1 has neither image_dir nor metadata_file"),
+        (
+            "set.toml",
+            "[[datasets]]\n[[datasets.subsets]]",
+            "[[datasets.subsets]] 1 has neither image_dir nor metadata_file",
+        ),
         *(
-            ("set.toml", f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '.'\n{line}", f"[[datasets.subsets]] 1: {sentence}")
+            (
+                "set.toml",
+                f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '.'\n{line}",
+                f"[[datasets.subsets]] 1: {sentence}",
+            )
             for line, sentence in [
                 ("metadata_file = 3", "metadata_file is 3: expected text"),
                 ("class_tokens = 3", "class_tokens is 3: expected text"),
@@ -187,13 +241,20 @@ def test_plot_is_a_png(images, tokenizer, tmp_path, capsys, monkeypatch):
                 ("caption_extension = ''", "caption_extension is '': expected the end of a file name"),
                 ("caption_extension = 'a/b'", "caption_extension is 'a/b': expected the end of a file name"),
                 ("num_repeats = 'x'", "num_repeats is 'x': expected a whole number"),
-                ("num_repeats = 1" + "0" * 30, "num_repeats is 1000000000000000000000000000000: expected a whole number"),
+                (
+                    "num_repeats = 1" + "0" * 30,
+                    "num_repeats is 1000000000000000000000000000000: expected a whole number",
+                ),
                 ("num_repeats = 0", "num_repeats is 0, and kohya leaves such a subset out"),
             ]
         ),
         ("set.toml", "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 3", "image_dir is 3: expected text"),
         ("set.jsonl", '{"file_name": 3}', "line 1: the image's name is 3: expected the path of a file"),
-        ("set.jsonl", '{"file_name": "\\ud800"}', "line 1: the image's name is '\\ud800': expected the path of a file"),
+        (
+            "set.jsonl",
+            '{"file_name": "\\ud800"}',
+            "line 1: the image's name is '\\ud800': expected the path of a file",
+        ),
         ("set.jsonl", "[" * 100_000, "line 1: expected an object"),
         ("set.jsonl", b'{"file_name": "\xff"}', "set.jsonl is not UTF-8"),
         *(
@@ -212,7 +273,13 @@ def test_wrong_sources_are_one_sentence_and_status_2(name, content, sentence, tm
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     status, out, error = call(capsys, tmp_path / name, "--tokenizer", tokenizer)
-    assert status == 2 and not out and error.startswith("sdxl-fixes buckets: ") and sentence in error and error.count("\n") == 1
+    assert (
+        status == 2
+        and not out
+        and error.startswith("sdxl-fixes buckets: ")
+        and sentence in error
+        and error.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -231,7 +298,9 @@ def test_wrong_sources_are_one_sentence_and_status_2(name, content, sentence, tm
 )
 def test_wrong_metadata_of_kohya_is_one_sentence(content, sentence, tmp_path, capsys):
     (tmp_path / "m.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    (tmp_path / "set.toml").write_text(f"[[datasets]]\n[[datasets.subsets]]\nmetadata_file = {json.dumps(str(tmp_path / 'm.json'))}")
+    (tmp_path / "set.toml").write_text(
+        f"[[datasets]]\n[[datasets.subsets]]\nmetadata_file = {json.dumps(str(tmp_path / 'm.json'))}"
+    )
     status, _, error = call(capsys, tmp_path / "set.toml")
     assert status == 2 and sentence in error and error.count("\n") == 1
 
@@ -240,7 +309,10 @@ def test_lines_end_at_line_ends_only_and_a_mark_of_byte_order_is_none(tmp_path):
     text = "a\u2028b\u0085c\u2029d"
     line = json.dumps({"file_name": "a.png", "image_size": [8, 8], "text": text}, ensure_ascii=False)
     (tmp_path / "m.jsonl").write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n" + line.encode())
-    assert "\u2028" in line and [sample.caption for sample in read(tmp_path / "m.jsonl")[0].samples] == [text, text]
+    assert "\u2028" in line and [sample.caption for sample in read(tmp_path / "m.jsonl")[0].samples] == [
+        text,
+        text,
+    ]
 
 
 CAPTIONS = {  # .txt, options of the subset -> what kohya trains, the longest where it draws
@@ -249,14 +321,20 @@ CAPTIONS = {  # .txt, options of the subset -> what kohya trains, the longest wh
     "alternatives": ("a {cat|large dog} {{b}}", {"enable_wildcard": True}, "a large dog {b}"),
     "no alternatives": ("a {cat|large dog}", {}, "a {cat|large dog}"),
     "around": ("one\ntwo", {"caption_prefix": "p", "caption_suffix": "s"}, "p one s"),
-    "around lines": ("one\ntwo", {"caption_prefix": "pre", "caption_suffix": "s", "enable_wildcard": True}, "pre one"),
+    "around lines": (
+        "one\ntwo",
+        {"caption_prefix": "pre", "caption_suffix": "s", "enable_wildcard": True},
+        "pre one",
+    ),
     "around nothing": (None, {"caption_prefix": "p"}, "p"),
     "around tokens": (None, {"class_tokens": "cat", "caption_suffix": "s"}, "cat s"),
 }
 
 
 def toml(folder, **options):
-    lines = [f"{key} = {json.dumps(value)}" for key, value in {"caption_extension": ".txt", **options}.items()]
+    lines = [
+        f"{key} = {json.dumps(value)}" for key, value in {"caption_extension": ".txt", **options}.items()
+    ]
     (folder / "set.toml").write_text("\n".join(["[[datasets]]", "[[datasets.subsets]]", *lines]))
     return folder / "set.toml"
 
@@ -269,7 +347,9 @@ def test_captions_are_counted_as_kohya_trains_them(case, tmp_path):
         (tmp_path / "a.txt").write_text(text)
     (dataset,) = read(toml(tmp_path, image_dir=str(tmp_path), **options))
     assert [sample.caption for sample in dataset.samples] == [expected]
-    assert dataset.problems == ([f"{tmp_path / 'a.png'}: no caption, it trains with 'p' alone"] if case == "around nothing" else [])
+    assert dataset.problems == (
+        [f"{tmp_path / 'a.png'}: no caption, it trains with 'p' alone"] if case == "around nothing" else []
+    )
 
 
 @pytest.mark.parametrize(
@@ -306,7 +386,10 @@ def test_of_diffusers_captions_every_line_counts_and_of_a_list_the_longest(tmp_p
         ({"resolution": [512]}, "resolution is [512]: expected a whole number or [width, height]"),
         ({"resolution": [512, 1e400]}, "resolution is inf: expected a whole number"),
         ({"min_bucket_reso": 32}, "min_bucket_reso is 32: expected a whole number in 64..1024"),
-        ({"max_bucket_reso": 10**12}, "max_bucket_reso is 1000000000000: expected a whole number in 64..16384"),
+        (
+            {"max_bucket_reso": 10**12},
+            "max_bucket_reso is 1000000000000: expected a whole number in 64..16384",
+        ),
     ],
 )
 def test_wrong_settings_are_named(settings, sentence, tmp_path):
@@ -342,7 +425,14 @@ def test_a_name_that_is_no_unicode_is_escaped_in_the_table(images, tokenizer, ca
     assert status == 0 and f"{images}/b\\udcff\\n.png: unreadable, left out" in out
 
 
-ENTRY = {"text": "a", "tags": "b", "image_size": [8, 8], "file_name": "a.png", "image_path": "a.png", "caption": "c"}
+ENTRY = {
+    "text": "a",
+    "tags": "b",
+    "image_size": [8, 8],
+    "file_name": "a.png",
+    "image_path": "a.png",
+    "caption": "c",
+}
 SETTINGS = {
     "resolution": [64, 64],
     "enable_bucket": True,
@@ -352,7 +442,13 @@ SETTINGS = {
     "max_bucket_reso": 128,
     "batch_size": 2,
 }
-SUBSET = {"image_dir": ".", "metadata_file": "m.json", "num_repeats": 2, "class_tokens": "a", "caption_prefix": "p"}
+SUBSET = {
+    "image_dir": ".",
+    "metadata_file": "m.json",
+    "num_repeats": 2,
+    "class_tokens": "a",
+    "caption_prefix": "p",
+}
 SUBSET |= {"caption_suffix": "s", "caption_extension": ".txt", "enable_wildcard": True}
 TOMLS = [
     {"general": SETTINGS, "datasets": [{"batch_size": 3, "subsets": [SUBSET]}]},
@@ -377,8 +473,11 @@ def test_any_toml_and_any_metadata_is_a_report_or_a_sentence(tmp_path, toml, met
     (tmp_path / "m.json").write_text(json.dumps(METADATA[0] if good else metadata))
     content = json.loads(json.dumps(toml).replace('"m.json"', json.dumps(str(tmp_path / "m.json"))))
     (tmp_path / "set.toml").touch()
-    with pytest.MonkeyPatch.context() as patch:  # TOML's tables are JSON's objects: what follows never sees the text
-        patch.setattr("sdxl_fixes.commands.dataset.load_toml", lambda path: content if isinstance(content, dict) else {})
+    # TOML's tables are JSON's objects: what follows never sees the text
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "sdxl_fixes.commands.dataset.load_toml", lambda path: content if isinstance(content, dict) else {}
+        )
         refused(tmp_path / "set.toml")
 
 
@@ -402,7 +501,10 @@ def test_any_bytes_are_refused_in_a_sentence(tmp_path, content, name):
         (("--max_token_length", "100"), "--max_token_length must be a multiple of 75, got 100"),
         (("--tokenizer", "."), "no CLIP tokenizer there, and none downloaded"),
         (("--batch_size", "0"), "batch_size must be a whole number of at least 1"),
-        (("--batch_size", "9" * 30), "--batch_size must be a whole number of at least 1 and at most 1000000, got 999"),
+        (
+            ("--batch_size", "9" * 30),
+            "--batch_size must be a whole number of at least 1 and at most 1000000, got 999",
+        ),
         (("--world_size", "9" * 30), "--world_size must be a whole number"),
         (("--seed", "9" * 30), "--seed must be a whole number"),
         (("--max_token_length", "75" + "0" * 30), "--max_token_length must be a multiple of 75"),
@@ -419,4 +521,7 @@ def test_missing_extras_are_named(images, tokenizer, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert 'pip install "sdxl-fixes[buckets]"' in call(capsys, images, "--tokenizer", tokenizer)[2]
     monkeypatch.setitem(sys.modules, "PIL", None)
-    assert 'read with Pillow: pip install "sdxl-fixes[buckets]"' in call(capsys, images, "--tokenizer", tokenizer)[2]
+    assert (
+        'read with Pillow: pip install "sdxl-fixes[buckets]"'
+        in call(capsys, images, "--tokenizer", tokenizer)[2]
+    )

@@ -21,7 +21,9 @@ def refuse(constant):
 
 def test_text_has_both_schedules_side_by_side(capsys):
     assert main(["schedule", "--terminal_sigma", "300"]) == 0
-    rows = {line.split("  ")[0].strip(): line.split() for line in capsys.readouterr().out.splitlines() if line}
+    rows = {
+        line.split("  ")[0].strip(): line.split() for line in capsys.readouterr().out.splitlines() if line
+    }
     assert rows["sigma of the last timestep"][-2:] == ["14.615", "300"]
     assert rows["share of the image still visible at the last timestep"][-4:] == ["6.83", "%", "0.333", "%"]
     assert rows["999"][1:3] == ["14.615", "300"]
@@ -36,7 +38,11 @@ def test_json_is_strict_and_holds_the_record(capsys):
 
 def test_starts_from_a_file(tmp_path, capsys):
     config, record = tmp_path / "scheduler_config.json", tmp_path / "record.json"
-    config.write_text(json.dumps({"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000}))
+    config.write_text(
+        json.dumps(
+            {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000}
+        )
+    )
     record.write_text(NoiseSchedule.cosine().to_json())
     for file, sigma in ((config, 157.41), (record, 20291)):
         assert main(["schedule", "--from", str(file), "--json"]) == 0
@@ -56,16 +62,25 @@ def test_plot_is_a_png_and_nothing_half_written_stays(tmp_path, monkeypatch, cap
     assert main(["schedule", "--plot", str(tmp_path)]) == 2  # a folder
     assert [p.name for p in tmp_path.iterdir()] == ["s.png"]
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert main(["schedule", "--plot", str(file)]) == 2 and 'pip install "sdxl-fixes[plot]"' in capsys.readouterr().err
+    assert (
+        main(["schedule", "--plot", str(file)]) == 2
+        and 'pip install "sdxl-fixes[plot]"' in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (["--width", "1024"], "--width and --height belong together"),
-        (["--width", "8", "--height", "8", "--zero_terminal_snr"], "leave --terminal_sigma and --zero_terminal_snr out"),
+        (
+            ["--width", "8", "--height", "8", "--zero_terminal_snr"],
+            "leave --terminal_sigma and --zero_terminal_snr out",
+        ),
         (["--from", "nowhere.json"], "nowhere.json"),
-        (["--base", "cosine", "--terminal_sigma", "300", "--terminal_sigma_method", "beta_end"], "use 'rescale', 'tail' or 'last'"),
+        (
+            ["--base", "cosine", "--terminal_sigma", "300", "--terminal_sigma_method", "beta_end"],
+            "use 'rescale', 'tail' or 'last'",
+        ),
         (["--from", "x.json", "--base", "flow"], "give one of them"),
         (["--width", "0", "--height", "8"], "--width 0 --height 8: width, height and base must be positive"),
         (["--width", "9" * 400, "--height", "8"], "--height 8: "),
@@ -104,7 +119,10 @@ def test_what_json_printed_is_read_back(tmp_path, capsys):
     file = tmp_path / "printed.json"
     assert main(["schedule", "--terminal_sigma", "300", "--json"]) == 0
     file.write_text(capsys.readouterr().out)
-    assert main(["schedule", "--from", str(file), "--json"]) == 0 and capsys.readouterr().out.strip() == file.read_text().strip()
+    assert (
+        main(["schedule", "--from", str(file), "--json"]) == 0
+        and capsys.readouterr().out.strip() == file.read_text().strip()
+    )
 
 
 @given(mutations([*RECORDS, *CONFIGS, {"record": RECORDS[0]}]) | JSON)

@@ -1,6 +1,8 @@
-"""A training script of our own with the structure of diffusers' SDXL examples: what the adapter needs to find, in a second of CPU time.
+"""A training script of our own with the structure of diffusers' SDXL examples: what the adapter needs to
+find, in a second of CPU time.
 
-The "U-Net" is a convolution. Every step's inputs are written to steps.pt, so that a test can work the losses out by itself.
+The "U-Net" is a convolution. Every step's inputs are written to steps.pt, so that a test can work the losses
+out by itself.
 """
 
 import argparse
@@ -37,11 +39,17 @@ def parse_args(input_args=None):
 def main(args):
     accelerator = Accelerator()
     torch.manual_seed(args.seed)
-    StableDiffusionXLPipeline.from_pretrained(args.pretrained_model_name_or_path).save("class_images", args.output_dir)
+    StableDiffusionXLPipeline.from_pretrained(args.pretrained_model_name_or_path).save(
+        "class_images", args.output_dir
+    )
     if args.do_edm_style_training:
-        noise_scheduler = EulerDiscreteScheduler.from_pretrained(args.pretrained_model_name_or_path, subfolder="scheduler")
+        noise_scheduler = EulerDiscreteScheduler.from_pretrained(
+            args.pretrained_model_name_or_path, subfolder="scheduler"
+        )
     else:
-        noise_scheduler = DDPMScheduler.from_pretrained(args.pretrained_model_name_or_path, subfolder="scheduler")
+        noise_scheduler = DDPMScheduler.from_pretrained(
+            args.pretrained_model_name_or_path, subfolder="scheduler"
+        )
     weight_dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     unet = torch.nn.Conv2d(4, 4, 3, padding=1)
     optimizer = torch.optim.SGD(unet.parameters(), lr=0.01)
@@ -52,7 +60,9 @@ def main(args):
     for _ in range(args.max_train_steps):
         model_input = torch.randn(args.train_batch_size, 4, 8, 8).to(weight_dtype)
         noise = torch.randn_like(model_input)
-        timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (len(model_input),), device=model_input.device).long()
+        timesteps = torch.randint(
+            0, noise_scheduler.config.num_train_timesteps, (len(model_input),), device=model_input.device
+        ).long()
         if args.fixed_timestep is not None:
             timesteps = torch.full_like(timesteps, args.fixed_timestep)
         noisy = noise_scheduler.add_noise(model_input, noise, timesteps)
@@ -61,7 +71,14 @@ def main(args):
             target = noise_scheduler.get_velocity(model_input, noise, timesteps)
         else:
             target = noise
-        step = dict(model_input=model_input, noise=noise, timesteps=timesteps, noisy=noisy, model_pred=model_pred, target=target)
+        step = dict(
+            model_input=model_input,
+            noise=noise,
+            timesteps=timesteps,
+            noisy=noisy,
+            model_pred=model_pred,
+            target=target,
+        )
         prior_loss = 0.0
         if args.with_prior_preservation:
             model_pred, model_pred_prior = torch.chunk(model_pred, 2, dim=0)
@@ -74,7 +91,9 @@ def main(args):
         else:
             snr = compute_snr(noise_scheduler, timesteps)
             weights = snr.clamp(max=args.snr_gamma) / snr
-            loss = (F.mse_loss(model_pred.float(), target.float(), reduction="none").mean([1, 2, 3]) * weights).mean()
+            loss = (
+                F.mse_loss(model_pred.float(), target.float(), reduction="none").mean([1, 2, 3]) * weights
+            ).mean()
         loss = loss + prior_loss
         accelerator.backward(loss)
         optimizer.step()
@@ -84,12 +103,21 @@ def main(args):
     torch.save(steps, os.path.join(args.output_dir, "steps.pt"))
     if args.save_nothing:
         return
-    StableDiffusionXLPipeline.from_pretrained(args.pretrained_model_name_or_path).save_pretrained(args.output_dir)
+    StableDiffusionXLPipeline.from_pretrained(args.pretrained_model_name_or_path).save_pretrained(
+        args.output_dir
+    )
     weight = accelerator.unwrap_model(unet).weight.detach().contiguous()
-    save_file({"unet.conv.lora_A.weight": weight}, os.path.join(args.output_dir, "lora.safetensors"), metadata={"format": "pt"})
+    save_file(
+        {"unet.conv.lora_A.weight": weight},
+        os.path.join(args.output_dir, "lora.safetensors"),
+        metadata={"format": "pt"},
+    )
     save_file({"encoder.conv.weight": weight}, os.path.join(args.output_dir, "vae.safetensors"))
     with open(os.path.join(args.output_dir, "args.json"), "w") as file:
-        json.dump({key: value for key, value in vars(args).items() if isinstance(value, int | float | str | None)}, file)
+        json.dump(
+            {key: value for key, value in vars(args).items() if isinstance(value, int | float | str | None)},
+            file,
+        )
 
 
 if __name__ == "__main__":

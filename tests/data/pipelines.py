@@ -1,4 +1,5 @@
-"""Stands for diffusers' pipelines in made_up_sdxl.py: loads the scheduler of a folder, from a module that is not the script."""
+"""Stands for diffusers' pipelines in made_up_sdxl.py: loads the scheduler of a folder, from a module that is
+not the script."""
 
 import os
 

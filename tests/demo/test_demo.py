@@ -1,4 +1,5 @@
-"""The demo: it writes everything, its report stands alone, it repeats itself, and it says in a sentence what is wrong."""
+"""The demo: it writes everything, its report stands alone, it repeats itself, and it says in a sentence what
+is wrong."""
 
 import argparse
 import importlib.util
@@ -14,7 +15,9 @@ pytest.importorskip("tqdm")
 
 from sdxl_fixes.demo import experiment as demo
 
-TINY = demo.Settings(steps=2, finetuning_steps=3, batch=2, crops=4, samples=1, sampling_steps=2, widths=(128, 32))
+TINY = demo.Settings(
+    steps=2, finetuning_steps=3, batch=2, crops=4, samples=1, sampling_steps=2, widths=(128, 32)
+)
 FILES = {"demo.png", "report.html", "results.json"}
 
 
@@ -26,7 +29,8 @@ def run(*arguments):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Layers this small spend their time waiting for each other on several threads, above all on a busy machine."""
+    """Layers this small spend their time waiting for each other on several threads, above all on a busy
+    machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -43,7 +47,14 @@ def test_writes_the_three_files_and_no_other(tiny):
     numbers, output = tiny
     assert {file.name for file in output.iterdir()} == FILES
     assert json.loads((output / "results.json").read_text()) == numbers
-    assert [row["key"] for row in numbers["runs"]] == ["stock_epsilon", "fixed_epsilon", "stock_v", "longer_v", "fixed_v", "ztsnr_v"]
+    assert [row["key"] for row in numbers["runs"]] == [
+        "stock_epsilon",
+        "fixed_epsilon",
+        "stock_v",
+        "longer_v",
+        "fixed_v",
+        "ztsnr_v",
+    ]
     assert [len(row["losses"]) for row in numbers["runs"]] == [2, 3, 2, 3, 3, 3]
     assert (output / "demo.png").read_bytes().startswith(b"\x89PNG")
 
@@ -68,13 +79,19 @@ def test_report_and_table_name_every_run(tiny):
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tiny, tmp_path):
     numbers, _ = tiny
     assert demo.make_report(TINY, tmp_path)["runs"] == numbers["runs"]
-    other = demo.compare(demo.Settings(**{**TINY.__dict__, "seed": 1}), lambda work, name: iter(work), demo.variants()[:1])
+    other = demo.compare(
+        demo.Settings(**{**TINY.__dict__, "seed": 1}), lambda work, name: iter(work), demo.variants()[:1]
+    )
     assert other[0].losses != numbers["runs"][0]["losses"]
 
 
 def test_a_finetune_does_not_depend_on_the_finetunes_before_it(tiny):
     numbers, _ = tiny
-    alone = demo.compare(TINY, lambda work, name: iter(work), [row for row in demo.variants() if row.key in ("stock_v", "ztsnr_v")])
+    alone = demo.compare(
+        TINY,
+        lambda work, name: iter(work),
+        [row for row in demo.variants() if row.key in ("stock_v", "ztsnr_v")],
+    )
     assert alone[1].losses == next(row["losses"] for row in numbers["runs"] if row["key"] == "ztsnr_v")
 
 
@@ -83,11 +100,19 @@ def test_verdicts_follow_the_numbers():
 
     def numbers(**misses):
         cells = {
-            key: [{"asked": asked, "each": [asked + miss, asked - miss]} for asked in (-1.0, 0.0, 1.0)] for key, miss in misses.items()
+            key: [{"asked": asked, "each": [asked + miss, asked - miss]} for asked in (-1.0, 0.0, 1.0)]
+            for key, miss in misses.items()
         }
-        return {"runs": [{"key": key, "label": key, "miss": miss, "captions": cells[key]} for key, miss in misses.items()]}
+        return {
+            "runs": [
+                {"key": key, "label": key, "miss": miss, "captions": cells[key]}
+                for key, miss in misses.items()
+            ]
+        }
 
-    said = verdicts(numbers(stock_epsilon=0.9, fixed_epsilon=8.0, stock_v=0.6, longer_v=0.7, fixed_v=0.72, ztsnr_v=0.1))
+    said = verdicts(
+        numbers(stock_epsilon=0.9, fixed_epsilon=8.0, stock_v=0.6, longer_v=0.7, fixed_v=0.72, ztsnr_v=0.1)
+    )
     expected = (
         (" lowers ", "0.70 without", "0.10 with"),
         (" hardly changes ", "0.70 without", "0.72 with"),
@@ -137,10 +162,15 @@ def test_unwritable_output_is_one_sentence_before_any_training(tmp_path, capsys)
 
 def test_missing_extras_are_named_with_the_command_that_installs_them(tmp_path, capsys, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in ("skimage", "tqdm") else find(name, *rest))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name in ("skimage", "tqdm") else find(name, *rest),
+    )
     assert run("--output", tmp_path) == 2
     assert capsys.readouterr().err == (
-        'sdxl-fixes demo: the demo needs scikit-image and tqdm, not installed here: pip install "sdxl-fixes[demo]"\n'
+        "sdxl-fixes demo: the demo needs scikit-image and tqdm, not installed here: "
+        'pip install "sdxl-fixes[demo]"\n'
     )
 
 

@@ -1,5 +1,6 @@
-"""The diffusers adapter on a script with the structure of the examples (tests/data/made_up_sdxl.py), and against recorded numbers of the
-real ones (tests/diffusers/real/record.py). Expected values are worked out in float64 from diffusers' own tables."""
+"""The diffusers adapter on a script with the structure of the examples (tests/data/made_up_sdxl.py), and
+against recorded numbers of the real ones (tests/diffusers/real/record.py). Expected values are worked out in
+float64 from diffusers' own tables."""
 
 import argparse
 import contextlib
@@ -28,7 +29,8 @@ V = ("--prediction_type", "v_prediction")
 
 
 def abar(change=None):
-    """alphas_cumprod in float64, from the formula; ``change`` "ztsnr" by diffusers' own rescale, or a beta_end."""
+    """alphas_cumprod in float64, from the formula; ``change`` "ztsnr" by diffusers' own rescale, or a
+    beta_end."""
     end = change if isinstance(change, float) else 0.012
     betas = torch.linspace(0.00085**0.5, end**0.5, 1000, dtype=torch.float64) ** 2
     return torch.cumprod(1 - (rescale_zero_terminal_snr(betas) if change == "ztsnr" else betas), 0)
@@ -42,7 +44,8 @@ def base(tmp_path):
 
 @pytest.fixture
 def train(base, tmp_path, monkeypatch):
-    """train(*flags, how=...) runs the script in this process and returns its steps; ``how`` is module, install or unpatched."""
+    """train(*flags, how=...) runs the script in this process and returns its steps; ``how`` is module,
+    install or unpatched."""
     environment(monkeypatch)
 
     def train(*flags, how="module", model=None, out="out"):
@@ -52,12 +55,17 @@ def train(base, tmp_path, monkeypatch):
 
 
 def refusal(train, *flags, status=1, **kwargs):
-    """The sentence that ends the process: python itself prints a message that it exits with, and its status is 1 then."""
+    """The sentence that ends the process: python itself prints a message that it exits with, and its status
+    is 1 then."""
     printed = io.StringIO()
     with pytest.raises(SystemExit) as error, contextlib.redirect_stderr(printed):
         train(*flags, **kwargs)
     said = printed.getvalue().splitlines()[-1] if status == 2 else error.value.code
-    assert error.value.code == (2 if status == 2 else said) and said.startswith("sdxl-fixes: ") and "\n" not in said
+    assert (
+        error.value.code == (2 if status == 2 else said)
+        and said.startswith("sdxl-fixes: ")
+        and "\n" not in said
+    )
     return said
 
 
@@ -83,7 +91,10 @@ def test_fixes_none_is_upstream_under_any_flags(train, how, capsys):
     none = train("--snr_gamma", "5", *flags, *more, "--fixes", "none", how=how)
     said = capsys.readouterr().err
     assert same(none, train("--snr_gamma", "5", how="unpatched"))
-    assert "in huggingface/diffusers example (made_up_sdxl.py, not tested): no fix is on, it trains as upstream does\n" in said
+    assert (
+        "in huggingface/diffusers example (made_up_sdxl.py, not tested): no fix is on, it trains as "
+        "upstream does\n"
+    ) in said
     (dropped,) = [line for line in said.splitlines() if "no effect" in line]
     assert dropped.startswith("sdxl-fixes: WARNING: --fixes none: --zero_terminal_snr, ")
     ours = (flag[2:] for flag in (*flags, *more) if flag.startswith("--"))
@@ -103,22 +114,39 @@ def test_flags_of_a_fix_that_is_switched_off_are_dropped_with_a_warning(train, c
 
 
 def test_uninstall_puts_everything_back(train):
-    before = torch.nn.functional.mse_loss, torch.randint, argparse.ArgumentParser.parse_args, diffusers.SchedulerMixin.from_pretrained
+    before = (
+        torch.nn.functional.mse_loss,
+        torch.randint,
+        argparse.ArgumentParser.parse_args,
+        diffusers.SchedulerMixin.from_pretrained,
+    )
     train("--terminal_sigma", "300", "--loss_type", "huber", "--stratified_timesteps")
-    after = torch.nn.functional.mse_loss, torch.randint, argparse.ArgumentParser.parse_args, diffusers.SchedulerMixin.from_pretrained
+    after = (
+        torch.nn.functional.mse_loss,
+        torch.randint,
+        argparse.ArgumentParser.parse_args,
+        diffusers.SchedulerMixin.from_pretrained,
+    )
     assert before == after and SESSION.run is None
 
 
 @pytest.mark.parametrize(
     ("flags", "table"),
-    [(("--zero_terminal_snr",), abar("ztsnr")), (("--terminal_sigma", "300", "--terminal_sigma_method", "beta_end"), abar(0.02817676))],
+    [
+        (("--zero_terminal_snr",), abar("ztsnr")),
+        (("--terminal_sigma", "300", "--terminal_sigma_method", "beta_end"), abar(0.02817676)),
+    ],
 )
 def test_noise_and_target_are_of_the_schedule(train, flags, table):
     for step in train(*flags, *V):
         left = table[step["timesteps"]].reshape(-1, 1, 1, 1)
         x, noise = step["model_input"].double(), step["noise"].double()
-        torch.testing.assert_close(step["noisy"].double(), left.sqrt() * x + (1 - left).sqrt() * noise, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(step["target"].double(), left.sqrt() * noise - (1 - left).sqrt() * x, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            step["noisy"].double(), left.sqrt() * x + (1 - left).sqrt() * noise, rtol=1e-5, atol=1e-5
+        )
+        torch.testing.assert_close(
+            step["target"].double(), left.sqrt() * noise - (1 - left).sqrt() * x, rtol=1e-5, atol=1e-5
+        )
 
 
 def weight(t, table, prediction_type, gamma=5.0, floor=False):
@@ -138,7 +166,9 @@ def test_min_snr_is_right_and_finite_at_zero_snr_for_both_halves(train, base, pr
     model, table = base(prediction_type=prediction_type, rescale_betas_zero_snr=True), abar("ztsnr")
     for step in train("--snr_gamma", "5", "--min_snr_floor", *prior, *fixed, model=model):
         errors = (step["model_pred"] - step["target"].float()).double().square().mean([1, 2, 3])
-        weighted = errors * torch.tensor([weight(t, table, prediction_type, floor=True) for t in step["timesteps"].tolist()])
+        weighted = errors * torch.tensor(
+            [weight(t, table, prediction_type, floor=True) for t in step["timesteps"].tolist()]
+        )
         expected = weighted.mean() if not prior else weighted.chunk(2)[0].mean() + weighted.chunk(2)[1].mean()
         assert step["loss"].item() == pytest.approx(expected.item(), rel=1e-4) and step["loss"] > 0
 
@@ -167,9 +197,12 @@ def test_bf16_noise_is_float32_arithmetic_if_asked_for(train):
 
 def test_input_perturbation_changes_the_input_and_not_the_target(train):
     plain, perturbed = (
-        train(*V, "--fixed_timestep", "900", "--train_batch_size", "64", *more)[0] for more in ((), ("--ip_noise_gamma", "0.5"))
+        train(*V, "--fixed_timestep", "900", "--train_batch_size", "64", *more)[0]
+        for more in ((), ("--ip_noise_gamma", "0.5"))
     )
-    assert torch.equal(plain["noise"], perturbed["noise"]) and torch.equal(plain["target"], perturbed["target"])
+    assert torch.equal(plain["noise"], perturbed["noise"]) and torch.equal(
+        plain["target"], perturbed["target"]
+    )
     added = (perturbed["noisy"] - plain["noisy"]).std().item()
     assert added == pytest.approx(0.5 * math.sqrt(1 - abar()[900]), rel=0.02)
 
@@ -177,7 +210,16 @@ def test_input_perturbation_changes_the_input_and_not_the_target(train):
 def test_timesteps_are_stratified_and_terminal_weighted_with_the_expected_loss_unchanged(train):
     (step,) = train("--stratified_timesteps", "--max_train_steps", "1", "--train_batch_size", "10")
     assert sorted((step["timesteps"] // 100).tolist()) == list(range(10))
-    flags = ("--zero_terminal_snr", *V, "--terminal_timestep_share", "0.5", "--max_train_steps", "1", "--train_batch_size", "400")
+    flags = (
+        "--zero_terminal_snr",
+        *V,
+        "--terminal_timestep_share",
+        "0.5",
+        "--max_train_steps",
+        "1",
+        "--train_batch_size",
+        "400",
+    )
     (step,) = train(*flags)
     added = (abar("ztsnr")[step["timesteps"]] < abar()[-1] * (1 - 1e-9)).double()  # above sigma 14.6
     share = float((abar("ztsnr") < abar()[-1] * (1 - 1e-9)).double().mean())
@@ -201,7 +243,9 @@ def test_lora_files_carry_the_record_and_the_vae_does_not(train, tmp_path):
     with safe_open(tmp_path / "out" / "lora.safetensors", framework="pt") as file:
         metadata = file.metadata()
         assert list(file.keys()) == ["unet.conv.lora_A.weight"] and metadata["format"] == "pt"
-    assert NoiseSchedule.from_json(metadata["sdxl_fixes.schedule"]) == NoiseSchedule.sdxl().zero_terminal_snr()
+    assert (
+        NoiseSchedule.from_json(metadata["sdxl_fixes.schedule"]) == NoiseSchedule.sdxl().zero_terminal_snr()
+    )
     with safe_open(tmp_path / "out" / "vae.safetensors", framework="pt") as file:
         assert file.metadata() is None
 
@@ -212,9 +256,14 @@ def test_a_checkpoint_resumes_its_strata_and_only_on_its_own_schedule(train, tmp
     train(*flags, "--max_train_steps", "2", out="first")
     state = str(tmp_path / "first" / "checkpoint")
     resumed = train(*flags, "--max_train_steps", "2", "--resume_from_checkpoint", state)
-    assert [step["timesteps"].tolist() for step in resumed] == [step["timesteps"].tolist() for step in whole[2:]]
+    assert [step["timesteps"].tolist() for step in resumed] == [
+        step["timesteps"].tolist() for step in whole[2:]
+    ]
     other = refusal(train, "--terminal_sigma", "100", *V, "--resume_from_checkpoint", state)
-    assert "was trained with v_prediction" in other and "resume with the flags that it was started with" in other
+    assert (
+        "was trained with v_prediction" in other
+        and ("resume with the flags that it was started with") in other
+    )
 
 
 def test_a_fix_that_is_never_reached_ends_the_run_in_its_first_step(train, tmp_path):
@@ -225,7 +274,9 @@ def test_a_fix_that_is_never_reached_ends_the_run_in_its_first_step(train, tmp_p
 
 
 def test_a_run_that_saved_no_record_says_so_at_its_end(train):
-    assert "no model file that was saved carries its schedule" in refusal(train, "--terminal_sigma", "300", *V, "--save_nothing")
+    assert "no model file that was saved carries its schedule" in refusal(
+        train, "--terminal_sigma", "300", *V, "--save_nothing"
+    )
 
 
 @pytest.mark.parametrize(
@@ -239,7 +290,10 @@ def test_a_run_that_saved_no_record_says_so_at_its_end(train):
         (("--snr_gamma", "5", "--do_edm_style_training"), "so weighting cannot be had there"),
         (("--loss_type", "huber", "--do_edm_style_training"), "so loss cannot be had there"),
         (("--stable_loss_steps", "5", "--do_edm_style_training"), "so validation cannot be had there"),
-        (("--stable_loss_steps", "5"), "the fix 'validation', which your flags ask for, does not fit this diffusers example"),
+        (
+            ("--stable_loss_steps", "5"),
+            "the fix 'validation', which your flags ask for, does not fit this diffusers example",
+        ),
         (("--stable_loss_images", "5"), "--stable_loss_images needs --stable_loss_steps"),
         (("--zero_terminal_snr", *V, "--do_edm_style_training"), "EDM-style training needs a finite sigma"),
     ],
@@ -251,8 +305,12 @@ def test_wrong_flags_are_one_sentence_before_any_training(train, tmp_path, flags
 
 def test_an_edm_model_keeps_its_sigmas(train, base):
     model = base()
-    (model / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}')
-    assert "is an EDM model with sigmas of its own" in refusal(train, "--terminal_sigma", "300", model=model, status=2)
+    (model / "scheduler" / "scheduler_config.json").write_text(
+        '{"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}'
+    )
+    assert "is an EDM model with sigmas of its own" in refusal(
+        train, "--terminal_sigma", "300", model=model, status=2
+    )
 
 
 def test_the_report_names_what_is_on(train, capsys):
@@ -298,12 +356,18 @@ def test_the_launcher_says_what_it_cannot_run(monkeypatch, tmp_path):
 def test_doctor_says_which_fix_has_a_place_in_a_script(capsys):
     assert cli(["doctor", str(SCRIPT)]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line[:1].isalpha()}
-    assert "fits" in lines["loss"] and "no place" in lines["prompts"] and "it does not call tokenizer(...)" in lines["prompts"]
+    assert (
+        "fits" in lines["loss"]
+        and "no place" in lines["prompts"]
+        and ("it does not call tokenizer(...)") in lines["prompts"]
+    )
 
 
 def test_scripts_of_another_kind_get_no_training_fix():
     source = SCRIPT.read_text()
-    assert not {"schedule", "loss", "weighting", "noise", "timesteps", "previews", "saving"} & set(missing(source))
+    assert not {"schedule", "loss", "weighting", "noise", "timesteps", "previews", "saving"} & set(
+        missing(source)
+    )
     assert "it distils a teacher" in missing(source + "\nteacher_unet = None")["loss"]
     assert "its loss is written out" in missing(source.replace("F.mse_loss", "my_loss"))["weighting"]
 
@@ -313,7 +377,8 @@ RECORD = json.loads((DATA / "diffusers_examples.json").read_text())
 
 @pytest.mark.parametrize("case", RECORD["min-SNR"])
 def test_weights_of_the_stock_schedule_are_the_scripts_where_those_are_right(case, base):
-    """Recorded from the unmodified scripts: each step's timesteps, mean squared error per sample, and the weighted loss they made."""
+    """Recorded from the unmodified scripts: each step's timesteps, mean squared error per sample, and the
+    weighted loss they made."""
     script, prediction_type = case.split()
     args = {"snr_gamma": 5.0, "prediction_type": None, "float32_noising": False, "max_token_length": None}
     args |= {
@@ -329,7 +394,8 @@ def test_weights_of_the_stock_schedule_are_the_scripts_where_those_are_right(cas
         residual = errors.sqrt().float().reshape(-1, 1, 1, 1)  # as the adapter asks for the loss
         loss = run.step_loss(residual, torch.zeros_like(residual), timesteps)
         assert loss.item() == pytest.approx(ours, rel=1e-5)
-        if script == "dreambooth" and prediction_type == "v_prediction":  # upstream: min(SNR, gamma)/SNR + 1, never below 1
+        # upstream: min(SNR, gamma)/SNR + 1, never below 1
+        if script == "dreambooth" and prediction_type == "v_prediction":
             assert ours < 0.9 * step["loss"]
         else:
             assert ours == pytest.approx(step["loss"], rel=1e-4)
@@ -367,13 +433,16 @@ def words(count):
 
 def test_captions_become_chunks_of_75_with_their_own_ends_and_the_limit_is_reported(script, capsys):
     session = script(max_token_length=150)
-    ids = prompts.tokenize(Tokenizer.__call__, Tokenizer(), [words(3), words(76), words(200)], padding="max_length")["input_ids"]
+    ids = prompts.tokenize(
+        Tokenizer.__call__, Tokenizer(), [words(3), words(76), words(200)], padding="max_length"
+    )["input_ids"]
     rows = ids.reshape(3, 2, 77).tolist()
     assert rows[0] == [[8, 5, 5, 5, 9, *[0] * 72], [8, 9, *[0] * 75]]
     assert rows[1] == [[8, *[5] * 75, 9], [8, 5, 9, *[0] * 74]] and rows[2] == [[8, *[5] * 75, 9]] * 2
     assert session.chunks == [1, 2, 2] and session.has_reached("prompts")
     assert (
-        "1 captions so far are longer than --max_token_length 150 and were cut there; the longest has 200 tokens" in capsys.readouterr().err
+        "1 captions so far are longer than --max_token_length 150 and were cut there; the longest has "
+        "200 tokens" in capsys.readouterr().err
     )
 
 
@@ -390,12 +459,18 @@ class Encoder:
 
 def test_each_chunk_is_encoded_by_itself_and_the_pooled_output_is_the_first_ones(script):
     script(max_token_length=225)
-    ids = prompts.tokenize(Tokenizer.__call__, Tokenizer(), [words(80), words(3)], padding="max_length")["input_ids"]
+    ids = prompts.tokenize(Tokenizer.__call__, Tokenizer(), [words(80), words(3)], padding="max_length")[
+        "input_ids"
+    ]
     pooled, (hidden,) = prompts.encode(Encoder.__call__, Encoder(), ids)
-    assert hidden.shape == (2, 154, 2) and pooled.shape == (2, 1)  # the third chunk, empty for both, is dropped
-    assert torch.equal(hidden[:, :, 0].long(), ids[:, :154]) and torch.equal(hidden[0, :, 1], torch.arange(77.0).repeat(2))
+    # the third chunk, empty for both, is dropped
+    assert hidden.shape == (2, 154, 2) and pooled.shape == (2, 1)
+    assert torch.equal(hidden[:, :, 0].long(), ids[:, :154]) and torch.equal(
+        hidden[0, :, 1], torch.arange(77.0).repeat(2)
+    )
     script(max_token_length=225, with_prior_preservation=True)
-    assert prompts.encode(Encoder.__call__, Encoder(), ids)[1][0].shape[1] == 231  # its prompts are encoded apart and joined
+    # its prompts are encoded apart and joined
+    assert prompts.encode(Encoder.__call__, Encoder(), ids)[1][0].shape[1] == 231
 
 
 def test_cached_embeddings_of_a_batch_are_cut_to_its_longest_caption():
@@ -422,21 +497,28 @@ class Captions(torch.utils.data.Dataset):
 def test_the_scripts_shuffled_loader_gets_batches_of_equally_many_chunks(script):
     script(fixes=("buckets",), seed=3, max_token_length=225)
     made = torch.utils.data.DataLoader.__new__(torch.utils.data.DataLoader)
-    buckets.loader(torch.utils.data.DataLoader.__init__, made, Captions(), shuffle=True, batch_size=2, num_workers=0)
+    buckets.loader(
+        torch.utils.data.DataLoader.__init__, made, Captions(), shuffle=True, batch_size=2, num_workers=0
+    )
     for _ in range(3):
         batches = [(index.tolist(), chunks.tolist()) for index, chunks in made]
         assert sorted(i for index, _ in batches for i in index) == list(range(10)) and len(batches) == 5
         assert sum(len(set(chunks)) > 1 for _, chunks in batches) == 1  # the one of two chunks has no partner
     plain = torch.utils.data.DataLoader.__new__(torch.utils.data.DataLoader)
-    buckets.loader(torch.utils.data.DataLoader.__init__, plain, Captions(), batch_size=2)  # class images: not shuffled
+    # class images: not shuffled
+    buckets.loader(torch.utils.data.DataLoader.__init__, plain, Captions(), batch_size=2)
     assert [index.tolist() for index, _ in plain] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
 
 
 def test_chunk_buckets_need_captions(script):
     script(fixes=("buckets",), seed=3, max_token_length=225, caption_column="text")
     made = torch.utils.data.DataLoader.__new__(torch.utils.data.DataLoader)
-    with pytest.raises(RuntimeError, match="--chunk_buckets finds no captions in this script's data set: leave it out"):
-        buckets.loader(torch.utils.data.DataLoader.__init__, made, torch.arange(4), shuffle=True, batch_size=2)
+    with pytest.raises(
+        RuntimeError, match="--chunk_buckets finds no captions in this script's data set: leave it out"
+    ):
+        buckets.loader(
+            torch.utils.data.DataLoader.__init__, made, torch.arange(4), shuffle=True, batch_size=2
+        )
 
 
 def test_the_crop_that_was_encoded_is_the_crop_that_is_given(script):
@@ -444,7 +526,10 @@ def test_the_crop_that_was_encoded_is_the_crop_that_is_given(script):
     batch = {"crop_top_lefts": [(3, 0), (0, 7)], "pixel_values": None}
     kept = crops.encode(lambda batch, vae: {"model_input": [1, 2]}, batch, None)
     examples = [{"crop_top_lefts": (9, 9), crops.COLUMN: list(crop)} for crop in kept[crops.COLUMN]]
-    assert crops.WithKeptCrops(lambda examples: [e["crop_top_lefts"] for e in examples])(examples) == [(3, 0), (0, 7)]
+    assert crops.WithKeptCrops(lambda examples: [e["crop_top_lefts"] for e in examples])(examples) == [
+        (3, 0),
+        (0, 7),
+    ]
 
 
 def test_cache_keys_know_the_encoders_files_and_the_precision(tmp_path, monkeypatch):
@@ -466,7 +551,11 @@ def test_a_cold_cache_leaves_the_random_numbers_as_a_warm_one_does(script):
     for cold in (True, False):
         torch.manual_seed(0)
         seen = []
-        draw = lambda dataset, function, new_fingerprint: seen.append(new_fingerprint) or (cold and torch.rand(3))  # noqa: B023, E731
+
+        def draw(dataset, function, new_fingerprint, seen=seen, cold=cold):
+            seen.append(new_fingerprint)
+            return cold and torch.rand(3)
+
         caches.map(draw, None, None, new_fingerprint="0123456789abcdef")
         states.append((torch.rand(1).item(), *seen))
     assert states[0] == states[1] and len(states[0][1]) == 32

@@ -1,4 +1,5 @@
-"""Captions that hold CLIP's special tokens literally, in chunks, under both of SDXL's ways to pad: both encoders keep the same chunks."""
+"""Captions that hold CLIP's special tokens literally, in chunks, under both of SDXL's ways to pad: both
+encoders keep the same chunks."""
 
 import argparse
 import itertools
@@ -12,7 +13,15 @@ from sdxl_fixes.diffusers.run import SESSION
 
 END, LIMIT = "<|endoftext|>", 225
 # chunks, whole or not
-PARTS = {"w": 75 * "a ", "ws": "a a ", "e": 75 * END, "es": END, "!": 75 * "! ", "e!": END + 74 * "! ", "!e": "! " + END}
+PARTS = {
+    "w": 75 * "a ",
+    "ws": "a a ",
+    "e": 75 * END,
+    "es": END,
+    "!": 75 * "! ",
+    "e!": END + 74 * "! ",
+    "!e": "! " + END,
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +41,9 @@ def tokenize(monkeypatch):
     """tokenize(tokenizer, captions) -> ids [B, 77 n] as the script gets them, for a run of three chunks."""
     monkeypatch.setattr(SESSION, "run", argparse.Namespace(args=argparse.Namespace(max_token_length=LIMIT)))
     monkeypatch.setattr(SESSION, "called_by_script", lambda: True)
-    return lambda tokenizer, captions: prompts.tokenize(type(tokenizer).__call__, tokenizer, captions, padding="max_length")["input_ids"]
+    return lambda tokenizer, captions: prompts.tokenize(
+        type(tokenizer).__call__, tokenizer, captions, padding="max_length"
+    )["input_ids"]
 
 
 class Encoder:
@@ -53,7 +64,8 @@ def captions():
 
 
 def said(tokenizer, caption):
-    """Chunks until the last that holds another token than EOS, at least 1, counted from the caption's own ids."""
+    """Chunks until the last that holds another token than EOS, at least 1, counted from the caption's own
+    ids."""
     ids = tokenizer(caption, add_special_tokens=False, truncation=False, verbose=False)["input_ids"][:LIMIT]
     return max([1, *(k // 75 + 1 for k, token in enumerate(ids) if token != tokenizer.eos_token_id)])
 
@@ -80,4 +92,8 @@ def test_a_batch_keeps_as_many_as_its_longest_caption(tokenizers, tokenize):
 def test_a_chunk_of_ends_between_words_stays(tokenizers, tokenize):
     for tokenizer in tokenizers:
         rows = tokenize(tokenizer, [PARTS["w"] + PARTS["e"] + "a"]).reshape(3, 77).tolist()
-        assert SESSION.chunks == [3] and rows[1][1:76] == [tokenizer.eos_token_id] * 75 and rows[2][1] not in (0, tokenizer.eos_token_id)
+        assert (
+            SESSION.chunks == [3]
+            and rows[1][1:76] == [tokenizer.eos_token_id] * 75
+            and rows[2][1] not in (0, tokenizer.eos_token_id)
+        )

@@ -1,4 +1,5 @@
-"""Which scripts are tried, which are refused, and that launcher, doctor and install() say the same. No checkout is needed."""
+"""Which scripts are tried, which are refused, and that launcher, doctor and install() say the same. No
+checkout is needed."""
 
 import argparse
 import sys
@@ -50,7 +51,9 @@ def test_a_refused_script_is_refused_by_all(tmp_path, monkeypatch, capsys, words
     install()
     monkeypatch.setattr(sys, "argv", [str(script)])
     names = {"__name__": "__main__", "__file__": str(script)}
-    with pytest.raises(FlagError if why else SystemExit, match=f"cannot be fixed: {why}" if why else "started"):
+    with pytest.raises(
+        FlagError if why else SystemExit, match=f"cannot be fixed: {why}" if why else "started"
+    ):
         exec(compile(script.read_text(), str(script), "exec"), names)
     uninstall()
 
@@ -59,15 +62,24 @@ def test_a_script_is_known_by_its_parts():
     source = SCRIPT.replace("{}", "model_name_or_path")
     assert is_sdxl_script(source) and not is_sdxl_script(source.replace("tokenizer_2", "tokenizer"))
     assert not is_sdxl_script(source.replace("UNet2DConditionModel", "FluxTransformer2DModel"))
-    assert is_sdxl_script(source.replace("UNet2DConditionModel", "StableDiffusionXLPipeline").replace("tokenizer_2", "tokenizer"))
+    assert is_sdxl_script(
+        source.replace("UNet2DConditionModel", "StableDiffusionXLPipeline").replace(
+            "tokenizer_2", "tokenizer"
+        )
+    )
     euler = source.replace("UNet2DConditionModel", "EulerDiscreteScheduler")
-    assert in_sigma_space(euler) and not in_sigma_space(euler + "\nDDPMScheduler.from_pretrained()") and not in_sigma_space("")
+    assert (
+        in_sigma_space(euler)
+        and not in_sigma_space(euler + "\nDDPMScheduler.from_pretrained()")
+        and not in_sigma_space("")
+    )
 
 
 def test_what_stands_beside_the_loss_takes_the_place_of_fixes():
     source = SCRIPT.replace("{}", "model_name_or_path")
     everything = (
-        source + '\nDDPMScheduler.from_pretrained(), noise_scheduler.add_noise(), F.mse_loss(), torch.randint(), "--caption_column"'
+        source + "\nDDPMScheduler.from_pretrained(), noise_scheduler.add_noise(), F.mse_loss(), "
+        'torch.randint(), "--caption_column"'
     )
     assert not {"loss", "weighting", "noise", "timesteps", "buckets"} & set(missing(everything))
     perceptual = missing(everything + "\nLatentPerceptualLoss()")

@@ -19,10 +19,19 @@ CONFIG = "my.toml"
 
 
 def read(given, *words, config=CONFIG):
-    """``given`` as the keys of a TOML file, and words of the command line, through a parser like kohya's and our patch."""
+    """``given`` as the keys of a TOML file, and words of the command line, through a parser like kohya's and
+    our patch."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--config_file")
-    for name in ("loss_type", "huber_schedule", "huber_c", "min_snr_gamma", "ip_noise_gamma", "zero_terminal_snr", "noise_offset"):
+    for name in (
+        "loss_type",
+        "huber_schedule",
+        "huber_c",
+        "min_snr_gamma",
+        "ip_noise_gamma",
+        "zero_terminal_snr",
+        "noise_offset",
+    ):
         parser.add_argument(f"--{name}", **FLAGS[name])
     parser.add_argument("--v_parameterization", action="store_true")
     parser.add_argument("--max_token_length", type=int, choices=[None, 150, 225])
@@ -56,7 +65,11 @@ def read(given, *words, config=CONFIG):
         ("zero_terminal_snr", 1, True),
         ("noise_offset", False, False),  # off, as upstream takes it
         ("max_token_length", "225", 225),
-        ("max_token_length", 75, 75),  # kohya_ss writes it; upstream takes it from a file, not on the command line
+        (
+            "max_token_length",
+            75,
+            75,
+        ),  # kohya_ss writes it; upstream takes it from a file, not on the command line
         ("max_timestep", 900.0, 900),
         ("seed", "42", 42),
     ],
@@ -69,7 +82,11 @@ def test_what_the_command_line_would_read_is_read(name, value, kept):
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        *((name, value, "true or false, without quotes") for name in ("stratified_timesteps", "chunk_buckets") for value in ("false", 2)),
+        *(
+            (name, value, "true or false, without quotes")
+            for name in ("stratified_timesteps", "chunk_buckets")
+            for value in ("false", 2)
+        ),
         ("zero_terminal_snr", "true", "true or false, without quotes"),
         ("v_parameterization", "false", "true or false, without quotes"),
         ("min_snr_floor", "yes", "true or false, without quotes"),
@@ -89,7 +106,10 @@ def test_what_the_command_line_would_read_is_read(name, value, kept):
 def test_the_rest_is_refused_in_one_sentence(name, value, expected):
     with pytest.raises(FlagError) as error:
         read({name: value})
-    said = f"--config_file my.toml: --{name}: expected {expected}, got {value!r}: correct it, or leave the flag out"
+    said = (
+        f"--config_file my.toml: --{name}: expected {expected}, got {value!r}: correct it, or leave "
+        "the flag out"
+    )
     assert str(error.value) == said and "\n" not in said
 
 
@@ -102,7 +122,9 @@ def test_no_flag_is_forgotten(name):
         parser.add_argument(f"--{theirs}")
     flags.add_arguments(lambda parser: None, parser)
     with pytest.raises(FlagError, match=f"--{name}: expected .*, got \\[1\\]"):
-        flags.read_config(lambda args, parser: args, argparse.Namespace(config_file=CONFIG, **{name: [1]}), parser)
+        flags.read_config(
+            lambda args, parser: args, argparse.Namespace(config_file=CONFIG, **{name: [1]}), parser
+        )
 
 
 def test_every_argument_that_the_adapter_reads_is_checked():
@@ -152,14 +174,27 @@ def test_without_a_file_nothing_is_touched():
 )
 def test_a_misspelt_key_of_ours_is_named(key, meant, capsys, monkeypatch):
     read({key: True})
-    said = f"sdxl-fixes: WARNING: --config_file my.toml: the trainer has no flag {key!r} and ignores it: did you mean {meant}?\n"
+    said = (
+        f"sdxl-fixes: WARNING: --config_file my.toml: the trainer has no flag {key!r} and ignores it: "
+        f"did you mean {meant}?\n"
+    )
     assert capsys.readouterr().err == said
     monkeypatch.setenv("RANK", "1")  # once for all processes
     read({key: True})
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("key", ["noise_offset_type", "noise_offset_range", "lr_schedule", "max_timesteps", "learning_rte", "resolution_x"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "noise_offset_type",
+        "noise_offset_range",
+        "lr_schedule",
+        "max_timesteps",
+        "learning_rte",
+        "resolution_x",
+    ],
+)
 def test_other_keys_are_nobodys_business(key, capsys):
     read({key: 1, "zero_terminal_snr": True})
     assert capsys.readouterr().err == ""
@@ -167,11 +202,15 @@ def test_other_keys_are_nobodys_business(key, capsys):
 
 def test_values_are_checked_without_the_trainers_parser_too():
     assert set(FLAGS) == {f.name for f in fields(Settings)}
-    assert Settings.from_args(argparse.Namespace(terminal_sigma="300", min_snr_gamma=5)) == Settings(terminal_sigma=300.0, min_snr_gamma=5)
+    assert Settings.from_args(argparse.Namespace(terminal_sigma="300", min_snr_gamma=5)) == Settings(
+        terminal_sigma=300.0, min_snr_gamma=5
+    )
     for name in FLAGS:
         with pytest.raises(FlagError, match=f"--{name}: expected .*, got \\[1\\]"):
             Settings.from_args(argparse.Namespace(**{name: [1]}))
-    with pytest.raises(FlagError, match="--stratified_timesteps: expected true or false, without quotes, got 'false'"):
+    with pytest.raises(
+        FlagError, match="--stratified_timesteps: expected true or false, without quotes, got 'false'"
+    ):
         Settings.from_args(argparse.Namespace(stratified_timesteps="false"))
     options = chunk_flags.Options.from_args(argparse.Namespace(chunk_buckets=True, max_token_length="225"))
     assert options is not None and options.limit == 3

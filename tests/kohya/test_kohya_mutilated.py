@@ -12,9 +12,32 @@ from made_up_trainer import build, edit, forget, run, steps
 from sdxl_fixes.kohya.doctor import problems
 
 ALL = (
-    *("--zero_terminal_snr", "--v_parameterization", "--loss_type", "huber", "--min_snr_gamma", "5", "--min_snr_floor"),
-    *("--ip_noise_gamma", "0.1", "--ip_noise_gamma_random_strength", "--stratified_timesteps", "--terminal_timestep_share", "0.3"),
-    *("--masked_loss", "--sample_every_n_steps", "2", "--stable_loss_steps", "2", "--stable_loss_images", "2"),
+    *(
+        "--zero_terminal_snr",
+        "--v_parameterization",
+        "--loss_type",
+        "huber",
+        "--min_snr_gamma",
+        "5",
+        "--min_snr_floor",
+    ),
+    *(
+        "--ip_noise_gamma",
+        "0.1",
+        "--ip_noise_gamma_random_strength",
+        "--stratified_timesteps",
+        "--terminal_timestep_share",
+        "0.3",
+    ),
+    *(
+        "--masked_loss",
+        "--sample_every_n_steps",
+        "2",
+        "--stable_loss_steps",
+        "2",
+        "--stable_loss_images",
+        "2",
+    ),
 )
 FT, NETWORK, LOSS = "sdxl_train.py", "sdxl_train_network.py", "library/loss.py"
 
@@ -61,7 +84,9 @@ def split(root):
     imports, names = "import torch\n", []
     for part in parts[1:]:
         name = re.match(r"def (\w+)", part).group(1)
-        (root / "library" / f"the_{name}.py").write_text(imports + "".join(f"from library.the_{n} import {n}\n" for n in names) + part)
+        (root / "library" / f"the_{name}.py").write_text(
+            imports + "".join(f"from library.the_{n} import {n}\n" for n in names) + part
+        )
         names.append(name)
     (root / LOSS).write_text("".join(f"from library.the_{name} import {name}\n" for name in names))
 
@@ -79,14 +104,20 @@ def loop_moved(root):
     """The training loop itself is in the library, and the script only starts it."""
     text = (root / FT).read_text()
     (root / "library" / "loop.py").write_text(text.split('if __name__ == "__main__"')[0])
-    (root / FT).write_text('import training\nfrom library.loop import train\n\nif __name__ == "__main__":\n    train(training.parse())\n')
+    (root / FT).write_text(
+        'import training\nfrom library.loop import train\n\nif __name__ == "__main__":\n    train(training.parse())\n'
+    )
 
 
 def without_accelerates_backward(root):
     edit(root, FT, ("accelerator.backward(loss)", "loss.backward()"))
 
 
-@pytest.mark.parametrize("mutilate", [moved, split, from_imported, loop_moved, without_accelerates_backward], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "mutilate",
+    [moved, split, from_imported, loop_moved, without_accelerates_backward],
+    ids=lambda f: f.__name__,
+)
 def test_what_only_moves_is_found_and_trains_the_same(trainer, right, mutilate):
     mutilate(trainer)
     assert problems(trainer, FT) == {}
@@ -110,7 +141,9 @@ def test_every_layout_and_way_to_start_trains_the_same(tmp_path, right, layout, 
 def test_nothing_on_is_bit_identical_to_upstream(tmp_path, layout, script, flags):
     root = build(tmp_path, layout)
     ours = [flag for flag in flags if flag not in OWN]
-    theirs = [flag for k, flag in enumerate(ours) if flag not in VALUED and (k == 0 or ours[k - 1] not in VALUED)]
+    theirs = [
+        flag for k, flag in enumerate(ours) if flag not in VALUED and (k == 0 or ours[k - 1] not in VALUED)
+    ]
     run(root, script, *theirs, how="unpatched")
     upstream = steps(root)
     run(root, script, *flags)
@@ -134,7 +167,9 @@ def inlined(before, after, file=FT):
 
 def loss_inlined(root):
     call = "loss_util.conditional_loss(prediction.float(), target.float(), args.loss_type, "
-    edit(root, FT, (f'{call}"none", huber_c)', f"{FLAT} * batch['latents']"), (f'{call}"mean", huber_c)', FLAT))
+    edit(
+        root, FT, (f'{call}"none", huber_c)', f"{FLAT} * batch['latents']"), (f'{call}"mean", huber_c)', FLAT)
+    )
 
 
 def signature(root):
@@ -157,8 +192,14 @@ def verified_late(root):
 
 def held_in_a_table(root):
     """A table in a module that is imported before us keeps the functions themselves."""
-    (root / "library" / "registry.py").write_text("from library.loss import conditional_loss\n\nLOSSES = {'all': conditional_loss}\n")
-    edit(root, "library/config_util.py", ("import library.dataset", "import library.registry\nimport library.dataset"))
+    (root / "library" / "registry.py").write_text(
+        "from library.loss import conditional_loss\n\nLOSSES = {'all': conditional_loss}\n"
+    )
+    edit(
+        root,
+        "library/config_util.py",
+        ("import library.dataset", "import library.registry\nimport library.dataset"),
+    )
     edit(root, FT, ("loss_util.conditional_loss", "config_util.library.registry.LOSSES['all']"))
 
 
@@ -219,7 +260,12 @@ STOPPED = {
 }  # fmt: skip
 
 
-RUNTIME = ("arguments shown late", "nor accelerate's backward", "noise added inline", "loss changed before its mask")  # not in the names
+RUNTIME = (
+    "arguments shown late",
+    "nor accelerate's backward",
+    "noise added inline",
+    "loss changed before its mask",
+)  # not in the names
 
 
 @pytest.mark.parametrize("name", STOPPED)
@@ -232,7 +278,9 @@ def test_what_is_out_of_reach_stops_in_the_first_step_with_one_sentence(trainer,
         run(trainer, FT, *ALL)
     said = capsys.readouterr().err.splitlines()[-1] if stopped.value.code == 2 else stopped.value.code
     assert re.search(sentence, said) and said.startswith("sdxl-fixes: ") and "\n" not in said
-    assert not (trainer / "out" / "steps.pt").exists() and not (trainer / "out" / "model.safetensors").exists()
+    assert (
+        not (trainer / "out" / "steps.pt").exists() and not (trainer / "out" / "model.safetensors").exists()
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in STOPPED if name not in RUNTIME])
@@ -265,7 +313,9 @@ def test_a_table_of_functions_made_before_install_is_noticed(trainer):
 def test_a_module_that_imported_by_name_before_install_is_patched_too(trainer, right):
     import sys
 
-    (trainer / "library" / "criteria.py").write_text("from library.loss import conditional_loss as criterion\n")
+    (trainer / "library" / "criteria.py").write_text(
+        "from library.loss import conditional_loss as criterion\n"
+    )
     edit(
         trainer,
         FT,
@@ -288,7 +338,8 @@ def test_a_file_that_was_saved_past_us_ends_the_run_with_the_command_that_mends_
     imported = ("import training\n", "import training\nimport safetensors.torch\n")
     edit(trainer, FT, ("model_io.get_sai_model_spec(None, args)", spec), imported, (save, past))
     with pytest.raises(
-        SystemExit, match=r"no model file .* carries its schedule: sdxl-fixes stamp FILE --prediction_type v_prediction --zero"
+        SystemExit,
+        match=r"no model file .* carries its schedule: sdxl-fixes stamp FILE --prediction_type v_prediction --zero",
     ):
         run(trainer, FT, *ALL)
     assert (trainer / "out" / "model.safetensors").exists()
@@ -316,7 +367,15 @@ def test_a_step_that_only_allocates_an_optimizers_state_is_not_training(trainer,
 
 
 def test_weights_that_are_left_to_upstream_do_not_go_with_a_gradient_that_must_know_them(trainer, capsys):
-    flags = ("--loss_type", "huber", "--huber_l2_gradient", "batch", "--min_snr_gamma", "5", "--v_parameterization")
+    flags = (
+        "--loss_type",
+        "huber",
+        "--huber_l2_gradient",
+        "batch",
+        "--min_snr_gamma",
+        "5",
+        "--v_parameterization",
+    )
     with pytest.raises(SystemExit):
         run(trainer, FT, *flags, "--fixes", "all,-weighting")
     assert "--huber_l2_gradient batch must know the weights of the loss" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""The core and the kohya adapter against recorded outputs of sd-scripts' own functions (real/record.py), where kohya is right."""
+"""The core and the kohya adapter against recorded outputs of sd-scripts' own functions (real/record.py),
+where kohya is right."""
 
 import argparse
 import json
@@ -47,7 +48,13 @@ def never(*args, **kwargs):
 
 
 def scheduler():
-    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000, clip_sample=False)
+    return DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        clip_sample=False,
+    )
 
 
 def squared(prediction, target, loss_type, reduction, huber_c=None):
@@ -66,7 +73,9 @@ def samples(values):
 def test_huber_threshold_is_kohyas_and_the_loss_has_it(kind, case, run):
     schedule, c, scale = case.split()[0], *map(float, case.split()[1:])
     run(loss_type=kind, huber_schedule=schedule, huber_c=c, huber_scale=scale)
-    theirs = torch.tensor(RECORD["thresholds"][case]) * (scale if schedule == "snr" else 1)  # kohya forgets the scale there
+    theirs = torch.tensor(RECORD["thresholds"][case]) * (
+        scale if schedule == "snr" else 1
+    )  # kohya forgets the scale there
     handed_on = kohya_loss.threshold(never, argparse.Namespace(), T, None)
     torch.testing.assert_close(handed_on, theirs, rtol=2e-5, atol=0)
     r = theirs.double()  # of a residual as large as kohya's delta the loss tells ours
@@ -158,7 +167,9 @@ def test_zero_terminal_snr_is_kohyas_rescale():
 
 
 def test_noise_timesteps_and_perturbation_are_kohyas_for_the_same_seed():
-    recorded = {name: torch.tensor(value) for name, value in RECORD["noising, seed 3, ip_noise_gamma 0.1"].items()}
+    recorded = {
+        name: torch.tensor(value) for name, value in RECORD["noising, seed 3, ip_noise_gamma 0.1"].items()
+    }
     torch.manual_seed(3)
     latents = torch.randn(3, 4, 2, 2)
     step = Objective(SDXL, "v_prediction", perturbation=InputPerturbation(0.1)).draw(latents)
@@ -171,13 +182,22 @@ def test_noise_timesteps_and_perturbation_are_kohyas_for_the_same_seed():
 def test_schedule_and_snr_table_agree_whichever_of_kohyas_two_calls_comes_last(last, run):
     run(terminal_sigma=300.0, v_parameterization=True)
     made = scheduler()
-    calls = [lambda: kohya_schedule.prepare(lambda *a: None, made, "cpu"), lambda: kohya_schedule.rescale(never, made)]
+    calls = [
+        lambda: kohya_schedule.prepare(lambda *a: None, made, "cpu"),
+        lambda: kohya_schedule.rescale(never, made),
+    ]
     for call in calls if last == "rescale" else reversed(calls):
         call()
     expected = SDXL.with_terminal_sigma(300)
-    torch.testing.assert_close(made.alphas_cumprod.double(), torch.tensor(expected.alphas_cumprod), rtol=1e-6, atol=0)
-    torch.testing.assert_close(made.all_snr, made.alphas_cumprod / (1 - made.alphas_cumprod), rtol=1e-4, atol=0)
-    torch.testing.assert_close(torch.cumprod(1 - made.betas.double(), 0), made.alphas_cumprod.double(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        made.alphas_cumprod.double(), torch.tensor(expected.alphas_cumprod), rtol=1e-6, atol=0
+    )
+    torch.testing.assert_close(
+        made.all_snr, made.alphas_cumprod / (1 - made.alphas_cumprod), rtol=1e-4, atol=0
+    )
+    torch.testing.assert_close(
+        torch.cumprod(1 - made.betas.double(), 0), made.alphas_cumprod.double(), rtol=1e-3, atol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -188,7 +208,9 @@ def test_noising_is_float32_arithmetic_in_half_precision(dtype, run):
     zeros, ones = torch.zeros(2, 4, 2, 2, dtype=dtype), torch.ones(2, 4, 2, 2, dtype=dtype)
     t = torch.tensor([0, 999])
     noise_level = made.add_noise(zeros, ones, t)[:, 0, 0, 0]
-    assert noise_level.dtype == dtype and noise_level[0].item() == pytest.approx(0.02915, rel=5e-3)  # bf16 upstream: 0
+    assert noise_level.dtype == dtype and noise_level[0].item() == pytest.approx(
+        0.02915, rel=5e-3
+    )  # bf16 upstream: 0
     velocity = made.get_velocity(zeros, ones, t)[:, 0, 0, 0]
     assert velocity[1].item() == pytest.approx(1 / 20000, rel=1e-4)  # alpha: fp16 upstream: 0
 
@@ -197,7 +219,9 @@ def test_random_perturbation_strength_is_drawn_per_sample_in_kohyas_order(run):
     run(ip_noise_gamma=0.5, ip_noise_gamma_random_strength=True)
     seen = {}
 
-    def upstream(args, noise_scheduler, latents):  # stands where upstream's does: it perturbs only if args still ask for it
+    def upstream(
+        args, noise_scheduler, latents
+    ):  # stands where upstream's does: it perturbs only if args still ask for it
         assert args.ip_noise_gamma is None
         noise = torch.zeros_like(latents)
         seen["noisy"] = noise_scheduler.add_noise(latents, noise, torch.full((len(latents),), 999))
@@ -207,7 +231,11 @@ def test_random_perturbation_strength_is_drawn_per_sample_in_kohyas_order(run):
     made = scheduler()
     kohya_noise.noised(upstream, argparse.Namespace(ip_noise_gamma=0.5), made, torch.zeros(4, 4, 64, 64))
     strengths = seen["noisy"].flatten(1).std(1) / float(torch.sqrt(1 - made.alphas_cumprod[999]))
-    assert strengths.max() - strengths.min() > 0.05 and strengths.max() < 0.52 and len(set(strengths.tolist())) == 4
+    assert (
+        strengths.max() - strengths.min() > 0.05
+        and strengths.max() < 0.52
+        and len(set(strengths.tolist())) == 4
+    )
 
 
 def test_off_fixes_call_upstream(run):
@@ -280,8 +308,8 @@ def test_min_snr_floor_reaches_the_weight(run):
 
 @pytest.mark.parametrize("later", [None, [1.0, 0.25, 1.0, 0.25]], ids=["", "regularisation"])
 def test_l2_gradient_of_a_batch_is_that_of_the_weighted_loss(run, later):
-    """As both trainers do it: threshold, elementwise loss, mean per sample, weight, mean; the network trainer's
-    loss weights before the weight."""
+    """As both trainers do it: threshold, elementwise loss, mean per sample, weight, mean; the network
+    trainer's loss weights before the weight."""
     t = torch.tensor([10, 300, 600, 900])
     r = torch.randn(4, 4, 8, 8) * samples(torch.tensor([0.1, 1.0, 3.0, 10.0]))
     norms = []
@@ -303,7 +331,8 @@ def test_l2_gradient_of_a_batch_is_that_of_the_weighted_loss(run, later):
 
 
 def test_v_prediction_huber_snr_stays_on_the_accelerator(run):
-    """The step of both trainers under fake tensors, "lazy" standing for a GPU: upstream mixes devices here (sd-scripts issue 2102)."""
+    """The step of both trainers under fake tensors, "lazy" standing for a GPU: upstream mixes devices here
+    (sd-scripts issue 2102)."""
     flags = dict(zero_terminal_snr=True, v_parameterization=True, stratified_timesteps=True)
     run(loss_type="huber", min_snr_gamma=5.0, **flags)
     made = scheduler()
@@ -316,20 +345,45 @@ def test_v_prediction_huber_snr_stays_on_the_accelerator(run):
         delta = kohya_loss.threshold(never, None, t, made)
         loss = kohya_loss.conditional_loss(never, noisy, target, "huber", "none", delta).mean([1, 2, 3])
         loss = kohya_loss.weighted(never, loss, t, made, 5.0, True)
-    assert loss.device.type == delta.device.type == "lazy" and loss.shape == (2,) and made.alphas_cumprod.device.type == "cpu"
+    assert (
+        loss.device.type == delta.device.type == "lazy"
+        and loss.shape == (2,)
+        and made.alphas_cumprod.device.type == "cpu"
+    )
 
 
 PREVIEWS = {
-    **{name: {} for name in ("DDIM", "DDPM", "PNDM", "LMSDiscrete", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete")},
-    **{name: {} for name in ("KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSinglestep", "DPMSolverMultistep")},
+    **{
+        name: {}
+        for name in (
+            "DDIM",
+            "DDPM",
+            "PNDM",
+            "LMSDiscrete",
+            "EulerDiscrete",
+            "EulerAncestralDiscrete",
+            "HeunDiscrete",
+        )
+    },
+    **{
+        name: {}
+        for name in ("KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSinglestep", "DPMSolverMultistep")
+    },
 }
 
 
 @pytest.mark.parametrize("name", PREVIEWS)
-@pytest.mark.parametrize("flags", [{"zero_terminal_snr": True}, {"terminal_sigma": 300.0}], ids=["ztsnr", "300"])
+@pytest.mark.parametrize(
+    "flags", [{"zero_terminal_snr": True}, {"terminal_sigma": 300.0}], ids=["ztsnr", "300"]
+)
 def test_every_preview_sampler_follows_the_trained_schedule_and_stays_finite(name, flags, run):
     run(v_parameterization=True, **flags)
-    kwargs = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    kwargs = {
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+    }
 
     def upstream(**_):
         made = getattr(diffusers, name + "Scheduler")(**kwargs, prediction_type="v_prediction")
@@ -348,7 +402,9 @@ def test_every_preview_sampler_follows_the_trained_schedule_and_stays_finite(nam
         assert (1 / last - 1) ** 0.5 == pytest.approx(flags.get("terminal_sigma", 4096), rel=2e-3)
     x = torch.randn(1, 4, 8, 8) * made.init_noise_sigma
     for t in made.timesteps:
-        x = made.step(torch.zeros_like(x), t, x).prev_sample  # any finite prediction must give a finite sample
+        x = made.step(
+            torch.zeros_like(x), t, x
+        ).prev_sample  # any finite prediction must give a finite sample
     assert torch.isfinite(x).all()
 
 
@@ -361,7 +417,13 @@ def test_timesteps_that_our_sampler_did_not_draw_have_no_importance_weight(run):
 
     def loss(low, high):
         def upstream(args, noise_scheduler, latents):
-            return None, None, kohya_timesteps.draw(lambda low, high, count, device: torch.full((count,), high), low, high, 4, "cpu")
+            return (
+                None,
+                None,
+                kohya_timesteps.draw(
+                    lambda low, high, count, device: torch.full((count,), high), low, high, 4, "cpu"
+                ),
+            )
 
         kohya_noise.noised(upstream, argparse.Namespace(), None, target)
         l2 = lambda p, q, kind, reduction, c: (p - q) ** 2  # noqa: E731

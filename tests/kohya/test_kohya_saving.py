@@ -1,4 +1,5 @@
-"""The kohya adapter and what the base model says: a warning where the flags train otherwise, and the truth in what is saved."""
+"""The kohya adapter and what the base model says: a warning where the flags train otherwise, and the truth in
+what is saved."""
 
 import argparse
 import json
@@ -33,7 +34,10 @@ V_ZERO = dict(v_parameterization=True, zero_terminal_snr=True)
 # what the base says -> the advice that a run without flags gets
 ADVICE = {
     "v": (Sampling(SDXL, "v_prediction"), "give --v_parameterization\n"),
-    "v ztsnr": (Sampling(SDXL.zero_terminal_snr(), "v_prediction"), "give --v_parameterization --zero_terminal_snr\n"),
+    "v ztsnr": (
+        Sampling(SDXL.zero_terminal_snr(), "v_prediction"),
+        "give --v_parameterization --zero_terminal_snr\n",
+    ),
     "eps 300": (
         Sampling(SDXL.with_terminal_sigma(300, "beta_end"), "epsilon"),
         "give --terminal_sigma 300 --terminal_sigma_method beta_end\n",
@@ -55,7 +59,9 @@ def test_a_base_that_says_otherwise_is_warned_about(case, start, tmp_path):
     run, said = start(base)
     assert "WARNING" in said and advice in said and str(sampling) in said
     spec = checkpoint.model_spec(lambda: {"modelspec.title": "x"})
-    assert read_record(spec) == Sampling(SDXL, "epsilon") == Sampling(run.schedule, run.prediction_type)  # what was trained
+    assert (
+        read_record(spec) == Sampling(SDXL, "epsilon") == Sampling(run.schedule, run.prediction_type)
+    )  # what was trained
     assert spec["modelspec.prediction_type"] == "epsilon" and spec["modelspec.title"] == "x"
 
 
@@ -73,14 +79,19 @@ def test_markers_alone_and_folders_speak_too(start, tmp_path):
     from models import KINDS, write
 
     base = write(tmp_path / "m.safetensors", {**KINDS["checkpoint"], "v_pred": [0], "ztsnr": [0]})
-    assert "give --v_parameterization --zero_terminal_snr" in start(base)[1] and "WARNING" not in start(base, **V_ZERO)[1]
+    assert (
+        "give --v_parameterization --zero_terminal_snr" in start(base)[1]
+        and "WARNING" not in start(base, **V_ZERO)[1]
+    )
     (tmp_path / "folder" / "scheduler").mkdir(parents=True)
     config = tmp_path / "folder" / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps(SDXL.to_config("v_prediction")))
     assert "give --v_parameterization\n" in start(config.parent.parent)[1]
 
 
-@pytest.mark.parametrize("base", ["stabilityai/stable-diffusion-xl-base-1.0", "plain", "stock folder", "pickle", "broken"])
+@pytest.mark.parametrize(
+    "base", ["stabilityai/stable-diffusion-xl-base-1.0", "plain", "stock folder", "pickle", "broken"]
+)
 def test_a_base_that_says_nothing_changes_nothing(base, start, tmp_path):
     path = tmp_path / "m.safetensors"
     if base == "plain":
@@ -112,12 +123,19 @@ def test_a_base_that_says_v_by_modelspec_alone_and_a_lora_that_is_continued_are_
     lora = write(tmp_path / "lora.safetensors", KINDS["lora"])
     stamp_file(lora, Sampling(SDXL.zero_terminal_snr(), "v_prediction"))
     run, said = start("plain", network_weights=str(lora))
-    assert "lora.safetensors says that it is sampled as v_prediction" in said and "give --v_parameterization --zero_terminal_snr" in said
+    assert (
+        "lora.safetensors says that it is sampled as v_prediction" in said
+        and "give --v_parameterization --zero_terminal_snr" in said
+    )
     assert "WARNING" not in start("plain", network_weights=str(lora), **V_ZERO)[1]
 
 
 def test_a_base_whose_record_is_broken_is_named(start, tmp_path):
     from models import KINDS, write
 
-    base = write(tmp_path / "b.safetensors", KINDS["checkpoint"], {"sdxl_fixes.schedule": '{"format": "sdxl_fixes.schedule"}'})
+    base = write(
+        tmp_path / "b.safetensors",
+        KINDS["checkpoint"],
+        {"sdxl_fixes.schedule": '{"format": "sdxl_fixes.schedule"}'},
+    )
     assert "b.safetensors" in start(base)[1] and "what it says of its schedule is not known" in start(base)[1]

@@ -82,19 +82,29 @@ def test_doctor_says_when_there_is_no_trainer(tmp_path, capsys):
 
 
 def launcher(*words, cwd):
-    return subprocess.run([sys.executable, "-m", "sdxl_fixes.kohya", *words], capture_output=True, text=True, cwd=cwd, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "sdxl_fixes.kohya", *words],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=120,
+    )
 
 
 def test_launcher_names_what_is_missing(checkout):
     assert "usage: python -m sdxl_fixes.kohya" in launcher(cwd=checkout).stderr
     assert "fine_tune.py is not one of the trainers" in launcher("fine_tune.py", cwd=checkout).stderr
-    assert "there is no nowhere/sdxl_train.py" in launcher("nowhere/sdxl_train.py", cwd=checkout).stderr.replace("\\", "/")
+    assert "there is no nowhere/sdxl_train.py" in launcher(
+        "nowhere/sdxl_train.py", cwd=checkout
+    ).stderr.replace("\\", "/")
 
 
 def test_launcher_refuses_an_old_trainer_without_a_traceback(checkout):
     older(checkout)
     process = launcher("sdxl_train.py", cwd=checkout)
-    assert process.returncode == 1 and process.stderr.startswith("sdxl-fixes: sd-scripts v0.10.0 or newer is needed")
+    assert process.returncode == 1 and process.stderr.startswith(
+        "sdxl-fixes: sd-scripts v0.10.0 or newer is needed"
+    )
 
 
 def test_launcher_runs_the_script_with_its_own_arguments(checkout):
@@ -115,12 +125,19 @@ def test_launcher_refuses_a_config_files_value_in_one_sentence_and_with_status_2
         "print(util.read_config_from_file(parser.parse_args(), parser).zero_terminal_snr)\n"
     )
     process = launcher("sdxl_train.py", "--config_file", "my.toml", cwd=checkout)
-    said = "sdxl-fixes: --config_file my.toml: --zero_terminal_snr: expected true or false, without quotes, got 'false': correct it, "
+    said = (
+        "sdxl-fixes: --config_file my.toml: --zero_terminal_snr: expected true or false, without quotes, "
+        "got 'false': correct it, "
+    )
     said += "or leave the flag out\n"
-    assert (process.returncode, process.stdout, process.stderr) == ((2, "", said) if status else (0, "True\n", ""))
+    assert (process.returncode, process.stdout, process.stderr) == (
+        (2, "", said) if status else (0, "True\n", "")
+    )
 
 
-def test_what_has_no_place_in_a_script_is_refused_if_it_was_asked_for_and_left_out_if_not(monkeypatch, capsys):
+def test_what_has_no_place_in_a_script_is_refused_if_it_was_asked_for_and_left_out_if_not(
+    monkeypatch, capsys
+):
     from argparse import Namespace
 
     from sdxl_fixes.flags import FlagError
@@ -130,7 +147,9 @@ def test_what_has_no_place_in_a_script_is_refused_if_it_was_asked_for_and_left_o
     run = start(Namespace(zero_terminal_snr=True, v_parameterization=True))
     assert "schedule" in run.on and "saving" in run.on and "previews" not in run.on
     assert "markers" not in capsys.readouterr().err  # they belong to full models
-    with pytest.raises(FlagError, match=r"'validation'.*its U-Net is told the control image.*--fixes all,-validation"):
+    with pytest.raises(
+        FlagError, match=r"'validation'.*its U-Net is told the control image.*--fixes all,-validation"
+    ):
         start(Namespace(stable_loss_steps=2))
     monkeypatch.setattr(SESSION, "script_name", lambda: "sd3_train.py")
     with pytest.raises(FlagError, match=r"sd3_train.py is not one of the scripts"):

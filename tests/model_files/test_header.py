@@ -1,4 +1,5 @@
-"""The header of a safetensors file: what the reference reader refuses is refused in one sentence, and nothing is touched."""
+"""The header of a safetensors file: what the reference reader refuses is refused in one sentence, and nothing
+is touched."""
 
 import json
 
@@ -35,11 +36,21 @@ def reference_accepts(path):
 
 
 def test_reads_what_the_reference_writes(tmp_path):
-    tensors = {"x": torch.arange(6.0).reshape(2, 3), "y": torch.zeros(0), "z": torch.ones(3, dtype=torch.bfloat16), "ü": torch.tensor(1)}
+    tensors = {
+        "x": torch.arange(6.0).reshape(2, 3),
+        "y": torch.zeros(0),
+        "z": torch.ones(3, dtype=torch.bfloat16),
+        "ü": torch.tensor(1),
+    }
     save_file(tensors, tmp_path / "m.safetensors", {"a": "b", "ü": "é\n"})
     read = read_header(tmp_path / "m.safetensors")
-    assert read.metadata == {"a": "b", "ü": "é\n"} and read.file_size == (tmp_path / "m.safetensors").stat().st_size
-    assert {name: tensor.shape for name, tensor in read.tensors.items()} == {name: tuple(t.shape) for name, t in tensors.items()}
+    assert (
+        read.metadata == {"a": "b", "ü": "é\n"}
+        and read.file_size == (tmp_path / "m.safetensors").stat().st_size
+    )
+    assert {name: tensor.shape for name, tensor in read.tensors.items()} == {
+        name: tuple(t.shape) for name, t in tensors.items()
+    }
 
 
 def test_the_reference_reads_what_we_write(tmp_path):
@@ -141,9 +152,29 @@ def mutations():
         return bytes(data)
 
     words = st.sampled_from(
-        [b"{", b"}", b'"', b",", b":", b"[", b"0", b"-1", b"9", b" ", b"\n", b"\x00", b"null", b"true", b"1e3", b"a", b"v_pred"]
+        [
+            b"{",
+            b"}",
+            b'"',
+            b",",
+            b":",
+            b"[",
+            b"0",
+            b"-1",
+            b"9",
+            b" ",
+            b"\n",
+            b"\x00",
+            b"null",
+            b"true",
+            b"1e3",
+            b"a",
+            b"v_pred",
+        ]
     )
-    change = st.tuples(st.integers(0, 2), st.integers(0, len(valid)), st.one_of(words, st.binary(min_size=1, max_size=4)))
+    change = st.tuples(
+        st.integers(0, 2), st.integers(0, len(valid)), st.one_of(words, st.binary(min_size=1, max_size=4))
+    )
     return st.lists(change, min_size=1, max_size=3).map(mutate)
 
 
@@ -164,7 +195,11 @@ def test_fuzz_what_we_accept_the_reference_accepts(tmp_path_factory, data):
 @given(st.binary(max_size=200))
 def test_fuzz_any_bytes(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "fuzz.safetensors"
-    for content in (data, len(data).to_bytes(8, "little") + data, (len(data) + 1).to_bytes(8, "little") + b"{" + data):
+    for content in (
+        data,
+        len(data).to_bytes(8, "little") + data,
+        (len(data) + 1).to_bytes(8, "little") + b"{" + data,
+    ):
         path.write_bytes(content)
         try:
             read_header(path)

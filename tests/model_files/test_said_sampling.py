@@ -1,4 +1,5 @@
-"""How a base model, LoRA or diffusers folder says it is sampled: what is believed before what, and what is wrong with it."""
+"""How a base model, LoRA or diffusers folder says it is sampled: what is believed before what, and what is
+wrong with it."""
 
 import json
 
@@ -14,7 +15,11 @@ from sdxl_fixes.schedulers import CLASSES
 
 SDXL = NoiseSchedule.sdxl()
 ZERO = SDXL.zero_terminal_snr()
-V, V_ZERO, EPSILON_ZERO = Sampling(SDXL, "v_prediction"), Sampling(ZERO, "v_prediction"), Sampling(ZERO, "epsilon")
+V, V_ZERO, EPSILON_ZERO = (
+    Sampling(SDXL, "v_prediction"),
+    Sampling(ZERO, "v_prediction"),
+    Sampling(ZERO, "epsilon"),
+)
 FLOW = Sampling(NoiseSchedule.flow(2.5), "flow_prediction")
 SAYS = "modelspec.prediction_type"
 UNET = "model.diffusion_model."
@@ -40,7 +45,11 @@ FILES = {
     "markers of a U-Net": ([UNET + "v_pred"], None, V),
     "markers before metadata": (["v_pred"], {SAYS: "epsilon", "ss_zero_terminal_snr": "True"}, V),
     "a record before both": (["ztsnr"], {SAYS: "v", **record_of(FLOW)}, FLOW),
-    "a record of SDXL's own": (["v_pred"], {SAYS: "v", **record_of(Sampling(SDXL, "epsilon"))}, Sampling(SDXL, "epsilon")),
+    "a record of SDXL's own": (
+        ["v_pred"],
+        {SAYS: "v", **record_of(Sampling(SDXL, "epsilon"))},
+        Sampling(SDXL, "epsilon"),
+    ),
 }
 
 
@@ -59,18 +68,34 @@ def folder_of(tmp_path, config):
     (folder / "scheduler").mkdir(parents=True)
     (folder / "unet").mkdir()
     model(folder / "unet" / "diffusion_pytorch_model.safetensors", "diffusers_unet")
-    (folder / "scheduler" / "scheduler_config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        config if isinstance(config, str) else json.dumps(config)
+    )
     return folder
 
 
 # as diffusers saves it: with the beta schedule that the class does not use for flow
-UNIPC = {"_class_name": "UniPCMultistepScheduler", "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "trained_betas": None}
-UNIPC |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 2.5, "num_train_timesteps": 1000}
+UNIPC = {
+    "_class_name": "UniPCMultistepScheduler",
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "trained_betas": None,
+}
+UNIPC |= {
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 2.5,
+    "num_train_timesteps": 1000,
+}
 FOLDERS = {
     "SDXL's own": ({**SDXL.to_config("epsilon"), "timestep_spacing": "leading"}, None),
     "v": (SDXL.to_config("v_prediction"), V),
     "rescaled": ({**SDXL.to_config("v_prediction"), "rescale_betas_zero_snr": True}, V_ZERO),
-    "another end": (SDXL.with_terminal_sigma(300).to_config("epsilon"), Sampling(SDXL.with_terminal_sigma(300), "epsilon")),
+    "another end": (
+        SDXL.with_terminal_sigma(300).to_config("epsilon"),
+        Sampling(SDXL.with_terminal_sigma(300), "epsilon"),
+    ),
     "flow, as diffusers saves it": (UNIPC, FLOW),
     "flow, as stamp writes it": (stock_config(FLOW), FLOW),
 }
@@ -83,7 +108,9 @@ def test_a_folder_is_believed_by_its_scheduler_config(case, tmp_path, capsys):
     assert read_sampling(folder) == said_sampling(folder) == expected and said_problem(folder) is None
     if expected is not None:  # every reader reads the same
         file = model(tmp_path / "m.safetensors")
-        assert main(["stamp", str(file), "--from", str(folder)]) == 0 and ModelFile.read(file).record == expected
+        assert (
+            main(["stamp", str(file), "--from", str(folder)]) == 0 and ModelFile.read(file).record == expected
+        )
         capsys.readouterr()
         assert main(["inspect", str(folder), "--json"]) == 0
         said = json.loads(capsys.readouterr().out)
@@ -96,7 +123,10 @@ def test_the_right_stamp_of_a_flow_folder_is_taken_and_a_wrong_one_refused(tmp_p
     config = folder / "scheduler" / "scheduler_config.json"
     before = config.read_bytes()
     assert main(["stamp", str(folder), "--prediction_type", "v_prediction", "--zero_terminal_snr"]) == 2
-    assert "says flow_prediction, sigma 0.002503 to inf" in capsys.readouterr().err and config.read_bytes() == before
+    assert (
+        "says flow_prediction, sigma 0.002503 to inf" in capsys.readouterr().err
+        and config.read_bytes() == before
+    )
     assert main(["stamp", str(folder), "--prediction_type", "flow_prediction", "--shift", "2.5"]) == 0
     assert read_sampling(folder) == FLOW
 
@@ -106,12 +136,21 @@ def test_a_scheduler_of_flow_reads_as_flow():
     if "use_flow_sigmas" not in diffusers.UniPCMultistepScheduler().config:
         pytest.skip("this diffusers knows no use_flow_sigmas")
     scheduler = diffusers.UniPCMultistepScheduler.from_config(UNIPC)
-    assert NoiseSchedule.from_scheduler(scheduler) == NoiseSchedule.from_config(scheduler.config) == NoiseSchedule.flow(2.5)
+    assert (
+        NoiseSchedule.from_scheduler(scheduler)
+        == NoiseSchedule.from_config(scheduler.config)
+        == NoiseSchedule.flow(2.5)
+    )
     ours = CLASSES["UniPCMultistepScheduler"].from_config(UNIPC)
     for each in (scheduler, ours):
         each.set_timesteps(7)
-    assert ours.noise_schedule == NoiseSchedule.flow(2.5) and not ours.exact  # diffusers steps as it always did
-    assert ours.timesteps.tolist() == scheduler.timesteps.tolist() and ours.sigmas.tolist() == scheduler.sigmas.tolist()
+    assert (
+        ours.noise_schedule == NoiseSchedule.flow(2.5) and not ours.exact
+    )  # diffusers steps as it always did
+    assert (
+        ours.timesteps.tolist() == scheduler.timesteps.tolist()
+        and ours.sigmas.tolist() == scheduler.sigmas.tolist()
+    )
 
 
 def broken(changes):
@@ -123,7 +162,10 @@ BROKEN = {
     "deep": ({RECORD_KEY: "[" * 100_000}, "its schedule record (sdxl_fixes.schedule) is not JSON"),
     "a list": ({RECORD_KEY: "[1]"}, "not a schedule record"),
     "no ends": (broken({"recipe": [{"make": "linear"}]}), "step 1 of the recipe, linear, lacks beta_start"),
-    "no shift": (broken({"recipe": [{"make": "flow"}], "prediction_type": "flow_prediction"}), "flow, lacks shift"),
+    "no shift": (
+        broken({"recipe": [{"make": "flow"}], "prediction_type": "flow_prediction"}),
+        "flow, lacks shift",
+    ),
     "a list for a name": (broken({"recipe": [{"make": ["x"]}]}), 'must be an object whose "make" is one of'),
     "NaN": (broken({"betas": [0.1, float("nan")]}), "betas[1] is nan"),
     "no prediction type": (broken({"prediction_type": None}), "prediction_type is None"),
@@ -143,8 +185,16 @@ def test_a_broken_record_is_a_sentence_everywhere_and_says_nothing(case, tmp_pat
         read_sampling(path)
     record = tmp_path / "record.json"
     record.write_text(entries[RECORD_KEY])
-    commands = [["inspect", str(path)], ["stamp", str(path)], ["stamp", str(path), "--prediction_type", "epsilon"]]
-    for words in commands if case in ("no JSON", "deep", "a list") else [*commands, ["stamp", str(path), "--from", str(record)]]:
+    commands = [
+        ["inspect", str(path)],
+        ["stamp", str(path)],
+        ["stamp", str(path), "--prediction_type", "epsilon"],
+    ]
+    for words in (
+        commands
+        if case in ("no JSON", "deep", "a list")
+        else [*commands, ["stamp", str(path), "--from", str(record)]]
+    ):
         assert main(words) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and sentence in error
@@ -167,7 +217,10 @@ def test_force_mends_a_broken_record(case, tmp_path, capsys):
         ("[1]", "holds a list"),
         ({}, "neither trained_betas nor beta_schedule"),
         ({"beta_schedule": {}, "num_train_timesteps": 3}, "unknown beta_schedule {}"),
-        ({"trained_betas": [[0.1], [0.2, 0.3]], "num_train_timesteps": 2}, "trained_betas must be one row of numbers"),
+        (
+            {"trained_betas": [[0.1], [0.2, 0.3]], "num_train_timesteps": 2},
+            "trained_betas must be one row of numbers",
+        ),
         ({**UNIPC, "flow_shift": "2.5"}, "flow_shift is '2.5': expected a number"),
         ({**UNIPC, "flow_shift": -1}, "shift must be a positive number"),
         ({**UNIPC, "prediction_type": "epsilon"}, "use_flow_sigmas"),

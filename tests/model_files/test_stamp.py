@@ -25,9 +25,19 @@ UNET = "model.diffusion_model."
 CASES = {
     "eps 14.6": (["--prediction_type", "epsilon"], SDXL, [], "epsilon"),
     "v": (["--prediction_type", "v_prediction"], SDXL, ["v_pred"], "v"),
-    "v ztsnr": (["--prediction_type", "v_prediction", "--zero_terminal_snr"], ZERO, ["v_pred", "ztsnr"], "v-zsnr"),
+    "v ztsnr": (
+        ["--prediction_type", "v_prediction", "--zero_terminal_snr"],
+        ZERO,
+        ["v_pred", "ztsnr"],
+        "v-zsnr",
+    ),
     "eps ztsnr": (["--prediction_type", "epsilon", "--zero_terminal_snr"], ZERO, ["ztsnr"], None),
-    "eps 300": (["--prediction_type", "epsilon", "--terminal_sigma", "300"], SDXL.with_terminal_sigma(300), [], None),
+    "eps 300": (
+        ["--prediction_type", "epsilon", "--terminal_sigma", "300"],
+        SDXL.with_terminal_sigma(300),
+        [],
+        None,
+    ),
     "v tail": (
         ["--prediction_type", "v_prediction", "--terminal_sigma", "300", "--terminal_sigma_method", "tail"],
         SDXL.with_terminal_sigma(300, "tail"),
@@ -41,7 +51,11 @@ CASES = {
 
 
 def names(path):
-    return [name for name in read_header(path).tensors if name.rpartition(".")[2] in ("v_pred", "ztsnr", "sigma_max")]
+    return [
+        name
+        for name in read_header(path).tensors
+        if name.rpartition(".")[2] in ("v_pred", "ztsnr", "sigma_max")
+    ]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -51,7 +65,10 @@ def test_what_each_case_gets(case, tmp_path, capsys):
     before = data_hash(path)
     assert main(["stamp", str(path), *flags, "--check"]) == 0
     read = read_header(path)
-    assert read_record(read.metadata) == Sampling(schedule, flags[1]) and read.metadata.get("modelspec.prediction_type") == says
+    assert (
+        read_record(read.metadata) == Sampling(schedule, flags[1])
+        and read.metadata.get("modelspec.prediction_type") == says
+    )
     assert read.metadata["modelspec.title"] == "mine" and set(names(path)) == set(markers)
     assert all(read.tensors[name].shape == (0,) and read.tensors[name].dtype == "F32" for name in markers)
     assert data_hash(path) == before and before in capsys.readouterr().out
@@ -59,7 +76,11 @@ def test_what_each_case_gets(case, tmp_path, capsys):
     ours = next(row for row in verdicts(path)[2] if row.ui == "ComfyUI with our node")
     assert ours.right and not ModelFile.read(path).contradictions(Sampling(schedule, flags[1]))
     again = path.read_bytes()
-    assert main(["stamp", str(path)]) == 0 and "unchanged" in capsys.readouterr().out and path.read_bytes() == again
+    assert (
+        main(["stamp", str(path)]) == 0
+        and "unchanged" in capsys.readouterr().out
+        and path.read_bytes() == again
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,7 +96,11 @@ def test_what_each_case_gets(case, tmp_path, capsys):
 def test_where_markers_go(kind, expected, tmp_path):
     path = model(tmp_path / "m.safetensors", kind)
     made = stamp_file(path, Sampling(ZERO, "v_prediction"))
-    assert made.kind == kind and set(names(path)) == expected and read_record(read_header(path).metadata).schedule == ZERO
+    assert (
+        made.kind == kind
+        and set(names(path)) == expected
+        and read_record(read_header(path).metadata).schedule == ZERO
+    )
     assert {name for name in read_header(path).tensors if name not in expected} == set(KINDS[kind])
 
 
@@ -86,7 +111,9 @@ def test_the_stock_libraries_read_it(tmp_path):
     stamp_file(path, Sampling(ZERO, "v_prediction"))
     with safe_open(path, "pt") as file:
         assert file.get_tensor("v_pred").shape == (0,) and file.metadata()["format"] == "pt"
-        assert file.get_tensor(UNET + "input_blocks.0.0.weight").flatten()[:50].numpy().tobytes() == bytes(range(100))
+        assert file.get_tensor(UNET + "input_blocks.0.0.weight").flatten()[:50].numpy().tobytes() == bytes(
+            range(100)
+        )
 
 
 @pytest.mark.parametrize(
@@ -95,10 +122,22 @@ def test_the_stock_libraries_read_it(tmp_path):
         ({"v_pred": [0]}, ["epsilon"], "its marker v_pred says v_prediction"),
         ({"v_pred": [0], "ztsnr": [0]}, ["v_prediction"], "its marker ztsnr says zero terminal SNR"),
         ({"edm_vpred.sigma_max": [1]}, ["v_prediction"], "its marker edm_vpred.sigma_max says an EDM model"),
-        ({"modelspec.prediction_type": "epsilon"}, ["v_prediction"], "its modelspec.prediction_type says epsilon"),
+        (
+            {"modelspec.prediction_type": "epsilon"},
+            ["v_prediction"],
+            "its modelspec.prediction_type says epsilon",
+        ),
         ({"modelspec.prediction_type": "v"}, ["flow_prediction"], "its modelspec.prediction_type says v"),
-        ({"ss_zero_terminal_snr": "False"}, ["v_prediction", "--zero_terminal_snr"], "its ss_zero_terminal_snr says False"),
-        (metadata(SDXL, "v_prediction"), ["epsilon"], "its record says v_prediction, sigma 0.02917 to 14.6146"),
+        (
+            {"ss_zero_terminal_snr": "False"},
+            ["v_prediction", "--zero_terminal_snr"],
+            "its ss_zero_terminal_snr says False",
+        ),
+        (
+            metadata(SDXL, "v_prediction"),
+            ["epsilon"],
+            "its record says v_prediction, sigma 0.02917 to 14.6146",
+        ),
     ],
 )
 def test_a_contradiction_is_refused_unless_told(header, flags, sentence, tmp_path, capsys):
@@ -121,7 +160,11 @@ def test_what_adds_to_the_file_is_no_contradiction(tmp_path):
         (Sampling(ZERO, "v_prediction"), {"v_pred", "ztsnr"}),
         (Sampling(NoiseSchedule.cosine(), "v_prediction"), set()),
     ):
-        path = write(tmp_path / "m.safetensors", {**KINDS["checkpoint"], "v_pred": [0]}, {"modelspec.prediction_type": "v"})
+        path = write(
+            tmp_path / "m.safetensors",
+            {**KINDS["checkpoint"], "v_pred": [0]},
+            {"modelspec.prediction_type": "v"},
+        )
         stamp_file(path, sampling)
         assert set(names(path)) == left
 
@@ -131,17 +174,28 @@ def test_a_marker_with_bytes_is_renamed(tmp_path):
     before = data_hash(path)
     stamp_file(path, Sampling(SDXL, "epsilon"), force=True)
     assert (
-        data_hash(path) == before and "sdxl_fixes.removed.v_pred" in read_header(path).tensors and "v_pred" not in read_header(path).tensors
+        data_hash(path) == before
+        and "sdxl_fixes.removed.v_pred" in read_header(path).tensors
+        and "v_pred" not in read_header(path).tensors
     )
 
 
 def test_other_models_are_refused(tmp_path, capsys):
-    sd1 = write(tmp_path / "sd1.safetensors", {UNET + "input_blocks.0.0.weight": [320, 4, 3, 3], "first_stage_model.x": [1]})
-    assert main(["stamp", str(sd1), "--prediction_type", "v_prediction"]) == 2 and "not of SDXL" in capsys.readouterr().err
+    sd1 = write(
+        tmp_path / "sd1.safetensors",
+        {UNET + "input_blocks.0.0.weight": [320, 4, 3, 3], "first_stage_model.x": [1]},
+    )
+    assert (
+        main(["stamp", str(sd1), "--prediction_type", "v_prediction"]) == 2
+        and "not of SDXL" in capsys.readouterr().err
+    )
     assert main(["stamp", str(sd1), "--prediction_type", "v_prediction", "--force"]) == 0
     assert names(sd1) == [] and read_record(read_header(sd1).metadata) == Sampling(SDXL, "v_prediction")
     vae = write(tmp_path / "vae.safetensors", {"decoder.conv_in.weight": [1]})
-    assert main(["stamp", str(vae), "--prediction_type", "epsilon"]) == 2 and "holds no U-Net and no LoRA" in capsys.readouterr().err
+    assert (
+        main(["stamp", str(vae), "--prediction_type", "epsilon"]) == 2
+        and "holds no U-Net and no LoRA" in capsys.readouterr().err
+    )
     pickle = tmp_path / "m.ckpt"
     pickle.write_bytes(b"PK\x03\x04")
     assert main(["inspect", str(pickle)]) == 2 and "never opened" in capsys.readouterr().err
@@ -152,11 +206,20 @@ def test_other_models_are_refused(tmp_path, capsys):
     [
         ([], "does not say how it was trained"),
         (["--zero_terminal_snr"], "tell also what the model predicts"),
-        (["--prediction_type", "epsilon", "--base", "cosine", "--shift", "3"], "--shift belongs to --base flow"),
+        (
+            ["--prediction_type", "epsilon", "--base", "cosine", "--shift", "3"],
+            "--shift belongs to --base flow",
+        ),
         (["--from", "nowhere", "--zero_terminal_snr"], "two sources"),
-        (["--prediction_type", "epsilon", "--terminal_sigma", "300", "--yaml"], "a YAML can tell A1111 only v-prediction"),
+        (
+            ["--prediction_type", "epsilon", "--terminal_sigma", "300", "--yaml"],
+            "a YAML can tell A1111 only v-prediction",
+        ),
         (["--prediction_type", "epsilon", "--terminal_sigma", "-1"], "--terminal_sigma -1"),
-        (["--prediction_type", "flow_prediction", "--shift", "0"], "--shift 0: shift must be a positive number"),
+        (
+            ["--prediction_type", "flow_prediction", "--shift", "0"],
+            "--shift 0: shift must be a positive number",
+        ),
         (["--from", "nowhere", "--terminal_sigma", "0"], "two sources"),
     ],
 )
@@ -175,7 +238,9 @@ def test_sources(tmp_path, capsys):
     stamped = model(tmp_path / "s.safetensors")
     stamp_file(stamped, Sampling(NoiseSchedule.flow(3), "flow_prediction"))
     (folder / "scheduler").mkdir(parents=True)
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SDXL.with_terminal_sigma(100, "beta_end").to_config("sample")))
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps(SDXL.with_terminal_sigma(100, "beta_end").to_config("sample"))
+    )
     expected = {
         config: Sampling(ZERO, "v_prediction"),
         record: Sampling(SDXL.with_terminal_sigma(300, "beta_end"), "epsilon"),
@@ -184,11 +249,16 @@ def test_sources(tmp_path, capsys):
     }
     for source, sampling in expected.items():
         path = model(tmp_path / "m.safetensors")
-        assert main(["stamp", str(path), "--from", str(source)]) == 0 and ModelFile.read(path).record == sampling
+        assert (
+            main(["stamp", str(path), "--from", str(source)]) == 0 and ModelFile.read(path).record == sampling
+        )
     bare = tmp_path / "bare.json"
     bare.write_text(SDXL.to_json())
     path = model(tmp_path / "m.safetensors")
-    assert main(["stamp", str(path), "--from", str(bare)]) == 2 and "tell also what the model predicts" in capsys.readouterr().err
+    assert (
+        main(["stamp", str(path), "--from", str(bare)]) == 2
+        and "tell also what the model predicts" in capsys.readouterr().err
+    )
     assert main(["stamp", str(path), "--from", str(bare), "--prediction_type", "v_prediction"]) == 0
     assert main(["stamp", str(path), "--from", str(config), "--prediction_type", "epsilon"]) == 2
 
@@ -197,8 +267,16 @@ def test_dry_run_writes_nothing_and_output_elsewhere(tmp_path, capsys):
     path, other = model(tmp_path / "m.safetensors"), tmp_path / "other.safetensors"
     before = path.read_bytes()
     words = ["stamp", str(path), "--prediction_type", "v_prediction"]
-    assert main([*words, "--dry-run"]) == 0 and "markers: v_pred" in capsys.readouterr().out and list(tmp_path.iterdir()) == [path]
-    assert main([*words, "--output", str(other)]) == 0 and path.read_bytes() == before and names(other) == ["v_pred"]
+    assert (
+        main([*words, "--dry-run"]) == 0
+        and "markers: v_pred" in capsys.readouterr().out
+        and list(tmp_path.iterdir()) == [path]
+    )
+    assert (
+        main([*words, "--output", str(other)]) == 0
+        and path.read_bytes() == before
+        and names(other) == ["v_pred"]
+    )
     assert main([*words, "--output", str(other)]) == 2 and "exists already" in capsys.readouterr().err
 
 
@@ -208,19 +286,40 @@ def test_diffusers_folder_and_shards(tmp_path, capsys):
         (folder / name).mkdir(parents=True)
     shapes = list(KINDS["diffusers_unet"].items())
     for i in (1, 2):
-        write(folder / "unet" / f"diffusion_pytorch_model-0000{i}-of-00002.safetensors", dict(shapes[i - 1 : 1 + i]), {"format": "pt"})
+        write(
+            folder / "unet" / f"diffusion_pytorch_model-0000{i}-of-00002.safetensors",
+            dict(shapes[i - 1 : 1 + i]),
+            {"format": "pt"},
+        )
     (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
     write(folder / "vae" / "diffusion_pytorch_model.safetensors", {"x": [1]})
     config = folder / "scheduler" / "scheduler_config.json"
     config.write_text(
-        json.dumps({"_class_name": "DDIMScheduler", "clip_sample": False, **SDXL.to_config("epsilon"), "timestep_spacing": "leading"})
+        json.dumps(
+            {
+                "_class_name": "DDIMScheduler",
+                "clip_sample": False,
+                **SDXL.to_config("epsilon"),
+                "timestep_spacing": "leading",
+            }
+        )
     )
     assert main(["stamp", str(folder), "--prediction_type", "v_prediction", "--terminal_sigma", "300"]) == 0
     for file in (folder / "unet").glob("*.safetensors"):
-        assert read_record(read_header(file).metadata) == Sampling(SDXL.with_terminal_sigma(300), "v_prediction") and names(file) == []
+        assert (
+            read_record(read_header(file).metadata) == Sampling(SDXL.with_terminal_sigma(300), "v_prediction")
+            and names(file) == []
+        )
     written = json.loads(config.read_text())
-    assert (written["_class_name"], written["clip_sample"], written["timestep_spacing"]) == ("DDIMScheduler", False, "trailing")
-    assert NoiseSchedule.from_config(written) == SDXL.with_terminal_sigma(300) and written["prediction_type"] == "v_prediction"
+    assert (written["_class_name"], written["clip_sample"], written["timestep_spacing"]) == (
+        "DDIMScheduler",
+        False,
+        "trailing",
+    )
+    assert (
+        NoiseSchedule.from_config(written) == SDXL.with_terminal_sigma(300)
+        and written["prediction_type"] == "v_prediction"
+    )
     assert read_header(folder / "vae" / "diffusion_pytorch_model.safetensors").metadata == {}
     rows = {row.ui: row for row in verdicts(folder)[2]}
     assert (
@@ -234,9 +333,17 @@ def test_diffusers_folder_and_shards(tmp_path, capsys):
     for file in (folder / "unet").glob("*.safetensors"):  # other files, the same scheduler
         write(file, dict(shapes[:1]), {"format": "pt"})
     assert main(["stamp", str(folder), "--prediction_type", "epsilon"]) == 2
-    assert "scheduler_config.json says v_prediction" in capsys.readouterr().err and config.read_bytes() == before
-    assert main(["stamp", str(folder), "--prediction_type", "epsilon", "--force"]) == 0 and config.read_bytes() != before
-    assert main(["stamp", str(tmp_path), "--prediction_type", "epsilon"]) == 2 and "neither a diffusers folder" in capsys.readouterr().err
+    assert (
+        "scheduler_config.json says v_prediction" in capsys.readouterr().err and config.read_bytes() == before
+    )
+    assert (
+        main(["stamp", str(folder), "--prediction_type", "epsilon", "--force"]) == 0
+        and config.read_bytes() != before
+    )
+    assert (
+        main(["stamp", str(tmp_path), "--prediction_type", "epsilon"]) == 2
+        and "neither a diffusers folder" in capsys.readouterr().err
+    )
 
 
 def test_the_config_beside_is_what_stock_diffusers_samples(tmp_path):
@@ -298,9 +405,13 @@ def test_inspect_speaks_text_json_and_markdown(tmp_path, capsys):
     assert all(ui in text for ui in UIS) and "WRONG: install the node" in text
     assert main(["inspect", str(path), "--json"]) == 0
     content = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
-    assert content["terminal_sigma"] == pytest.approx(300) and [row["ui"] for row in content["uis"]] == list(UIS)
+    assert content["terminal_sigma"] == pytest.approx(300) and [row["ui"] for row in content["uis"]] == list(
+        UIS
+    )
     assert main(["inspect", str(path), "--markdown"]) == 0
-    assert "| ComfyUI with our node | epsilon, sigma_max 300 | Nothing: it is right |" in capsys.readouterr().out
+    assert (
+        "| ComfyUI with our node | epsilon, sigma_max 300 | Nothing: it is right |" in capsys.readouterr().out
+    )
 
 
 def test_inspect_mends_what_a_crash_left(tmp_path, capsys):
@@ -310,17 +421,23 @@ def test_inspect_mends_what_a_crash_left(tmp_path, capsys):
     before = path.read_bytes()
     w._write_journal(path, read_header(path), 0)
     path.write_bytes(before[:8] + b"{torn" + before[13:])
-    assert main(["inspect", str(path)]) == 0 and "its old header was put back" in capsys.readouterr().out and path.read_bytes() == before
+    assert (
+        main(["inspect", str(path)]) == 0
+        and "its old header was put back" in capsys.readouterr().out
+        and path.read_bytes() == before
+    )
 
 
 def test_reading_costs_no_diffusers():
-    code = "import sys, sdxl_fixes.commands.stamp; assert not {'diffusers', 'transformers'} & set(sys.modules)"
+    code = (
+        "import sys, sdxl_fixes.commands.stamp; assert not {'diffusers', 'transformers'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1] / "support")
 
 
 def test_the_page_on_loading_is_up_to_date():
     from loading_page import page
 
-    assert page() == (Path(__file__).resolve().parents[2] / "docs" / "loading.md").read_text(encoding="utf-8"), (
-        "run python benchmarks/loading_page.py > docs/loading.md"
-    )
+    assert page() == (Path(__file__).resolve().parents[2] / "docs" / "loading.md").read_text(
+        encoding="utf-8"
+    ), "run python benchmarks/loading_page.py > docs/loading.md"

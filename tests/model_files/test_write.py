@@ -1,4 +1,5 @@
-"""Changing a header on disk: tensors untouched, and whatever is killed, whenever, the old or the new file can be read."""
+"""Changing a header on disk: tensors untouched, and whatever is killed, whenever, the old or the new file can
+be read."""
 
 import errno
 import itertools
@@ -101,7 +102,9 @@ def test_a_link_stays_a_link(file, tmp_path):
     link = tmp_path / "models" / "link.safetensors"
     link.symlink_to(file)
     change(link, "new")
-    assert link.is_symlink() and says(file) == "new" and os.listdir(tmp_path / "models") == ["link.safetensors"]
+    assert (
+        link.is_symlink() and says(file) == "new" and os.listdir(tmp_path / "models") == ["link.safetensors"]
+    )
 
 
 def test_mode_and_attributes_stay(file):
@@ -198,10 +201,14 @@ def test_memory_is_constant(tmp_path):
         "for path in map(Path, sys.argv[1:]):\n"
         "    if path.stem == 'plain': w._copy_in_kernel = lambda *args: 0\n"
         "    old = read_header(path); before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "    w.replace_header(path, old, encode_header({'k': 'new'}, old.tensors, w.longer(old, 20000))); w.data_hash(path)\n"
+        "    w.replace_header(path, old, encode_header({'k': 'new'}, old.tensors, w.longer(old, 20000))); "
+        "w.data_hash(path)\n"
         "    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)\n"
     )
-    paths = [write(tmp_path / f"{way}.safetensors", {"a": [1 << 25]}, {"k": "old"}, os.urandom(1 << 26)) for way in ("kernel", "plain")]
+    paths = [
+        write(tmp_path / f"{way}.safetensors", {"a": [1 << 25]}, {"k": "old"}, os.urandom(1 << 26))
+        for way in ("kernel", "plain")
+    ]
     process = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
     assert all(float(grown) < 24 for grown in process.stdout.split()) and len(process.stdout.split()) == 2
 
@@ -212,7 +219,8 @@ CALLS = ("open", "pwrite", "fsync", "replace", "copy_file_range", "close", "stat
 
 
 def killed_at(step, path, **options):
-    """Change ``path`` in a child process that is killed right before its ``step``-th call into the system. Returns whether it got there."""
+    """Change ``path`` in a child process that is killed right before its ``step``-th call into the system.
+    Returns whether it got there."""
     child = os.fork()
     if child == 0:
         count = 0
@@ -263,14 +271,17 @@ def test_killed_at_every_step(way, tmp_path):
         if code == 0:
             break
         step += 1
-    assert set(outcomes) == {"old", NEW} and outcomes == sorted(outcomes, reverse=True)  # first old, then new, never back
+    assert set(outcomes) == {"old", NEW} and outcomes == sorted(
+        outcomes, reverse=True
+    )  # first old, then new, never back
     assert step > 5 and unreadable <= 2
 
 
 @linux
 @pytest.mark.parametrize("way", ["copy", "header", "insert"])
 def test_everything_is_on_the_disk_before_it_counts(way, file, monkeypatch):
-    """Against a power cut: the copy is synced before it is renamed, the journal before the file is touched, and it goes last."""
+    """Against a power cut: the copy is synced before it is renamed, the journal before the file is touched,
+    and it goes last."""
     if way == "header":
         make_room(file)
     log = []
@@ -282,7 +293,14 @@ def test_everything_is_on_the_disk_before_it_counts(way, file, monkeypatch):
     logged(
         os,
         "fsync",
-        lambda fd: "sync " + ("folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else Path(os.readlink(f"/proc/self/fd/{fd}")).name),
+        lambda fd: (
+            "sync "
+            + (
+                "folder"
+                if stat.S_ISDIR(os.fstat(fd).st_mode)
+                else Path(os.readlink(f"/proc/self/fd/{fd}")).name
+            )
+        ),
     )
     logged(os, "replace", lambda old, new: f"rename to {Path(new).name}")
     logged(w, "_write_block", lambda *args: "write header")
@@ -359,7 +377,8 @@ def test_an_error_while_writing_puts_the_old_header_back(roomy, monkeypatch):
 @linux
 @pytest.mark.parametrize("way", ["copy", "header"])
 def test_killed_at_random_moments(way, tmp_path):
-    """Real kills of a process that stamps in a loop: never an unreadable file, and nothing left over after the next start."""
+    """Real kills of a process that stamps in a loop: never an unreadable file, and nothing left over after
+    the next start."""
     path = write(tmp_path / "m.safetensors", SHAPES, {"k": "old"}, DATA)
     change(path, "0" * 27_000)
     rng = random.Random(0)

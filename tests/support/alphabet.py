@@ -10,9 +10,16 @@ def write(folder):
     characters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
     vocabulary = {c: i for i, c in enumerate(characters + [c + "</w>" for c in characters])}
     vocabulary |= {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    special = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+    }
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special})
+    )
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
     return folder

@@ -1,6 +1,8 @@
-"""bucket_worker.py FOLDER RUN RANK WORLD_SIZE BATCH_SIZE: one rank of a training that test_bucket_resume.py kills at any moment.
+"""bucket_worker.py FOLDER RUN RANK WORLD_SIZE BATCH_SIZE: one rank of a training that test_bucket_resume.py
+kills at any moment.
 
-Every step is: log the batch, wait for the other ranks, and rank 0 saves the sampler's state. A run begins from the last state.
+Every step is: log the batch, wait for the other ranks, and rank 0 saves the sampler's state. A run begins
+from the last state.
 """
 
 import json
@@ -17,7 +19,13 @@ from sdxl_fixes.buckets import ChunkBucketBatchSampler
 folder, run, rank, world_size, batch_size = Path(sys.argv[1]), *map(int, sys.argv[2:])
 data = np.load(folder / "data.npz")
 sampler = ChunkBucketBatchSampler(
-    data["buckets"], data["chunks"], batch_size=batch_size, rank=rank, world_size=world_size, seed=8, aligned=run == 1
+    data["buckets"],
+    data["chunks"],
+    batch_size=batch_size,
+    rank=rank,
+    world_size=world_size,
+    seed=8,
+    aligned=run == 1,
 )
 if (folder / "state.json").exists():
     sampler.load_state_dict(json.loads((folder / "state.json").read_text())["sampler"])
@@ -28,7 +36,9 @@ with open(folder / f"log-{run}-{rank}.jsonl", "w", buffering=1) as log:
         dist.barrier()
         if rank == 0:
             partial = folder / "state.part"
-            partial.write_text(json.dumps({"run": run, "steps": step + 1, "sampler": sampler.state_dict(step + 1)}))
+            partial.write_text(
+                json.dumps({"run": run, "steps": step + 1, "sampler": sampler.state_dict(step + 1)})
+            )
             os.replace(partial, folder / "state.json")
         time.sleep(0.002)
 (folder / f"done-{run}-{rank}").touch()

@@ -29,10 +29,35 @@ CONFIGS = [
     {**SHORT.to_config("v_prediction"), "rescale_betas_zero_snr": True},
     NoiseSchedule.from_betas([0.1, 0.2, 0.3]).to_config("epsilon") | {EXACT_KEY: {"zero_terminal_snr": True}},
     {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 5},
-    {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 2.5, "num_train_timesteps": 9},
+    {
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": 2.5,
+        "num_train_timesteps": 9,
+    },
 ]
 ODD = st.sampled_from(
-    [math.nan, math.inf, -1, 0, 1, 1.0, True, 10**400, -(10**400), "inf", "nan", "1", "", None, [], {}, [[0.1]], 1e308, 5e-324]
+    [
+        math.nan,
+        math.inf,
+        -1,
+        0,
+        1,
+        1.0,
+        True,
+        10**400,
+        -(10**400),
+        "inf",
+        "nan",
+        "1",
+        "",
+        None,
+        [],
+        {},
+        [[0.1]],
+        1e308,
+        5e-324,
+    ]
 )
 JSON = ODD | st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -44,7 +69,13 @@ JSON = JSON.map(copy.deepcopy)  # what is drawn is changed later
 
 def places(content):
     """Every container in ``content`` with every key or index of it."""
-    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    items = (
+        content.items()
+        if isinstance(content, dict)
+        else enumerate(content)
+        if isinstance(content, list)
+        else ()
+    )
     for key, value in items:
         yield content, key
         yield from places(value)
@@ -52,7 +83,8 @@ def places(content):
 
 @st.composite
 def mutations(draw, originals):
-    """One of ``originals`` with one to three values replaced, taken away, put in anew, or exchanged with another's."""
+    """One of ``originals`` with one to three values replaced, taken away, put in anew, or exchanged with
+    another's."""
     content = copy.deepcopy(draw(st.sampled_from(originals)))
     for _ in range(draw(st.integers(1, 3))):
         found = list(places(content))
@@ -63,7 +95,9 @@ def mutations(draw, originals):
         if action == "drop":
             del where[key]
         elif action == "add" and isinstance(where, dict):
-            where[draw(st.sampled_from(["make", "change", "start", "method", "shift"]) | st.text(max_size=3))] = draw(JSON)
+            where[
+                draw(st.sampled_from(["make", "change", "start", "method", "shift"]) | st.text(max_size=3))
+            ] = draw(JSON)
         elif action == "mix":
             others = [other[name] for original in originals for other, name in places(original)]
             where[key] = copy.deepcopy(draw(st.sampled_from(others)))

@@ -9,7 +9,14 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).parents[1] / "data" / "made_up_sd_scripts"
-MOVED = ("args", "dataset", "logging_util", "loss", "model_io", "sampling")  # what v0.11 took out of train_util
+MOVED = (
+    "args",
+    "dataset",
+    "logging_util",
+    "loss",
+    "model_io",
+    "sampling",
+)  # what v0.11 took out of train_util
 
 
 def build(folder: Path, layout: str = "0.11") -> Path:
@@ -17,11 +24,15 @@ def build(folder: Path, layout: str = "0.11") -> Path:
     root = folder / "sd-scripts"
     shutil.copytree(SOURCE, root, ignore=shutil.ignore_patterns("__pycache__"))
     if layout == "0.10":
-        (root / "library" / "train_util.py").write_text("\n\n".join((root / "library" / f"{name}.py").read_text() for name in MOVED))
+        (root / "library" / "train_util.py").write_text(
+            "\n\n".join((root / "library" / f"{name}.py").read_text() for name in MOVED)
+        )
         for name in MOVED:
             (root / "library" / f"{name}.py").unlink()
         for file in root.rglob("*.py"):
-            file.write_text(re.sub(rf"library\.({'|'.join(MOVED)}) as", "library.train_util as", file.read_text()))
+            file.write_text(
+                re.sub(rf"library\.({'|'.join(MOVED)}) as", "library.train_util as", file.read_text())
+            )
     return root
 
 
@@ -36,7 +47,11 @@ def edit(root: Path, file: str, *changes: tuple[str, str]) -> None:
 
 def forget() -> None:
     """The trainer's modules, so that another copy can be imported."""
-    for name in [name for name in sys.modules if name.split(".")[0] in ("library", "train_network", "training", "sdxl_train")]:
+    for name in [
+        name
+        for name in sys.modules
+        if name.split(".")[0] in ("library", "train_network", "training", "sdxl_train")
+    ]:
         del sys.modules[name]
 
 
@@ -46,14 +61,21 @@ def steps(root: Path) -> list[dict[str, torch.Tensor]]:
 
 
 def run(root: Path, script: str, *flags: str, how: str = "module") -> None:
-    """Run a script of the trainer in this process: ``how`` is module (what the launcher does), install or unpatched."""
+    """Run a script of the trainer in this process: ``how`` is module (what the launcher does), install or
+    unpatched."""
     import sdxl_fixes.kohya
     from sdxl_fixes.kohya.__main__ import main
 
     (root / "out").mkdir(exist_ok=True)
-    arguments, before = [str(root / script), "--output_dir", str(root / "out"), *flags], (list(sys.argv), list(sys.path))
+    arguments, before = (
+        [str(root / script), "--output_dir", str(root / "out"), *flags],
+        (list(sys.argv), list(sys.path)),
+    )
     sys.path.insert(0, str(root))
-    if any(str(root) not in str(getattr(sys.modules.get(name), "__file__", root)) for name in ("library", "train_network", "training")):
+    if any(
+        str(root) not in str(getattr(sys.modules.get(name), "__file__", root))
+        for name in ("library", "train_network", "training")
+    ):
         forget()
     try:
         sys.argv = ["sdxl_fixes.kohya", *arguments] if how == "module" else arguments

@@ -1,11 +1,16 @@
-"""Small stand-ins for model files: the names and shapes by which kinds are told apart, sparse, so that they take no space."""
+"""Small stand-ins for model files: the names and shapes by which kinds are told apart, sparse, so that they
+take no space."""
 
 import json
 
 UNET = {"input_blocks.0.0.weight": [320, 4, 3, 3], "label_emb.0.0.weight": [1280, 2816], "out.2.bias": [4]}
 PREFIXED = {f"model.diffusion_model.{name}": shape for name, shape in UNET.items()}
 KINDS = {
-    "checkpoint": {**PREFIXED, "conditioner.embedders.0.transformer.x": [2], "first_stage_model.decoder.x": [3]},
+    "checkpoint": {
+        **PREFIXED,
+        "conditioner.embedders.0.transformer.x": [2],
+        "first_stage_model.decoder.x": [3],
+    },
     "unet": PREFIXED,
     "bare_unet": UNET,
     "diffusers_unet": {
@@ -13,7 +18,10 @@ KINDS = {
         "time_embedding.linear_1.weight": [1280, 320],
         "add_embedding.linear_1.weight": [1280, 2816],
     },
-    "lora": {"lora_unet_down_blocks_1.lora_down.weight": [4, 320], "lora_unet_down_blocks_1.lora_up.weight": [320, 4]},
+    "lora": {
+        "lora_unet_down_blocks_1.lora_down.weight": [4, 320],
+        "lora_unet_down_blocks_1.lora_up.weight": [320, 4],
+    },
 }
 
 

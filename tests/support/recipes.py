@@ -22,15 +22,28 @@ DIFFUSERS = {
     "epsilon": "train_text_to_image_sdxl.py",
 }
 
-# What docs/recipes.md estimates memory and time from, counted by tests/kohya/real/count_unet.py on SDXL's real U-Net.
+# What docs/recipes.md estimates memory and time from, counted by tests/kohya/real/count_unet.py on SDXL's
+# real U-Net.
 UNET, TEXT_ENCODERS, LORA_32, ADAFACTOR = 2_567_463_684, 817_720_320, 85_114_880, 244_330_500  # numbers
-WHOLE, KEPT, RECOMPUTED = 19.99, 0.551, 0.852  # GB of bfloat16 for a 1024 x 1024 image: no checkpointing; block inputs; the largest block
-FORWARD, FULL, LORA = 6.76, 26.9, 20.2  # TFLOP of a sample: forward; with checkpointing; without the gradients of the weights
+WHOLE, KEPT, RECOMPUTED = (
+    19.99,
+    0.551,
+    0.852,
+)  # GB of bfloat16 for a 1024 x 1024 image: no checkpointing; block inputs; the largest block
+FORWARD, FULL, LORA = (
+    6.76,
+    26.9,
+    20.2,
+)  # TFLOP of a sample: forward; with checkpointing; without the gradients of the weights
 
 
 def keys(recipe):
     """A kohya recipe's settings, its sections put together as kohya does."""
-    return {key: value for section in load_toml(FOLDER / f"{recipe}.toml").values() for key, value in section.items()}
+    return {
+        key: value
+        for section in load_toml(FOLDER / f"{recipe}.toml").values()
+        for key, value in section.items()
+    }
 
 
 def data(recipe):
@@ -39,12 +52,18 @@ def data(recipe):
 
 
 def command(recipe, folder, *flags, **environment):
-    """What a shell recipe gives to ``accelerate launch``; it runs with a stand-in for accelerate, made in ``folder``."""
+    """What a shell recipe gives to ``accelerate launch``; it runs with a stand-in for accelerate, made in
+    ``folder``."""
     stand_in = folder / "accelerate"
     stand_in.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
     stand_in.chmod(stand_in.stat().st_mode | stat.S_IXUSR)
     environment = {**os.environ, **environment, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
     shell = subprocess.run(
-        ["bash", str(FOLDER / f"{recipe}.sh"), *flags], capture_output=True, text=True, cwd=folder, env=environment, check=True
+        ["bash", str(FOLDER / f"{recipe}.sh"), *flags],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+        check=True,
     )
     return json.loads(shell.stdout)

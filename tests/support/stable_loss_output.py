@@ -7,7 +7,9 @@ import pytest
 
 def printed(process):
     """step -> (loss, unweighted loss, images)."""
-    found = re.findall(r"sdxl-fixes: step (\d+): stable loss (\S+), unweighted (\S+) \((\d+) images x 10", process.stderr)
+    found = re.findall(
+        r"sdxl-fixes: step (\d+): stable loss (\S+), unweighted (\S+) \((\d+) images x 10", process.stderr
+    )
     return {int(step): (float(loss), float(plain), int(images)) for step, loss, plain, images in found}
 
 

@@ -52,7 +52,11 @@ def test_a_patch_replaces_and_undoing_restores_the_very_objects(trainer):
     patches.apply()
     assert trainer.weigh(1, 2) == 6 and trainer.Recorder().add(5) == 10 and trainer.Child().add(5) == 20
     patches.undo()
-    assert trainer.weigh is before["weigh"] and vars(trainer.Recorder)["add"] is before["add"] and "add" not in vars(trainer.Child)
+    assert (
+        trainer.weigh is before["weigh"]
+        and vars(trainer.Recorder)["add"] is before["add"]
+        and "add" not in vars(trainer.Child)
+    )
 
 
 def test_applying_twice_is_the_same_as_once(trainer):
@@ -114,7 +118,10 @@ def test_undo_refuses_when_somebody_else_patched_on_top(trainer):
 def test_a_replacement_keeps_the_original_name_and_signature(trainer):
     patches = PatchSet((WEIGH,))
     patches.apply()
-    assert trainer.weigh.__name__ == "weigh" and list(inspect.signature(trainer.weigh).parameters) == ["loss", "timesteps"]
+    assert trainer.weigh.__name__ == "weigh" and list(inspect.signature(trainer.weigh).parameters) == [
+        "loss",
+        "timesteps",
+    ]
     patches.undo()
 
 
@@ -136,9 +143,17 @@ def test_a_classmethod_keeps_its_class_and_a_builtin_needs_no_names(trainer):
     loads = Patch(("load",), "some_trainer:Loader.load", ("path",), named, "")
     patches = PatchSet((loads, Patch(("builtin",), "some_trainer:largest", (), doubled, "")))
     patches.apply()
-    assert trainer.Child.load("x") == ("Child", "x", "Child") and trainer.largest(1, 2) == 4 and not patches.refused
+    assert (
+        trainer.Child.load("x") == ("Child", "x", "Child")
+        and trainer.largest(1, 2) == 4
+        and not patches.refused
+    )
     patches.undo()
-    assert vars(Loader)["load"] is before and trainer.largest is max and trainer.Child.load("x") == ("Child", "x")
+    assert (
+        vars(Loader)["load"] is before
+        and trainer.largest is max
+        and trainer.Child.load("x") == ("Child", "x")
+    )
 
 
 def test_source_is_checked_without_importing_it(tmp_path):
@@ -154,7 +169,12 @@ def test_source_is_checked_without_importing_it(tmp_path):
     def check(target, *parameters, exact=False, module="library.util"):
         return check_source(Patch(("fix",), f"{module}:{target}", parameters, doubled, "", exact), tmp_path)
 
-    assert check("weigh", "loss", "timesteps") is check("Recorder.add", "self", "value") is check("save_file", "tensors") is None
+    assert (
+        check("weigh", "loss", "timesteps")
+        is check("Recorder.add", "self", "value")
+        is check("save_file", "tensors")
+        is None
+    )
     assert "found (loss, timesteps, gamma)" in check("weigh", "loss", "timesteps", exact=True)
     assert "expected parameters (loss, t)" in check("weigh", "loss", "t")
     assert "found none" in check("gone", "loss") and "found none" in check("Recorder.gone", "self")
@@ -213,7 +233,8 @@ FILES = {
     "moving/__init__.py": "",
     "moving/loss.py": "def weigh(loss, timesteps):\n    return loss + timesteps\n",
     "moving/train_util.py": "from moving.loss import weigh\n",
-    "moving/other.py": "import moving.loss as u\nfrom moving.loss import weigh as renamed\nkept = [renamed]\n",
+    "moving/other.py": "import moving.loss as u\nfrom moving.loss import weigh as renamed\nkept = "
+    "[renamed]\n",
     "moving_script.py": "from moving.other import renamed as third\n",
 }
 USES = "from moving.loss import weigh\ntaken = weigh\n"

@@ -311,7 +311,8 @@ def test_files_that_say_nothing_end_it_with_what_mends_them(launch, session, sav
 
 
 def test_the_timestep_sampler_hears_of_every_optimizer_step_and_of_no_other_backward(session):
-    """Accelerate steps at the end of an epoch whatever is left, so an optimizer step may have fewer draws than the accumulation."""
+    """Accelerate steps at the end of an epoch whatever is left, so an optimizer step may have fewer draws
+    than the accumulation."""
     from dataclasses import replace
 
     from sdxl_fixes import TimestepSampler

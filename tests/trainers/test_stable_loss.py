@@ -1,4 +1,5 @@
-"""The stable training loss: a small training of our own passes by, with images of two shapes and conditioning of two lengths."""
+"""The stable training loss: a small training of our own passes by, with images of two shapes and conditioning
+of two lengths."""
 
 import argparse
 from contextlib import nullcontext
@@ -58,7 +59,9 @@ def examples(count=8):
     found = []
     for n in range(count):
         shape = (4, 8, 8) if n % 2 else (4, 4, 16)
-        found.append([torch.randn(size, generator=generator) for size in (shape, (77 * (1 + n // 4 % 2), 6), (6,))])
+        found.append(
+            [torch.randn(size, generator=generator) for size in (shape, (77 * (1 + n // 4 % 2), 6), (6,))]
+        )
     return found
 
 
@@ -87,7 +90,9 @@ def expected(network, kept, points):
             alpha, sigma = float(ZERO.alphas_cumprod[t]) ** 0.5, (1 - float(ZERO.alphas_cumprod[t])) ** 0.5
             noisy, target = alpha * latents.double() + sigma * noise, alpha * noise - sigma * latents.double()
             with torch.no_grad():
-                out = network.double()(noisy[None], torch.tensor([t]), text[None].double(), {"time_ids": ids[None].double()}, 2.0)[0][0]
+                out = network.double()(
+                    noisy[None], torch.tensor([t]), text[None].double(), {"time_ids": ids[None].double()}, 2.0
+                )[0][0]
             error = float((out - target).square().mean())
             found.append((error * WEIGHTING.table(ZERO, "v_prediction")[t], error))
     network.float().train()
@@ -100,7 +105,9 @@ def test_the_number_is_the_mean_over_images_and_timesteps():
     numbers = loss.step(2, Process(network))
     weighted, plain = expected(network, data, 3)
     assert numbers["stable_loss/loss"] == pytest.approx(weighted, rel=1e-5)
-    assert numbers["stable_loss/loss_unweighted"] == pytest.approx(plain, rel=1e-5) and weighted != pytest.approx(plain, rel=0.01)
+    assert numbers["stable_loss/loss_unweighted"] == pytest.approx(
+        plain, rel=1e-5
+    ) and weighted != pytest.approx(plain, rel=0.01)
     assert sorted(numbers)[2:] == [f"stable_loss/loss_unweighted/t{t}" for t in (332, 666, 999)]
 
 
@@ -126,8 +133,13 @@ def test_processes_wait_for_each_other(capsys):
     data, network = examples(4), Network()
     loss, process = stable(images=4, processes=2), Process(network, processes=2)
     see(loss, network, [[data[0]], [data[1]]])
-    assert loss.complete and loss.step(2, process) is None  # the other process, of whom this reduce knows nothing, is not ready
-    assert process.reduced[0].tolist() == [1, 2] and "step 2: 2 of 4 images for the stable loss seen so far" in capsys.readouterr().err
+    assert (
+        loss.complete and loss.step(2, process) is None
+    )  # the other process, of whom this reduce knows nothing, is not ready
+    assert (
+        process.reduced[0].tolist() == [1, 2]
+        and "step 2: 2 of 4 images for the stable loss seen so far" in capsys.readouterr().err
+    )
 
 
 def test_training_goes_on_as_if_nothing_had_happened():
@@ -174,7 +186,9 @@ def test_only_calls_of_training_count():
     assert not loss.called(network, latents, text) and not loss.kept
     see(loss, network, [examples(1)])
     kept = loss.kept[0][0]
-    assert kept.device.type == "cpu" and torch.equal(kept, latents[0]) and kept.data_ptr() != latents.data_ptr()  # x0, not the noisy
+    assert (
+        kept.device.type == "cpu" and torch.equal(kept, latents[0]) and kept.data_ptr() != latents.data_ptr()
+    )  # x0, not the noisy
 
 
 def test_a_resumed_run_goes_on_with_the_same_images(tmp_path, capsys):
@@ -209,8 +223,14 @@ def test_bfloat16_latents_and_inputs(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ((torch.zeros(2, 8, 4, 4), torch.zeros(2, 77, 6)), r"noised are \[2, 4, 4, 4\] and the U-Net is given \[2, 8, 4, 4\]"),
-        ((torch.zeros(2, 4, 4, 4), torch.zeros(3, 77, 6)), r"a tensor of shape \[3, 77, 6\] for a batch of 2"),
+        (
+            (torch.zeros(2, 8, 4, 4), torch.zeros(2, 77, 6)),
+            r"noised are \[2, 4, 4, 4\] and the U-Net is given \[2, 8, 4, 4\]",
+        ),
+        (
+            (torch.zeros(2, 4, 4, 4), torch.zeros(3, 77, 6)),
+            r"a tensor of shape \[3, 77, 6\] for a batch of 2",
+        ),
         ((torch.zeros(2, 4, 4, 4), object()), "cannot keep a object that the U-Net is given"),
     ],
 )
@@ -242,7 +262,10 @@ def test_scripts_with_more_in_the_unet_s_call_have_no_place_for_it():
     calls = "noise_scheduler.add_noise()\nDDPMScheduler.from_pretrained()\nunet()\n"
     assert missing(calls)["validation"] == "it does not call accelerator.log"
     assert "validation" not in missing(calls + "accelerator.log()")
-    assert "residuals" in missing(calls + "accelerator.log()\nunet(down_block_additional_residuals=[])")["validation"]
+    assert (
+        "residuals"
+        in missing(calls + "accelerator.log()\nunet(down_block_additional_residuals=[])")["validation"]
+    )
 
 
 @pytest.fixture
@@ -271,21 +294,28 @@ class Count:
 
 
 def train_as_kohya(network, data, args, accelerator, steps):
-    """One example a micro-step, two micro-steps an optimizer step; returns what upstream's functions were given."""
+    """One example a micro-step, two micro-steps an optimizer step; returns what upstream's functions were
+    given."""
     given = []
 
     def noised(*received):
         given.append(received)
         return None, None, torch.zeros(1, dtype=torch.long)
 
-    kohya_adapter.step_done(lambda *received: given.append(received), "pipe", accelerator, args, 0, 0, "rest")  # --sample_at_first
+    kohya_adapter.step_done(
+        lambda *received: given.append(received), "pipe", accelerator, args, 0, 0, "rest"
+    )  # --sample_at_first
     for step in range(1, steps + 1):
         for example in data[2 * step - 2 : 2 * step]:
             latents, text, ids = (part[None] for part in example)
             kohya_noise.noised(noised, args, "scheduler", latents)
             kohya_adapter.called(Network.forward, network, latents, torch.zeros(1), text, {"time_ids": ids})
-        kohya_adapter.step_done(lambda *received: given.append(received), "pipe", accelerator, args, None, step, "rest")
-    kohya_adapter.step_done(lambda *received: given.append(received), "pipe", accelerator, args, 1, steps, "rest")
+        kohya_adapter.step_done(
+            lambda *received: given.append(received), "pipe", accelerator, args, None, step, "rest"
+        )
+    kohya_adapter.step_done(
+        lambda *received: given.append(received), "pipe", accelerator, args, 1, steps, "rest"
+    )
     return given
 
 
@@ -315,9 +345,15 @@ def test_a_compiled_network_stays_one_graph_and_is_not_kept(kohya, flags, monkey
 
 @pytest.mark.parametrize("network_trainer", [False, True])
 def test_kohyas_trainers_log_after_every_second_optimizer_step(kohya, network_trainer, monkeypatch, capsys):
-    extra = dict(network_module="networks.lora", network_train_unet_only=False, cache_text_encoder_outputs=False)
+    extra = dict(
+        network_module="networks.lora", network_train_unet_only=False, cache_text_encoder_outputs=False
+    )
     flags = dict(
-        stable_loss_steps=2, stable_loss_images=4, min_snr_gamma=5.0, v_parameterization=True, **(extra if network_trainer else {})
+        stable_loss_steps=2,
+        stable_loss_images=4,
+        min_snr_gamma=5.0,
+        v_parameterization=True,
+        **(extra if network_trainer else {}),
     )
     loss, network, count = kohya(**flags), Network(), Count(SESSION, monkeypatch)
     said, accelerator, direct = capsys.readouterr().err, Process(network), []
@@ -327,7 +363,10 @@ def test_kohyas_trainers_log_after_every_second_optimizer_step(kohya, network_tr
     assert len(given) == 8 + 6 and len(loss.kept) == 4 and count.calls == {"validation": 8}
     if network_trainer:  # as it logs its own loss: wandb's steps are its calls
         assert [step for step, _ in accelerator.trackers[0].logged] == [2, 4] and not direct
-        assert [(step, values["global_step"]) for step, values in accelerator.trackers[1].logged] == [(None, 2), (None, 4)]
+        assert [(step, values["global_step"]) for step, values in accelerator.trackers[1].logged] == [
+            (None, 2),
+            (None, 4),
+        ]
     else:
         assert [step for step, _ in direct] == [2, 4] and "stable_loss/loss_unweighted/t999" in direct[0][1]
     assert ("WARNING: --stable_loss_steps: text embeddings stay as first seen" in said) == network_trainer
@@ -335,11 +374,24 @@ def test_kohyas_trainers_log_after_every_second_optimizer_step(kohya, network_tr
 
 
 def test_the_loss_is_that_of_the_flags(kohya):
-    flags = dict(min_snr_gamma=5.0, debiased_estimation_loss=True, v_parameterization=True, zero_terminal_snr=True, loss_type="huber")
+    flags = dict(
+        min_snr_gamma=5.0,
+        debiased_estimation_loss=True,
+        v_parameterization=True,
+        zero_terminal_snr=True,
+        loss_type="huber",
+    )
     objective = kohya(stable_loss_steps=2, **flags).validation.objective
     weights = [weighting.table(ZERO, "v_prediction") for weighting in (MinSNR(5), Debiased())]
-    assert objective.weighting.table(objective.schedule, objective.prediction_type).tolist() == (weights[0] * weights[1]).tolist()
-    assert objective.schedule == ZERO and objective.loss_function == ScheduledHuber() and objective.perturbation is None
+    assert (
+        objective.weighting.table(objective.schedule, objective.prediction_type).tolist()
+        == (weights[0] * weights[1]).tolist()
+    )
+    assert (
+        objective.schedule == ZERO
+        and objective.loss_function == ScheduledHuber()
+        and objective.perturbation is None
+    )
 
 
 def test_nothing_is_kept_without_the_flag(kohya, monkeypatch):
@@ -357,11 +409,26 @@ def test_diffusers_scripts_log_at_synchronised_steps_only(monkeypatch):
     count = Count(session, monkeypatch)
     for latents, text, ids in examples(2):
         loss.noised(latents[None])
-        diffusers_adapter.called(Network.forward, network, latents[None], torch.zeros(1), text[None], added={"time_ids": ids[None]})
+        diffusers_adapter.called(
+            Network.forward, network, latents[None], torch.zeros(1), text[None], added={"time_ids": ids[None]}
+        )
     process, logged = Process(network), []
-    for step, synchronised in ((1, True), (1, False), (2, False), (2, True), (3, False), (4, False), (4, True)):
+    for step, synchronised in (
+        (1, True),
+        (1, False),
+        (2, False),
+        (2, True),
+        (3, False),
+        (4, False),
+        (4, True),
+    ):
         process.sync_gradients = synchronised
-        diffusers_adapter.log(lambda accelerator, values, step: logged.append((step, *values)), process, {"loss": 1.0}, step=step)
+        diffusers_adapter.log(
+            lambda accelerator, values, step: logged.append((step, *values)),
+            process,
+            {"loss": 1.0},
+            step=step,
+        )
     assert count.calls == {"validation": 2}
     ours = [(2, "stable_loss/loss"), (4, "stable_loss/loss")]
     theirs = [(step, "loss") for step in (1, 1, 2, 2, 3, 4, 4)]

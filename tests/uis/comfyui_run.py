@@ -1,8 +1,10 @@
-"""Runs inside ComfyUI's own Python, in its checkout: loads stamped files with its real nodes and prints what it made of them, as JSON.
+"""Runs inside ComfyUI's own Python, in its checkout: loads stamped files with its real nodes and prints what
+it made of them, as JSON.
 
-comfyui_run.py CHECKOUT FOLDER: the stamped files and what to do with them are in FOLDER/cases.json (test_comfyui.py wrote it), and
-``comfyui_run.py CHECKOUT FOLDER keys`` writes FOLDER/keys.json, the names and shapes of a whole SDXL checkpoint, from ComfyUI's own model
-definitions. Weights stay on torch's meta device: a full-size checkpoint costs no memory; everything else is ComfyUI's.
+comfyui_run.py CHECKOUT FOLDER: the stamped files and what to do with them are in FOLDER/cases.json
+(test_comfyui.py wrote it), and ``comfyui_run.py CHECKOUT FOLDER keys`` writes FOLDER/keys.json, the names and
+shapes of a whole SDXL checkpoint, from ComfyUI's own model definitions. Weights stay on torch's meta device:
+a full-size checkpoint costs no memory; everything else is ComfyUI's.
 """
 
 import asyncio
@@ -47,7 +49,9 @@ def keys():
     with torch.device("meta"):
         vae = comfy.sd.AutoencoderKL(ddconfig=VAE_CONFIG, embed_dim=4).state_dict()
     state = model.state_dict_for_saving(clip, vae)
-    (folder / "keys.json").write_text(json.dumps({name: list(tensor.shape) for name, tensor in state.items()}))
+    (folder / "keys.json").write_text(
+        json.dumps({name: list(tensor.shape) for name, tensor in state.items()})
+    )
 
 
 UNET_CONFIG = {
@@ -91,7 +95,9 @@ def load(case):
     if case["loader"] == "unet":
         return nodes.UNETLoader().load_unet(case["file"], "default")[0]
     guess = comfy.sd.load_checkpoint_guess_config
-    comfy.sd.load_checkpoint_guess_config = lambda path, **kwargs: guess(path, **{**kwargs, "output_vae": False, "output_clip": False})
+    comfy.sd.load_checkpoint_guess_config = lambda path, **kwargs: guess(
+        path, **{**kwargs, "output_vae": False, "output_clip": False}
+    )
     try:
         return nodes.CheckpointLoaderSimple().load_checkpoint(case["file"])[0]
     finally:
@@ -105,7 +111,9 @@ def after(model, then):
     if then == "sd3":
         return nodes_model_advanced.ModelSamplingSD3().patch(model, 5.0)[0]
     if then.startswith("from file "):
-        return nodes.NODE_CLASS_MAPPINGS["SDXLFixesScheduleFromFile"]().patch(model, then.removeprefix("from file "))[0]
+        return nodes.NODE_CLASS_MAPPINGS["SDXLFixesScheduleFromFile"]().patch(
+            model, then.removeprefix("from file ")
+        )[0]
     return model
 
 
@@ -114,7 +122,11 @@ def save(model):
     written = {}
 
     def save_torch_file(state, path, metadata=None):
-        small = {name: torch.zeros(0) if tensor.is_meta else tensor for name, tensor in state.items() if not tensor.is_meta}
+        small = {
+            name: torch.zeros(0) if tensor.is_meta else tensor
+            for name, tensor in state.items()
+            if not tensor.is_meta
+        }
         written.update(names=sorted(small), metadata=metadata)
 
     original, comfy.utils.save_torch_file = comfy.utils.save_torch_file, save_torch_file
@@ -135,7 +147,9 @@ def main():
     for case in sorted(cases, key=lambda case: case["node"]):
         if case["node"] and "SDXLFixesScheduleFromFile" not in nodes.NODE_CLASS_MAPPINGS:
             loaded = nodes.load_custom_node(str(folder / "custom_nodes" / "sdxl_fixes_schedule"))
-            assert asyncio.run(loaded) if asyncio.iscoroutine(loaded) else loaded, "ComfyUI did not load the node"
+            assert asyncio.run(loaded) if asyncio.iscoroutine(loaded) else loaded, (
+                "ComfyUI did not load the node"
+            )
         model = after(load(case), case.get("then", ""))
         results.append({**case, **describe(model), **({"saved": save(model)} if case.get("save") else {})})
     print("RESULTS" + json.dumps(results))

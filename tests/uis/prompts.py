@@ -1,4 +1,5 @@
-"""How ComfyUI and Forge cut prompts: their own code, run on token ids or text. Needs COMFYUI and FORGE, checkouts of each.
+"""How ComfyUI and Forge cut prompts: their own code, run on token ids or text. Needs COMFYUI and FORGE,
+checkouts of each.
 
 python tests/uis/prompts.py FILE      records cases as data for the tests that have no checkout
 """
@@ -12,7 +13,10 @@ import sys
 import types
 from pathlib import Path
 
-WORDS = "1girl solo long_hair cat very-detailed masterpiece caf\u00e9 \u732b don't 2023 supercalifragilistic red_eyes blue BLUE".split()
+WORDS = (
+    "1girl solo long_hair cat very-detailed masterpiece caf\u00e9 \u732b don't 2023 "
+    "supercalifragilistic red_eyes blue BLUE"
+).split()
 
 
 def comfyui():
@@ -35,10 +39,19 @@ def comfyui():
 
 
 def forge(tokenizer):
-    """text -> rows of 77 ids (CLIP-L), by tokenize_line of Forge's text engine; its file imports the whole web UI, so only it is taken."""
-    source = (Path(os.environ["FORGE"]) / "backend" / "text_processing" / "classic_engine.py").read_text(encoding="utf-8")
-    engine = next(x for x in ast.parse(source).body if isinstance(x, ast.ClassDef) and x.name == "ClassicTextProcessingEngine")
-    methods = [x for x in engine.body if isinstance(x, ast.FunctionDef) and x.name in ("tokenize_line", "tokenize")]
+    """text -> rows of 77 ids (CLIP-L), by tokenize_line of Forge's text engine; its file imports the whole
+    web UI, so only it is taken."""
+    source = (Path(os.environ["FORGE"]) / "backend" / "text_processing" / "classic_engine.py").read_text(
+        encoding="utf-8"
+    )
+    engine = next(
+        x
+        for x in ast.parse(source).body
+        if isinstance(x, ast.ClassDef) and x.name == "ClassicTextProcessingEngine"
+    )
+    methods = [
+        x for x in engine.body if isinstance(x, ast.FunctionDef) and x.name in ("tokenize_line", "tokenize")
+    ]
     chunk = next(x for x in ast.parse(source).body if isinstance(x, ast.ClassDef) and x.name == "PromptChunk")
     scope = {"parsing": types.SimpleNamespace(parse_prompt_attention=lambda line, name: [[line, 1.0]])}
     exec(compile(ast.Module([chunk, *methods], []), "classic_engine.py", "exec"), scope)
@@ -58,11 +71,16 @@ def forge(tokenizer):
 def texts(count, seed=0, commas=0.3):
     rng = random.Random(seed)
     lengths = (0, 1, 5, 40, 60, 75, 100, 300)
-    return [" ".join(rng.choice(WORDS) + "," * (rng.random() < commas) for _ in range(rng.choice(lengths))) for _ in range(count)]
+    return [
+        " ".join(rng.choice(WORDS) + "," * (rng.random() < commas) for _ in range(rng.choice(lengths)))
+        for _ in range(count)
+    ]
 
 
 def version(name):
-    process = subprocess.run(["git", "-C", os.environ[name], "rev-parse", "HEAD"], capture_output=True, text=True)
+    process = subprocess.run(
+        ["git", "-C", os.environ[name], "rev-parse", "HEAD"], capture_output=True, text=True
+    )
     return process.stdout.strip() or "unknown"
 
 
@@ -78,5 +96,10 @@ if __name__ == "__main__":
         ids = clip(text, add_special_tokens=False, truncation=False)["input_ids"]
         rows, rows_g = comfy_cut(text)
         cases.append({"ids": ids, "comfyui": [len(rows), rows[-1], rows_g[-1]], "forge": forge_cut(text)})
-    out = {"ComfyUI": version("COMFYUI"), "Forge": version("FORGE"), "comma": clip.get_vocab()[",</w>"], "cases": cases}
+    out = {
+        "ComfyUI": version("COMFYUI"),
+        "Forge": version("FORGE"),
+        "comma": clip.get_vocab()[",</w>"],
+        "cases": cases,
+    }
     target.write_text(json.dumps(out) + "\n")

@@ -1,5 +1,6 @@
-"""What the real ComfyUI makes of our files, with and without the node. Set COMFYUI to a checkout (and COMFYUI_PYTHON to a Python that
-has its requirements, if this one has not); a full-size SDXL checkpoint is loaded, sparse, with its weights left out."""
+"""What the real ComfyUI makes of our files, with and without the node. Set COMFYUI to a checkout (and
+COMFYUI_PYTHON to a Python that has its requirements, if this one has not); a full-size SDXL checkpoint is
+loaded, sparse, with its weights left out."""
 
 import json
 import os
@@ -20,7 +21,9 @@ from sdxl_fixes.uis.verdicts import ZERO_SNR_SIGMA, verdicts
 
 CHECKOUT = os.environ.get("COMFYUI")
 pytestmark = pytest.mark.skipif(
-    CHECKOUT is None, reason="runs the real ComfyUI: set COMFYUI=path/to/ComfyUI (and COMFYUI_PYTHON to a Python with its requirements)"
+    CHECKOUT is None,
+    reason="runs the real ComfyUI: set COMFYUI=path/to/ComfyUI (and COMFYUI_PYTHON to a Python with its "
+    "requirements)",
 )
 SDXL = NoiseSchedule.sdxl()
 CASES = {
@@ -44,19 +47,24 @@ CLASSES = {"EPS": "epsilon", "V_PREDICTION": "v_prediction", "X0": "sample", "CO
 def run(folder, *words):
     python = os.environ.get("COMFYUI_PYTHON", sys.executable)
     script = Path(__file__).with_name("comfyui_run.py")
-    process = subprocess.run([python, script, CHECKOUT, folder, *words], capture_output=True, text=True, cwd=CHECKOUT, timeout=900)
+    process = subprocess.run(
+        [python, script, CHECKOUT, folder, *words], capture_output=True, text=True, cwd=CHECKOUT, timeout=900
+    )
     assert process.returncode == 0, process.stderr[-3000:]
     return process
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Every case, loaded every way, by one start of ComfyUI: (file, loader, node, then) -> what it made of it."""
+    """Every case, loaded every way, by one start of ComfyUI: (file, loader, node, then) -> what it made of
+    it."""
     folder = tmp_path_factory.mktemp("comfyui")
     run(folder)
     keys = json.loads((folder / "keys.json").read_text())
     (folder / "comfy").mkdir()
-    (folder / "comfy" / "model_sampling.py").touch()  # what install knows ComfyUI by: the checkout itself is not touched
+    (
+        folder / "comfy" / "model_sampling.py"
+    ).touch()  # what install knows ComfyUI by: the checkout itself is not touched
     (folder / "custom_nodes").mkdir()
     install(TARGETS["comfyui"], folder)
     unet = {name: shape for name, shape in keys.items() if name.startswith("model.diffusion_model.")}
@@ -66,25 +74,39 @@ def results(tmp_path_factory):
         file = write(folder / f"{case}.safetensors", keys)
         stamp_file(file, sampling)
         assert file.stat().st_size > 6.9e9 and file.stat().st_blocks * 512 < 1e7
-        cases += [{"file": file.name, "loader": loader, "node": node} for loader in ("checkpoint", "unet") for node in (False, True)]
+        cases += [
+            {"file": file.name, "loader": loader, "node": node}
+            for loader in ("checkpoint", "unet")
+            for node in (False, True)
+        ]
         cases.append({"file": file.name, "loader": "checkpoint", "node": True, "save": True, "then": "save"})
     for kind, shapes in (("unet", unet), ("bare_unet", bare)):
         file = write(folder / f"{kind}.safetensors", shapes)
         stamp_file(file, CASES["v ztsnr"])
-        cases += [{"file": file.name, "loader": loader, "node": node} for loader in ("checkpoint", "unet") for node in (False, True)]
+        cases += [
+            {"file": file.name, "loader": loader, "node": node}
+            for loader in ("checkpoint", "unet")
+            for node in (False, True)
+        ]
     lora = write(folder / "lora.safetensors", KINDS["lora"])
     stamp_file(lora, CASES["v 300 tail"])
     write(folder / "plain.safetensors", keys)
-    write(folder / "broken.safetensors", keys, {RECORD_KEY: '{"format": "sdxl_fixes.schedule", "version": 1}'})
+    write(
+        folder / "broken.safetensors", keys, {RECORD_KEY: '{"format": "sdxl_fixes.schedule", "version": 1}'}
+    )
     for file in ("plain.safetensors", "broken.safetensors"):
         cases += [{"file": file, "loader": "checkpoint", "node": node} for node in (False, True)]
     for then in ("discrete", "sd3", "from file loras/lora.safetensors"):
-        cases.append({"file": "eps 300.safetensors", "loader": "checkpoint", "node": True, "then": then, "save": True})
+        cases.append(
+            {"file": "eps 300.safetensors", "loader": "checkpoint", "node": True, "then": then, "save": True}
+        )
     (folder / "cases.json").write_text(json.dumps(cases))
     text = run(folder).stdout.partition("RESULTS")[2]
     (folder / "results.json").write_text(text)
     found = json.loads(text)
-    return folder, {(made["file"], made["loader"], made["node"], made.get("then", "")): made for made in found}
+    return folder, {
+        (made["file"], made["loader"], made["node"], made.get("then", "")): made for made in found
+    }
 
 
 def predicts(made):
@@ -101,7 +123,9 @@ def test_with_the_node_every_schedule_is_sampled(results, case, loader):
         shift = 3 if "3" in case else 1
         u = np.arange(1, 1001) / 1000
         expected = shift * u / (1 + (shift - 1) * u)  # arXiv:2403.03206 eq. 23
-        assert made["first_timestep"] == pytest.approx(1000) and made["middle_timestep"] == pytest.approx(1000 * expected[499], rel=1e-5)
+        assert made["first_timestep"] == pytest.approx(1000) and made["middle_timestep"] == pytest.approx(
+            1000 * expected[499], rel=1e-5
+        )
     else:
         expected[last] = ZERO_SNR_SIGMA if np.isinf(expected[last]) else expected[last]
         assert made["first_timestep"] == last and made["middle_timestep"] == 499
@@ -130,7 +154,10 @@ def test_u_nets_alone(results, kind, loader, node):
 
 def test_inspect_says_what_comfyui_does(results):
     folder, made = results
-    columns = {("checkpoint", False): "ComfyUI, Load Checkpoint", ("unet", False): "ComfyUI, Load Diffusion Model"}
+    columns = {
+        ("checkpoint", False): "ComfyUI, Load Checkpoint",
+        ("unet", False): "ComfyUI, Load Diffusion Model",
+    }
     columns |= {("checkpoint", True): "ComfyUI with our node", ("unet", True): "ComfyUI with our node"}
     checked = 0
     for file in sorted({key[0] for key in made} - {"broken.safetensors"}):
@@ -152,7 +179,9 @@ def test_without_a_usable_record_nothing_changes(results, file):
 
 def test_a_later_sampling_node_wins(results):
     made = results[1]["eps 300.safetensors", "checkpoint", True, "discrete"]
-    assert predicts(made) == "v_prediction" and made["sigmas"][-1] == pytest.approx(SDXL.terminal_sigma, rel=1e-5)
+    assert predicts(made) == "v_prediction" and made["sigmas"][-1] == pytest.approx(
+        SDXL.terminal_sigma, rel=1e-5
+    )
     assert RECORD_KEY not in made["saved"]["metadata"]  # what is saved is no longer what the record says
     made = results[1]["eps 300.safetensors", "checkpoint", True, "sd3"]
     assert predicts(made) == "flow_prediction" and made["sigmas"][-1] == 1
@@ -166,9 +195,14 @@ def test_the_explicit_node_takes_any_file(results):
 
 @pytest.mark.parametrize("case", CASES)
 def test_save_checkpoint_keeps_record_and_markers(results, case):
-    saved, source = results[1][f"{case}.safetensors", "checkpoint", True, "save"]["saved"], read_header(results[0] / f"{case}.safetensors")
+    saved, source = (
+        results[1][f"{case}.safetensors", "checkpoint", True, "save"]["saved"],
+        read_header(results[0] / f"{case}.safetensors"),
+    )
     assert read_record(saved["metadata"]) == CASES[case]
-    assert saved["metadata"].get("modelspec.prediction_type") == source.metadata.get("modelspec.prediction_type")
+    assert saved["metadata"].get("modelspec.prediction_type") == source.metadata.get(
+        "modelspec.prediction_type"
+    )
     assert saved["names"] == sorted({"v_pred", "ztsnr"} & set(source.tensors))
 
 

@@ -1,4 +1,5 @@
-"""What is copied into UIs: the same sigmas as NoiseSchedule, no failure on any file, and an installer that touches nothing else."""
+"""What is copied into UIs: the same sigmas as NoiseSchedule, no failure on any file, and an installer that
+touches nothing else."""
 
 import importlib.util
 import json
@@ -45,17 +46,25 @@ SCHEDULES = [
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 def test_sigmas_equal_the_schedules_bit_for_bit(reader, schedule, tmp_path):
-    path = write(tmp_path / "m.safetensors", {"x": [1]}, {k: v for k, v in metadata(schedule, "v_prediction").items() if v})
+    path = write(
+        tmp_path / "m.safetensors",
+        {"x": [1]},
+        {k: v for k, v in metadata(schedule, "v_prediction").items() if v},
+    )
     read = reader.read_schedule(str(path))
     assert np.array_equal(reader.betas_to_sigmas(schedule.betas), schedule.sigmas)
     assert np.array_equal(read.sigmas[:-1], schedule.sigmas[:-1]) and read.prediction_type == "v_prediction"
-    assert read.sigmas[-1] == (max(ZERO_SNR_SIGMA, 2 * schedule.sigmas[-2]) if np.isinf(schedule.sigmas[-1]) else schedule.sigmas[-1])
+    assert read.sigmas[-1] == (
+        max(ZERO_SNR_SIGMA, 2 * schedule.sigmas[-2]) if np.isinf(schedule.sigmas[-1]) else schedule.sigmas[-1]
+    )
     assert read.zero_snr == np.isinf(schedule.sigmas[-1])
 
 
 @pytest.mark.parametrize("shift", [1, 3, 12])
 def test_flow_is_the_papers_noise_level(reader, shift, tmp_path):
-    path = write(tmp_path / "m.safetensors", {"x": [1]}, dict(metadata(NoiseSchedule.flow(shift), "flow_prediction")))
+    path = write(
+        tmp_path / "m.safetensors", {"x": [1]}, dict(metadata(NoiseSchedule.flow(shift), "flow_prediction"))
+    )
     read, u = reader.read_schedule(str(path)), np.arange(1, 1001) / 1000
     np.testing.assert_allclose(read.sigmas, shift * u / (1 + (shift - 1) * u), rtol=1e-9)
     assert read.shift == shift and read.sigmas[-1] == 1
@@ -72,7 +81,13 @@ def test_markers_and_modelspec_are_carried(reader, tmp_path):
 def test_files_without_a_record_are_none(reader, tmp_path):
     path = tmp_path / "m.safetensors"
     assert reader.read_schedule(str(tmp_path / "nowhere")) is None
-    for content in (b"", b"\x01", b"PK\x03\x04" + bytes(60), (99).to_bytes(8, "little") + b"{}", (2**60).to_bytes(8, "little") + b"{}"):
+    for content in (
+        b"",
+        b"\x01",
+        b"PK\x03\x04" + bytes(60),
+        (99).to_bytes(8, "little") + b"{}",
+        (2**60).to_bytes(8, "little") + b"{}",
+    ):
         path.write_bytes(content)
         assert reader.read_schedule(str(path)) is None
     assert reader.read_schedule(str(model(path))) is None
@@ -129,12 +144,17 @@ def test_install_status_remove(ui, capsys):
     assert main([name, "status", str(root)]) == 0 and capsys.readouterr().out == "not installed\n"
     for _ in range(2):  # again is the same
         assert main([name, "install", str(root)]) == 0 and "restart" in capsys.readouterr().out
-    assert {str(file.relative_to(folder)) for file in folder.rglob("*.py")} == set(TARGETS[name].files.values())
+    assert {str(file.relative_to(folder)) for file in folder.rglob("*.py")} == set(
+        TARGETS[name].files.values()
+    )
     assert main([name, "status", str(root)]) == 0 and "another" not in capsys.readouterr().out
     next(folder.rglob("*.py")).write_text("old")
     assert main([name, "status", str(root)]) == 0 and "install again" in capsys.readouterr().out
     assert main([name, "remove", str(root)]) == 0 and sorted(root.rglob("*")) == before
-    assert main([name, "remove", str(root)]) == 0 and "was not installed" in capsys.readouterr().out.splitlines()[-1]
+    assert (
+        main([name, "remove", str(root)]) == 0
+        and "was not installed" in capsys.readouterr().out.splitlines()[-1]
+    )
 
 
 def test_nothing_of_others_is_touched(ui, tmp_path, capsys):
@@ -144,4 +164,7 @@ def test_nothing_of_others_is_touched(ui, tmp_path, capsys):
     for action in ("install", "remove", "status"):
         assert main([name, action, str(root)]) == 2 and "is not ours" in capsys.readouterr().err
     assert (folder / "mine.py").read_text() == "x" and not (folder / STAMP).exists()
-    assert main([name, "install", str(root / TARGETS[name].room)]) == 2 and "is not the folder of" in capsys.readouterr().err
+    assert (
+        main([name, "install", str(root / TARGETS[name].room)]) == 2
+        and "is not the folder of" in capsys.readouterr().err
+    )

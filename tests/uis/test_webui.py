@@ -1,5 +1,6 @@
-"""The extension for Forge, reForge and A1111, against the real classes of FORGE and REFORGE (paths of checkouts), and the attributes that
-A1111's samplers read. COMFYUI_PYTHON names a Python with torch if this one is not to be used."""
+"""The extension for Forge, reForge and A1111, against the real classes of FORGE and REFORGE (paths of
+checkouts), and the attributes that A1111's samplers read. COMFYUI_PYTHON names a Python with torch if this
+one is not to be used."""
 
 import json
 import os
@@ -50,7 +51,14 @@ def results(request, extension, tmp_path_factory):
     for case, sampling in CASES.items():
         files.append(model(folder / f"{case}.safetensors"))
         stamp_file(files[-1], sampling)
-    command = [os.environ.get("COMFYUI_PYTHON", sys.executable), Path(__file__).with_name("webui_run.py"), ui, checkout, extension, *files]
+    command = [
+        os.environ.get("COMFYUI_PYTHON", sys.executable),
+        Path(__file__).with_name("webui_run.py"),
+        ui,
+        checkout,
+        extension,
+        *files,
+    ]
     process = subprocess.run(command, capture_output=True, text=True, cwd=checkout, timeout=300)
     assert process.returncode == 0, process.stderr[-3000:]
     return ui, dict(zip(CASES, json.loads(process.stdout.partition("RESULTS")[2]), strict=True))
@@ -71,16 +79,23 @@ def test_the_table_and_the_prediction_are_the_files(results, case):
     sampling, sigmas = CASES[case], expected(CASES[case])
     flow = sampling.prediction_type == "flow_prediction"
     if flow and ui != "forge":  # left as it was, and a sentence printed
-        assert made["parameterization"] == "eps" and made["alphas_cumprod"][-1] == pytest.approx(SDXL.alphas_cumprod[-1], rel=1e-4)
+        assert made["parameterization"] == "eps" and made["alphas_cumprod"][-1] == pytest.approx(
+            SDXL.alphas_cumprod[-1], rel=1e-4
+        )
         return
     if ui != "forge":
         np.testing.assert_allclose(made["alphas_cumprod"], 1 / (1 + sigmas**2), rtol=1e-5)
-        assert made["parameterization"] == ("v" if sampling.prediction_type == "v_prediction" else "eps") and made["ztsnr"] is False
+        assert (
+            made["parameterization"] == ("v" if sampling.prediction_type == "v_prediction" else "eps")
+            and made["ztsnr"] is False
+        )
     if ui == "a1111":
         return
     np.testing.assert_allclose(made["sigmas"], sigmas, rtol=2e-6)
     assert made["config_ztsnr"] is False or ui == "reforge"
-    assert made["timesteps"] == pytest.approx([1000 * s for s in sigmas[[0, 499, 999]]] if flow else [0, 499, 999], rel=1e-5)
+    assert made["timesteps"] == pytest.approx(
+        [1000 * s for s in sigmas[[0, 499, 999]]] if flow else [0, 499, 999], rel=1e-5
+    )
     import torch
 
     x, output, sigma = torch.tensor(made["x"]), torch.tensor(made["output"]), sigmas[700]

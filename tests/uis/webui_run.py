@@ -1,6 +1,8 @@
-"""Runs the extension's own file against the real classes of a Forge or reForge checkout, and prints the outcome as JSON.
+"""Runs the extension's own file against the real classes of a Forge or reForge checkout, and prints the
+outcome as JSON.
 
-webui_run.py forge|reforge CHECKOUT EXTENSION FILE...: only modules.script_callbacks (which needs gradio) is stood in for.
+webui_run.py forge|reforge CHECKOUT EXTENSION FILE...: only modules.script_callbacks (which needs gradio) is
+stood in for.
 """
 
 import importlib.util
@@ -19,7 +21,9 @@ sys.modules["modules"] = modules
 
 import torch  # noqa: E402
 
-spec = importlib.util.spec_from_file_location("extension", Path(extension) / "scripts" / "sdxl_fixes_schedule.py")
+spec = importlib.util.spec_from_file_location(
+    "extension", Path(extension) / "scripts" / "sdxl_fixes_schedule.py"
+)
 spec.loader.exec_module(importlib.util.module_from_spec(spec))
 (follow,) = callbacks
 
@@ -38,7 +42,9 @@ def stock(file):
     if ui == "forge":
         from backend.modules.k_prediction import Prediction
 
-        inner.predictor = Prediction(sigma_data=1.0, prediction_type="epsilon", linear_start=0.00085, linear_end=0.012)
+        inner.predictor = Prediction(
+            sigma_data=1.0, prediction_type="epsilon", linear_start=0.00085, linear_end=0.012
+        )
     elif ui == "reforge":
         from ldm_patched.modules import model_sampling
 
@@ -53,12 +59,22 @@ def stock(file):
 
 def describe(model, inner):
     table = getattr(inner, "predictor", getattr(inner, "model_sampling", None))
-    found = {"alphas_cumprod": model.alphas_cumprod.double().tolist(), "parameterization": model.parameterization, "ztsnr": model.ztsnr}
+    found = {
+        "alphas_cumprod": model.alphas_cumprod.double().tolist(),
+        "parameterization": model.parameterization,
+        "ztsnr": model.ztsnr,
+    }
     if table is not None:
-        x, output, sigma = torch.randn(1, 4, 2, 2).double(), torch.randn(1, 4, 2, 2).double(), table.sigmas[700:701]
+        x, output, sigma = (
+            torch.randn(1, 4, 2, 2).double(),
+            torch.randn(1, 4, 2, 2).double(),
+            table.sigmas[700:701],
+        )
         found |= {
             "sigmas": table.sigmas.double().tolist(),
-            "timesteps": [float(table.timestep(table.sigmas[i : i + 1])[0]) for i in (0, 499, len(table.sigmas) - 1)],
+            "timesteps": [
+                float(table.timestep(table.sigmas[i : i + 1])[0]) for i in (0, 499, len(table.sigmas) - 1)
+            ],
             "x": x.flatten().tolist(),
             "output": output.flatten().tolist(),
             "denoised": table.calculate_denoised(sigma.double(), output, x).flatten().tolist(),
@@ -75,5 +91,8 @@ for file in files:
     if ui == "a1111":  # the next checkpoint's weights go into the same model
         model.sd_checkpoint_info.filename = "nothing.safetensors"
         follow(model)
-        results[-1]["after"] = {"alphas_cumprod": model.alphas_cumprod.double().tolist(), "parameterization": model.parameterization}
+        results[-1]["after"] = {
+            "alphas_cumprod": model.alphas_cumprod.double().tolist(),
+            "parameterization": model.parameterization,
+        }
 print("RESULTS" + json.dumps(results))

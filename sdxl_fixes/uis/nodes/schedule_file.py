@@ -1,7 +1,9 @@
-"""Read the schedule record of a .safetensors file. Copied into UIs by ``sdxl-fixes comfyui install`` and ``sdxl-fixes webui install``.
+"""Read the schedule record of a .safetensors file. Copied into UIs by ``sdxl-fixes comfyui install`` and
+``sdxl-fixes webui install``.
 
-It runs in the UI's own Python, where sdxl-fixes is not installed, so it needs numpy only. It is therefore the one other place that turns
-betas into sigmas; a test holds it equal to sdxl_fixes.NoiseSchedule, bit for bit. It reads 8 bytes and the JSON after them, nothing else.
+It runs in the UI's own Python, where sdxl-fixes is not installed, so it needs numpy only. It is therefore the
+one other place that turns betas into sigmas; a test holds it equal to sdxl_fixes.NoiseSchedule, bit for bit.
+It reads 8 bytes and the JSON after them, nothing else.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ MARKERS = ("v_pred", "ztsnr")
 
 @dataclass(frozen=True)
 class Schedule:
-    """How to sample the model: sigmas by timestep (float64, rising; 0 to 1 for flow), and what is needed to save it again."""
+    """How to sample the model: sigmas by timestep (float64, rising; 0 to 1 for flow), and what is needed to
+    save it again."""
 
     prediction_type: str
     sigmas: npt.NDArray[np.float64]
@@ -37,7 +40,8 @@ class Schedule:
 
 
 def read_schedule(path: str) -> Schedule | None:
-    """The schedule of a file; None if it has no record. Raises ValueError, in one sentence, if it has a broken one."""
+    """The schedule of a file; None if it has no record. Raises ValueError, in one sentence, if it has a
+    broken one."""
     header = read_header(path)
     metadata = header.get("__metadata__") if header else None
     text = metadata.get(RECORD_KEY) if isinstance(metadata, dict) else None
@@ -67,7 +71,9 @@ def parse_record(text: str, markers: tuple[str, ...] = (), modelspec: str | None
     """The schedule that a record describes."""
     record = json.loads(text)
     if record["format"] != RECORD_KEY or record["version"] != VERSION:
-        raise ValueError(f"version {record['version']!r} of {record['format']!r} is not known here: update the node")
+        raise ValueError(
+            f"version {record['version']!r} of {record['format']!r} is not known here: update the node"
+        )
     prediction_type = record["prediction_type"]
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"unknown prediction_type {prediction_type!r}")

@@ -1,7 +1,8 @@
-"""python assets.py FOLDER: tiny random SDXL folders, and photographs with captions as the example scripts want them.
+"""python assets.py FOLDER: tiny random SDXL folders, and photographs with captions as the example scripts
+want them.
 
-Needs scikit-image, whose wheel ships the photographs. ``base`` predicts epsilon on SDXL's own schedule; the others differ in the
-scheduler's config alone.
+Needs scikit-image, whose wheel ships the photographs. ``base`` predicts epsilon on SDXL's own schedule; the
+others differ in the scheduler's config alone.
 """
 
 import json
@@ -35,7 +36,8 @@ VARIANTS = {
     "base-v": {"prediction_type": "v_prediction"},
     "base-ztsnr": ZTSNR,
     "base-v-ztsnr": {**ZTSNR, "prediction_type": "v_prediction"},
-    "base-v-ztsnr-2": {**ZTSNR, "prediction_type": "v_prediction", "num_train_timesteps": 2},  # every other draw is at SNR 0
+    # every other draw is at SNR 0
+    "base-v-ztsnr-2": {**ZTSNR, "prediction_type": "v_prediction", "num_train_timesteps": 2},
     "base-ztsnr-2": {**ZTSNR, "num_train_timesteps": 2},
     "base-edm": None,  # playground-v2.5's kind
 }
@@ -43,7 +45,13 @@ VARIANTS = {
 
 def pipeline(folder):
     import torch
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, T2IAdapter, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        EulerDiscreteScheduler,
+        StableDiffusionXLPipeline,
+        T2IAdapter,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     torch.manual_seed(0)
@@ -74,13 +82,17 @@ def pipeline(folder):
         scaling_factor=0.13025,
         layers_per_block=1,
     )
-    adapter = T2IAdapter(channels=(16, 32, 32, 32), num_res_blocks=1, downscale_factor=16, adapter_type="full_adapter_xl")
+    adapter = T2IAdapter(
+        channels=(16, 32, 32, 32), num_res_blocks=1, downscale_factor=16, adapter_type="full_adapter_xl"
+    )
     adapter.save_pretrained(folder.parent / "adapter")
     pads = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}
     for name, pad in pads.items():
         tiny_assets.tokenizer(folder.parent / "tokenizers" / name, pad)
     loaded = [CLIPTokenizer.from_pretrained(folder.parent / "tokenizers" / name) for name in pads]
-    StableDiffusionXLPipeline(vae, te1, te2, *loaded, unet, EulerDiscreteScheduler.from_config(SCHEDULER)).save_pretrained(folder)
+    StableDiffusionXLPipeline(
+        vae, te1, te2, *loaded, unet, EulerDiscreteScheduler.from_config(SCHEDULER)
+    ).save_pretrained(folder)
     for name in pads:  # as written above, not as transformers writes them
         shutil.rmtree(folder / name)
         shutil.copytree(folder.parent / "tokenizers" / name, folder / name)
@@ -88,12 +100,17 @@ def pipeline(folder):
     for name, changes in VARIANTS.items():
         other = folder.parent / name
         shutil.copytree(folder, other)
-        config = {"_class_name": "EDMEulerScheduler", "sigma_data": 0.5} if changes is None else {**SCHEDULER, **changes}
+        config = (
+            {"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}
+            if changes is None
+            else {**SCHEDULER, **changes}
+        )
         (other / "scheduler" / "scheduler_config.json").write_text(json.dumps(config, indent=2))
         index = json.loads((other / "model_index.json").read_text())
         index["scheduler"][1] = config["_class_name"]
         (other / "model_index.json").write_text(json.dumps(index))
-    shutil.copytree(folder, folder.parent / "base-whole")  # with every id of the vocabulary, for who adds tokens
+    # with every id of the vocabulary, for who adds tokens
+    shutil.copytree(folder, folder.parent / "base-whole")
     for file in (folder.parent / "base-whole").glob("tokenizer*/vocab.json"):
         vocabulary = json.loads(file.read_text())
         unused = sorted(set(range(49408)) - set(vocabulary.values()))
@@ -101,14 +118,17 @@ def pipeline(folder):
 
 
 def images(folder):
-    """``images`` has columns image and text, ``captions`` image and caption, ``control`` also conditioning_image and ``edits``
-    original_image; ``plain`` is files."""
+    """``images`` has columns image and text, ``captions`` image and caption, ``control`` also
+    conditioning_image and ``edits`` original_image; ``plain`` is files."""
     captions = tiny_assets.photographs(folder / "plain")
     for name, column in (("images", "text"), ("captions", "caption"), ("control", "text"), ("edits", "text")):
         shutil.copytree(folder / "plain", folder / name)
         rows = [{"file_name": f"{n}.png", column: caption} for n, caption in enumerate(captions)]
         if other := {"control": "conditioning_image", "edits": "original_image"}.get(name):
-            rows = [{"file_name": r["file_name"], f"{other}_file_name": r["file_name"], "text": r["text"]} for r in rows]
+            rows = [
+                {"file_name": r["file_name"], f"{other}_file_name": r["file_name"], "text": r["text"]}
+                for r in rows
+            ]
         (folder / name / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

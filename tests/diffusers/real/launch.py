@@ -1,9 +1,10 @@
 """launch.py HOW TRACE.json SCRIPT ARGS...: run a real example script of diffusers, as ``HOW`` says.
 
-HOW is unpatched, install (sdxl_fixes.diffusers.install(), then the script) or module (what ``python -m sdxl_fixes.diffusers`` does).
-TRACE.json receives, of this process (rank 0 if there are several): the losses that the script backpropagates, what the U-Net is given,
-and the schedulers of the pipelines that make images. With TRACE_TENSORS also, of every step: the latents that the VAE gave, their noise,
-what the U-Net is given and what it predicts; and what a perceptual loss beside the script compares and gives.
+HOW is unpatched, install (sdxl_fixes.diffusers.install(), then the script) or module (what ``python -m
+sdxl_fixes.diffusers`` does). TRACE.json receives, of this process (rank 0 if there are several): the losses
+that the script backpropagates, what the U-Net is given, and the schedulers of the pipelines that make images.
+With TRACE_TENSORS also, of every step: the latents that the VAE gave, their noise, what the U-Net is given
+and what it predicts; and what a perceptual loss beside the script compares and gives.
 """
 
 import functools
@@ -40,7 +41,12 @@ def trace(record):
             record["timesteps"].append(timestep.tolist())
             record["time_ids"].append(conditions["time_ids"].tolist())
             record["tokens"].append(encoder_hidden_states.shape[1])
-            record["inputs"].append([float(x.detach().float().std()) for x in (sample, encoder_hidden_states, conditions["text_embeds"])])
+            record["inputs"].append(
+                [
+                    float(x.detach().float().std())
+                    for x in (sample, encoder_hidden_states, conditions["text_embeds"])
+                ]
+            )
             record["latents"].append(sample.detach().float().flatten(1)[:, :4].tolist())
         return forward(self, sample, timestep, encoder_hidden_states, *args, **kwargs)
 
@@ -52,8 +58,8 @@ def trace(record):
 
 
 def trace_tensors(tensors, folder):
-    """The last of each before a prediction that is trained: latents of the VAE (before its factor), noise, noisy latents, prediction.
-    ``folder`` is the script's."""
+    """The last of each before a prediction that is trained: latents of the VAE (before its factor), noise,
+    noisy latents, prediction. ``folder`` is the script's."""
     import torch
     from diffusers import UNet2DConditionModel
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -75,7 +81,12 @@ def trace_tensors(tensors, folder):
         made = forward(self, sample, timestep, *args, **kwargs)
         if torch.is_grad_enabled():
             first = latents[-sample.shape[1] // 4]  # of two, the first is noised
-            for name, value in (("clean", first), ("noise", noises[-1]), ("noisy", sample[:, :4]), ("predictions", made[0])):
+            for name, value in (
+                ("clean", first),
+                ("noise", noises[-1]),
+                ("noisy", sample[:, :4]),
+                ("predictions", made[0]),
+            ):
                 tensors[name].append(value.detach().tolist())
         return made
 
@@ -116,7 +127,10 @@ if __name__ == "__main__":
     import torch
 
     torch.set_num_threads(1)
-    record = {key: [] for key in ("losses", "timesteps", "time_ids", "tokens", "inputs", "latents", "previews", "errors")}
+    record = {
+        key: []
+        for key in ("losses", "timesteps", "time_ids", "tokens", "inputs", "latents", "previews", "errors")
+    }
     trace(record)
     if os.environ.get("TRACE_TENSORS"):
         record["tensors"] = {name: [] for name in ("clean", "noise", "noisy", "predictions")}

@@ -1,6 +1,8 @@
-"""parse_recipe.py SCRIPT FLAGS...: what the script's own parser and our adapter make of the flags, as JSON; nothing is trained.
+"""parse_recipe.py SCRIPT FLAGS...: what the script's own parser and our adapter make of the flags, as JSON;
+nothing is trained.
 
-The adapter takes from the script what it serves itself (``snr_gamma`` is None then), so its settings are printed beside the Namespace.
+The adapter takes from the script what it serves itself (``snr_gamma`` is None then), so its settings are
+printed beside the Namespace.
 """
 
 import dataclasses

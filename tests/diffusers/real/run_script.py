@@ -1,4 +1,5 @@
-"""run_script(how, script, assets, folder, *flags): one real example script on the tiny SDXL, in a process of its own."""
+"""run_script(how, script, assets, folder, *flags): one real example script on the tiny SDXL, in a process of
+its own."""
 
 import json
 import os
@@ -30,20 +31,44 @@ def data(script, made):
     if script in ("t2i", "t2i_lora", "lpl"):
         return ("--train_data_dir", str(made / "images"), *(("--use_lpl",) if script == "lpl" else ()))
     if script in ("controlnet", "adapter"):
-        columns = ("--conditioning_image_column", "conditioning_image", "--image_column", "image", "--caption_column", "text")
+        columns = (
+            "--conditioning_image_column",
+            "conditioning_image",
+            "--image_column",
+            "image",
+            "--caption_column",
+            "text",
+        )
         adapter = ("--adapter_model_name_or_path", str(made / "adapter")) if script == "adapter" else ()
         return ("--dataset_name", str(made / "control"), *columns, *adapter)
     if script == "instruct":
-        columns = ("--original_image_column", "original_image", "--edit_prompt_column", "text", "--edited_image_column", "image")
+        columns = (
+            "--original_image_column",
+            "original_image",
+            "--edit_prompt_column",
+            "text",
+            "--edited_image_column",
+            "image",
+        )
         return ("--dataset_name", str(made / "edits"), *columns)
     if script == "inversion":
-        return ("--train_data_dir", str(made / "plain"), "--placeholder_token", "<cat>", "--initializer_token", "a")
+        return (
+            "--train_data_dir",
+            str(made / "plain"),
+            "--placeholder_token",
+            "<cat>",
+            "--initializer_token",
+            "a",
+        )
     columns = ("--caption_column", "text", "--image_column", "image", "--instance_prompt", "photo")
     return ("--dataset_name", str(made / "images"), *columns)
 
 
-def run_script(how, script, made, folder, *flags, base="base", steps=3, launcher=(), check=True, tensors=False):
-    """(process, trace); the caches of ``datasets`` live in ``folder`` and are found again by a second run there."""
+def run_script(
+    how, script, made, folder, *flags, base="base", steps=3, launcher=(), check=True, tensors=False
+):
+    """(process, trace); the caches of ``datasets`` live in ``folder`` and are found again by a second run
+    there."""
     folder.mkdir(exist_ok=True, parents=True)
     trace = folder / "trace.json"
     trace.unlink(missing_ok=True)
@@ -64,12 +89,33 @@ def run_script(how, script, made, folder, *flags, base="base", steps=3, launcher
     path = Path(os.environ["DIFFUSERS_EXAMPLES"]).resolve() / SCRIPTS[script]
     environment = {
         **os.environ,
-        **{"HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "HF_DATASETS_CACHE": str(folder / "datasets")},
-        **{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true"},
+        **{
+            "HF_DATASETS_OFFLINE": "1",
+            "HF_HOME": str(folder / "hf"),
+            "HF_DATASETS_CACHE": str(folder / "datasets"),
+        },
+        **{
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "ACCELERATE_USE_CPU": "true",
+        },
         **({"TRACE_TENSORS": "1"} if tensors else {}),
     }
-    command = [sys.executable, *launcher, str(HERE / "launch.py"), how, str(trace), str(path), *arguments, *data(script, made), *flags]
-    process = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=600)
+    command = [
+        sys.executable,
+        *launcher,
+        str(HERE / "launch.py"),
+        how,
+        str(trace),
+        str(path),
+        *arguments,
+        *data(script, made),
+        *flags,
+    ]
+    process = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=folder, timeout=600
+    )
     if check and process.returncode:
         raise AssertionError(process.stderr[-3000:])
     return process, json.loads(trace.read_text()) if trace.exists() else None

@@ -1,5 +1,6 @@
-"""starts.py EXAMPLES MODEL: what doctor says of every SDXL script of a checkout and what its start does, with the flags of one fix at a
-time, as JSON: script -> {"doctor": the table, "starts": fix -> null if it gets through its arguments, else what it says}.
+"""starts.py EXAMPLES MODEL: what doctor says of every SDXL script of a checkout and what its start does, with
+the flags of one fix at a time, as JSON: script -> {"doctor": the table, "starts": fix -> null if it gets
+through its arguments, else what it says}.
 
 A start is the launcher's own, up to the moment the script has its arguments; nothing is loaded.
 """
@@ -28,7 +29,13 @@ FLAGS = {
         *("--stratified_timesteps", "--loss_type", "huber"),
     ),
 }
-NEEDED = {"dataset_name": "x", "train_data_dir": ".", "instance_prompt": "x", "placeholder_token": "x", "initializer_token": "a"}
+NEEDED = {
+    "dataset_name": "x",
+    "train_data_dir": ".",
+    "instance_prompt": "x",
+    "placeholder_token": "x",
+    "initializer_token": "a",
+}
 
 
 class Started(BaseException):
@@ -42,9 +49,20 @@ def start(script, flags, model):
     from sdxl_fixes.diffusers.run import SESSION
 
     source = script.read_text()
-    needed = [word for name, value in NEEDED.items() if f'"--{name}"' in source for word in (f"--{name}", value)]
+    needed = [
+        word for name, value in NEEDED.items() if f'"--{name}"' in source for word in (f"--{name}", value)
+    ]
     needed = needed[2:] if "--dataset_name" in needed and "--train_data_dir" in needed else needed
-    argv = ["sdxl_fixes.diffusers", str(script), "--pretrained_model_name_or_path", str(model), "--resolution", "64", *needed, *flags]
+    argv = [
+        "sdxl_fixes.diffusers",
+        str(script),
+        "--pretrained_model_name_or_path",
+        str(model),
+        "--resolution",
+        "64",
+        *needed,
+        *flags,
+    ]
     said, path = io.StringIO(), list(sys.path)
     try:
         with mock.patch.object(SESSION, "begin", side_effect=Started), mock.patch.object(sys, "argv", argv):

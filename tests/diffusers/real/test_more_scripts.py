@@ -1,5 +1,6 @@
-"""Scripts beside text-to-image, DreamBooth and ControlNet: every fix that has a place there gives the loss that closed forms in float64
-give for what the script drew and predicted. Of all SDXL scripts: doctor's verdict is what a start does. Set DIFFUSERS_EXAMPLES."""
+"""Scripts beside text-to-image, DreamBooth and ControlNet: every fix that has a place there gives the loss
+that closed forms in float64 give for what the script drew and predicted. Of all SDXL scripts: doctor's
+verdict is what a start does. Set DIFFUSERS_EXAMPLES."""
 
 import json
 import os
@@ -36,7 +37,8 @@ SAVED = {
 
 
 def coefficients(flags):
-    """(alpha, sigma) of every timestep: SDXL's own, or its alphas moved affinely so that the first stays and the last ends as asked."""
+    """(alpha, sigma) of every timestep: SDXL's own, or its alphas moved affinely so that the first stays and
+    the last ends as asked."""
     alpha = np.sqrt(np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2))
     if "--zero_terminal_snr" in flags or "--terminal_sigma" in flags:
         last = 0 if "--zero_terminal_snr" in flags else (1 + 300**2) ** -0.5
@@ -45,9 +47,13 @@ def coefficients(flags):
 
 
 def steps(trace, flags):
-    """Of every step: timesteps [B], and alpha and sigma of them [B, 1, 1, 1], and the traced tensors in float64."""
+    """Of every step: timesteps [B], and alpha and sigma of them [B, 1, 1, 1], and the traced tensors in
+    float64."""
     tables = coefficients(flags)
-    tensors = {name: [np.array(value, dtype=np.float64) for value in values] for name, values in trace["tensors"].items()}
+    tensors = {
+        name: [np.array(value, dtype=np.float64) for value in values]
+        for name, values in trace["tensors"].items()
+    }
     for k, timesteps in enumerate(np.array(step, dtype=int) for step in trace["timesteps"]):
         alpha, sigma = (table[timesteps].reshape(-1, 1, 1, 1) for table in tables)
         yield timesteps, alpha, sigma, {name: values[k] for name, values in tensors.items()}
@@ -71,7 +77,9 @@ def test_the_loss_is_the_closed_form(run, tmp_path, script, case):  # noqa: F811
         clean, noise = each["clean"] * VAE_FACTOR, each["noise"]
         perturbation = each["noisy"] - (alpha * clean + sigma * noise)
         assert (np.abs(perturbation).max() > 1e-3) == ("--ip_noise_gamma" in flags)
-        residual = each["predictions"] - (alpha * noise - sigma * clean if "--prediction_type" in flags else noise)
+        residual = each["predictions"] - (
+            alpha * noise - sigma * clean if "--prediction_type" in flags else noise
+        )
         loss = residual**2
         if "--loss_type" in flags:
             with np.errstate(divide="ignore"):
@@ -93,20 +101,30 @@ def test_the_adapter_trains_the_sigmas_that_it_is_asked_for(run, tmp_path):  # n
     _, trace = run("module", "adapter", *RESCALED, tensors=True)
     losses = []
     for _, alpha, sigma, each in steps(trace, RESCALED):
-        assert np.allclose(each["noisy"], alpha * each["clean"] * VAE_FACTOR + sigma * each["noise"], atol=1e-5)
+        assert np.allclose(
+            each["noisy"], alpha * each["clean"] * VAE_FACTOR + sigma * each["noise"], atol=1e-5
+        )
         losses.append(((each["predictions"] - each["noise"]) ** 2).mean())
-    assert len(losses) == 3 and trace["losses"] == pytest.approx(losses, rel=1e-3)  # it computes with images of sigma 300 in float32
+    # it computes with images of sigma 300 in float32
+    assert len(losses) == 3 and trace["losses"] == pytest.approx(losses, rel=1e-3)
     records(tmp_path / "run" / "out", "adapter", RESCALED)
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
-    [(("--terminal_sigma", "300", *V_ZTSNR[1:]), "measures v_prediction as if it were epsilon"), (V_ZTSNR[:1], "which must be finite")],
+    [
+        (("--terminal_sigma", "300", *V_ZTSNR[1:]), "measures v_prediction as if it were epsilon"),
+        (V_ZTSNR[:1], "which must be finite"),
+    ],
 )
 def test_the_adapter_refuses_what_it_cannot_train(run, flags, said):  # noqa: F811
     process, _ = run("module", "adapter", *flags, check=False)
     last = process.stderr.strip().splitlines()[-1]
-    assert process.returncode == 2 and last.startswith("sdxl-fixes: this script noises by sigma") and said in last
+    assert (
+        process.returncode == 2
+        and last.startswith("sdxl-fixes: this script noises by sigma")
+        and said in last
+    )
 
 
 def test_a_perceptual_loss_compares_images_on_the_trained_schedule(run, tmp_path):  # noqa: F811
@@ -157,16 +175,26 @@ def test_doctor_says_of_every_sdxl_script_what_its_start_does(starts):
         head, *rest = report.splitlines()
         if ": refused, " in head:
             why = head.partition(": refused, ")[2]
-            wrong += [(script, fix) for fix, said in found["starts"].items() if said is None or f"cannot be fixed: {why}; " not in said]
+            wrong += [
+                (script, fix)
+                for fix, said in found["starts"].items()
+                if said is None or f"cannot be fixed: {why}; " not in said
+            ]
             wrong += [(script, "doctor")] if fits or rest else []
             refused.add(script)
             continue
-        verdicts = {words[0]: words[1:] for words in (line.split(maxsplit=2) for line in rest if line[:1].isalpha())}
+        verdicts = {
+            words[0]: words[1:] for words in (line.split(maxsplit=2) for line in rest if line[:1].isalpha())
+        }
         for fix, said in found["starts"].items():
             if fix in verdicts:
                 place = verdicts[fix][0] == "fits"
                 because = verdicts[fix][1].removeprefix("place ").strip()
-                wrong += [] if place == (said is None) and (place or because in said) else [(script, fix, verdicts[fix], said)]
+                wrong += (
+                    []
+                    if place == (said is None) and (place or because in said)
+                    else [(script, fix, verdicts[fix], said)]
+                )
         wrong += [] if found["starts"]["nothing"] is None else [(script, "nothing")]
         wrong += [] if fits else [(script, "libraries")]
     assert not wrong

@@ -1,4 +1,5 @@
-"""The unmodified SDXL example scripts of diffusers, with and without the fixes. Set DIFFUSERS_EXAMPLES to run these."""
+"""The unmodified SDXL example scripts of diffusers, with and without the fixes. Set DIFFUSERS_EXAMPLES to run
+these."""
 
 import json
 import os
@@ -17,7 +18,8 @@ pytestmark = [
     pytest.mark.diffusers,
     pytest.mark.skipif(
         "DIFFUSERS_EXAMPLES" not in os.environ,
-        reason="set DIFFUSERS_EXAMPLES to the examples folder of a huggingface/diffusers checkout (0.32 to main) to run",
+        reason="set DIFFUSERS_EXAMPLES to the examples folder of a huggingface/diffusers checkout (0.32 to "
+        "main) to run",
     ),
 ]
 SCRIPTS = tuple(runner.SCRIPTS)
@@ -27,7 +29,14 @@ FIXES = (
     *("--terminal_sigma", "300", *V, "--loss_type", "huber", "--snr_gamma", "5", "--min_snr_floor"),
     *("--ip_noise_gamma", "0.1", "--stratified_timesteps"),
 )
-TERMINAL_ONLY = ("--timestep_bias_strategy", "later", "--timestep_bias_portion", "0.001", "--timestep_bias_multiplier", "1e9")
+TERMINAL_ONLY = (
+    "--timestep_bias_strategy",
+    "later",
+    "--timestep_bias_portion",
+    "0.001",
+    "--timestep_bias_multiplier",
+    "1e9",
+)
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
@@ -62,26 +71,42 @@ def test_install_is_the_same(run):
 @pytest.mark.parametrize("script", ["t2i", "t2i_lora", "dreambooth", "advanced"])
 def test_bf16_and_upstreams_own_flags_are_untouched_without_our_fixes(run, script):
     flags = ("--mixed_precision", "bf16", "--snr_gamma", "5")
-    assert run("module", script, *flags, "--fixes", "none", folder="a")[1] == run("unpatched", script, *flags, folder="b")[1]
+    assert (
+        run("module", script, *flags, "--fixes", "none", folder="a")[1]
+        == run("unpatched", script, *flags, folder="b")[1]
+    )
 
 
-@pytest.mark.parametrize("script", [script for script in SCRIPTS if script not in ("adapter", "lpl")])  # loss and noise are their own
+# loss and noise are their own
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script not in ("adapter", "lpl")])
 def test_every_fix_trains_and_validation_samples_the_schedule(run, made, script):
     photo = str(made / "plain" / "0.png")
     image = {
         "controlnet": ("--validation_image", photo, "--validation_steps", "2"),
         "instruct": ("--val_image_url_or_path", photo, "--validation_steps", "2"),
     }.get(script, ())
-    process, trace = run("module", script, *FIXES, "--validation_prompt", "a cat", "--num_validation_images", "1", *image)
+    process, trace = run(
+        "module", script, *FIXES, "--validation_prompt", "a cat", "--num_validation_images", "1", *image
+    )
     assert finite(trace["losses"]) and len(trace["losses"]) == 3
-    assert [sorted(t // 500 for t in step) for step in trace["timesteps"]] == [[0, 1]] * 3  # one draw in each half
+    # one draw in each half
+    assert [sorted(t // 500 for t in step) for step in trace["timesteps"]] == [[0, 1]] * 3
     for preview in trace["previews"]:
         assert preview["timestep_spacing"] == "trailing" and preview["prediction_type"] == "v_prediction"
         assert preview["terminal_sigma"] == pytest.approx(300, rel=1e-4)
     assert trace["previews"]
-    for part in ("v_prediction on sigma to 300", "huber loss", "input perturbation 0.1", "min-SNR, gamma 5, floor 1", "stratified"):
+    for part in (
+        "v_prediction on sigma to 300",
+        "huber loss",
+        "input perturbation 0.1",
+        "min-SNR, gamma 5, floor 1",
+        "stratified",
+    ):
         assert part in process.stderr
-    assert "schedule record in every model file" in process.stderr and "validation images sample the same" in process.stderr
+    assert (
+        "schedule record in every model file" in process.stderr
+        and ("validation images sample the same") in process.stderr
+    )
 
 
 STOCK = """
@@ -95,7 +120,8 @@ image = pipe("a cat", num_inference_steps=2, height=64, width=64, output_type="p
 pipe.scheduler.set_timesteps(25)
 left = [float(s.alphas_cumprod[-1].double()) for s in (pipe.scheduler, ddim)]
 config = {k: pipe.scheduler.config[k] for k in ("prediction_type", "timestep_spacing")}
-print(json.dumps({**config, "left": left, "first": float(pipe.scheduler.timesteps[0]), "finite": bool(torch.isfinite(image).all())}))
+first, finite = float(pipe.scheduler.timesteps[0]), bool(torch.isfinite(image).all())
+print(json.dumps({**config, "left": left, "first": first, "finite": finite}))
 """
 
 
@@ -110,10 +136,16 @@ print(json.dumps({**config, "left": left, "first": float(pipe.scheduler.timestep
 def test_a_saved_folder_is_loaded_and_sampled_by_stock_diffusers(run, tmp_path, flags, sigmas):
     run("module", "t2i", *V, *flags, steps=1)
     folder = tmp_path / "run" / "out"
-    process = subprocess.run([sys.executable, "-c", STOCK, str(folder)], capture_output=True, text=True, timeout=300)
+    process = subprocess.run(
+        [sys.executable, "-c", STOCK, str(folder)], capture_output=True, text=True, timeout=300
+    )
     assert process.returncode == 0, process.stderr[-2000:]
     found = json.loads(process.stdout.splitlines()[-1])
-    assert found["prediction_type"] == "v_prediction" and found["timestep_spacing"] == "trailing" and found["first"] == 999
+    assert (
+        found["prediction_type"] == "v_prediction"
+        and found["timestep_spacing"] == "trailing"
+        and found["first"] == 999
+    )
     assert found["finite"]
     for left, sigma in zip(found["left"], sigmas, strict=True):
         assert (1 / left - 1) ** 0.5 == pytest.approx(sigma, rel=1e-3) if sigma < 1e9 else left == 0
@@ -132,26 +164,48 @@ def test_the_saved_scheduler_starts_where_training_ends(run, tmp_path):  # repor
 @pytest.mark.parametrize("script", LORA)
 def test_lora_files_carry_the_record_and_load(run, tmp_path, script):
     kohya = ("--output_kohya_format",) if script == "dreambooth" else ()
-    run("module", script, *V, "--zero_terminal_snr", *kohya, steps=1)  # the script itself loads the file at its end
-    names = ["pytorch_lora_weights.safetensors", *(["pytorch_lora_weights_kohya.safetensors"] if kohya else [])]
+    # the script itself loads the file at its end
+    run("module", script, *V, "--zero_terminal_snr", *kohya, steps=1)
+    names = [
+        "pytorch_lora_weights.safetensors",
+        *(["pytorch_lora_weights_kohya.safetensors"] if kohya else []),
+    ]
     for name in names:
         with safe_open(tmp_path / "run" / "out" / name, framework="pt") as file:
-            assert NoiseSchedule.from_json(file.metadata()["sdxl_fixes.schedule"]) == NoiseSchedule.sdxl().zero_terminal_snr()
+            assert (
+                NoiseSchedule.from_json(file.metadata()["sdxl_fixes.schedule"])
+                == NoiseSchedule.sdxl().zero_terminal_snr()
+            )
             assert not {"v_pred", "ztsnr"} & set(file.keys())
 
 
 def test_min_snr_at_zero_snr_upstream_nan_and_0_here_finite(run):  # report 3.1, 3.2
     for base, bad in (("base-ztsnr", "nan"), ("base-v-ztsnr", "0.0")):
         flags = ("--snr_gamma", "5", *TERMINAL_ONLY)
-        assert {str(loss) for loss in run("unpatched", "t2i", *flags, base=base, folder=base, steps=2)[1]["losses"]} == {bad}
-        assert finite(run("module", "t2i", *flags, "--min_snr_floor", base=base, folder=base, steps=2)[1]["losses"])
+        assert {
+            str(loss)
+            for loss in run("unpatched", "t2i", *flags, base=base, folder=base, steps=2)[1]["losses"]
+        } == {bad}
+        assert finite(
+            run("module", "t2i", *flags, "--min_snr_floor", base=base, folder=base, steps=2)[1]["losses"]
+        )
 
 
 def test_min_snr_in_dreambooth_upstream_nan_and_crash_here_finite(run, made):  # report 3.3, 3.4
     _, upstream = run("unpatched", "dreambooth", "--snr_gamma", "5", base="base-v-ztsnr-2")
     assert "nan" in {str(loss) for loss in upstream["losses"]}
-    assert finite(run("module", "dreambooth", "--snr_gamma", "5", "--min_snr_floor", base="base-v-ztsnr-2")[1]["losses"])
-    prior = ("--snr_gamma", "5", "--with_prior_preservation", "--class_data_dir", str(made / "plain"), "--class_prompt", "cat")
+    assert finite(
+        run("module", "dreambooth", "--snr_gamma", "5", "--min_snr_floor", base="base-v-ztsnr-2")[1]["losses"]
+    )
+    prior = (
+        "--snr_gamma",
+        "5",
+        "--with_prior_preservation",
+        "--class_data_dir",
+        str(made / "plain"),
+        "--class_prompt",
+        "cat",
+    )
     process, _ = run("unpatched", "dreambooth", *prior, "--num_class_images", "6", check=False)
     assert process.returncode != 0 and "must match the size of tensor b" in process.stderr
     assert finite(run("module", "dreambooth", *prior, "--num_class_images", "6")[1]["losses"])
@@ -180,9 +234,13 @@ def test_caches_are_keyed_by_the_encoders_and_cold_runs_are_warm_runs(run, made,
         cold, warm = (run(*arguments, folder=how)[1] for _ in range(2))
         assert (cold == warm) == (how == "module")
         encoder = model / "text_encoder" / "model.safetensors"
-        weights = {name: -tensor if tensor.is_floating_point() else tensor for name, tensor in load_file(encoder).items()}
+        weights = {
+            name: -tensor if tensor.is_floating_point() else tensor
+            for name, tensor in load_file(encoder).items()
+        }
         save_file(weights, encoder, metadata={"format": "pt"})
-        assert (run(*arguments, folder=how)[1] == warm) == (how == "unpatched")  # upstream goes on with the old encoder's embeddings
+        # upstream goes on with the old encoder's embeddings
+        assert (run(*arguments, folder=how)[1] == warm) == (how == "unpatched")
 
 
 def test_any_caption_column_trains(run, made):  # report 3.11
@@ -192,24 +250,30 @@ def test_any_caption_column_trains(run, made):  # report 3.11
     assert finite(run("module", "t2i", *flags, folder="b")[1]["losses"])
 
 
-def test_advanced_cached_latents_are_not_of_other_images(run):  # report 3.14: the pairs are those of a run without the cache
+# report 3.14: the pairs are those of a run without the cache
+def test_advanced_cached_latents_are_not_of_other_images(run):
     plain = run("unpatched", "advanced", folder="a")[1]["losses"]
     assert run("unpatched", "advanced", "--cache_latents", folder="b")[1]["losses"] != plain
     assert run("module", "advanced", "--cache_latents", folder="c")[1]["losses"] == plain
 
 
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if script not in ("instruct", "inversion")])
-def test_long_captions_reach_the_unet_in_77n_tokens(run, script):  # report 3.10; one of six captions has 214 tokens
+# report 3.10; one of six captions has 214 tokens
+def test_long_captions_reach_the_unet_in_77n_tokens(run, script):
     _, trace = run("module", script, "--max_token_length", "225", steps=3)
     assert sorted(set(trace["tokens"])) == [77, 231] and finite(trace["losses"])  # an epoch is three batches
     process, trace = run("module", script, "--max_token_length", "150", steps=3)
     assert sorted(set(trace["tokens"])) == [77, 154]
-    assert "captions so far are longer than --max_token_length 150 and were cut there; the longest has 214 tokens" in process.stderr
+    assert (
+        "captions so far are longer than --max_token_length 150 and were cut there; the longest has "
+        "214 tokens"
+    ) in process.stderr
 
 
 @pytest.mark.parametrize("script", ["t2i", "t2i_lora", "controlnet", "adapter", "lpl"])
 def test_chunk_buckets_keep_long_captions_to_themselves(run, script):
-    """Six captions, one of three chunks: a batch of two pairs it with another, in every epoch; the other batches have one chunk."""
+    """Six captions, one of three chunks: a batch of two pairs it with another, in every epoch; the other
+    batches have one chunk."""
     process, trace = run("module", script, "--max_token_length", "225", "--chunk_buckets", steps=6)
     assert sorted(trace["tokens"]) == [77] * 4 + [231] * 2 and finite(trace["losses"])
     assert "captions of equally many chunks to a batch" in process.stderr
@@ -227,7 +291,11 @@ def test_chunk_buckets_where_there_is_nothing_to_bucket(run):
     ):
         process, _ = run("module", script, "--chunk_buckets", *flags, check=False)
         last = process.stderr.strip().splitlines()[-1]
-        assert process.returncode != 0 and last.startswith(f"sdxl-fixes: {said}") and "Traceback" not in process.stderr
+        assert (
+            process.returncode != 0
+            and last.startswith(f"sdxl-fixes: {said}")
+            and "Traceback" not in process.stderr
+        )
 
 
 def test_edm_style_training_refuses_what_has_no_place_there(run):
@@ -235,13 +303,22 @@ def test_edm_style_training_refuses_what_has_no_place_there(run):
         for more, base in ((("--do_edm_style_training",), "base"), ((), "base-edm")):
             process, _ = run("module", "dreambooth", *flags, *more, base=base, check=False)
             last = process.stderr.strip().splitlines()[-1]
-            assert process.returncode != 0 and last.startswith("sdxl-fixes: EDM-style training") and "Traceback" not in process.stderr
-    assert finite(run("module", "dreambooth", "--do_edm_style_training", "--terminal_sigma", "300")[1]["losses"])
+            assert (
+                process.returncode != 0
+                and last.startswith("sdxl-fixes: EDM-style training")
+                and "Traceback" not in process.stderr
+            )
+    assert finite(
+        run("module", "dreambooth", "--do_edm_style_training", "--terminal_sigma", "300")[1]["losses"]
+    )
 
 
 @pytest.mark.parametrize("script", ["t2i", "t2i_lora", "dreambooth"])
 def test_two_processes(run, script):
-    assert run("module", script, launcher=TWO, folder="a")[1] == run("unpatched", script, launcher=TWO, folder="b")[1]
+    assert (
+        run("module", script, launcher=TWO, folder="a")[1]
+        == run("unpatched", script, launcher=TWO, folder="b")[1]
+    )
     _, trace = run("module", script, *FIXES, launcher=TWO, folder="c")
     assert finite(trace["losses"]) and len(trace["losses"]) == 3
 
@@ -256,11 +333,16 @@ def test_resume(run, script, tmp_path):
     assert traces[0] == traces[1]
     first = run("module", script, *FIXES, "--checkpointing_steps", "2", folder="fixed")[1]
     resumed = run("module", script, *FIXES, *again, steps=4, folder="fixed")[1]
-    assert resumed["timesteps"][0] == first["timesteps"][2]  # the third stratified draw, as in the uninterrupted run
-    other = run("module", script, *FIXES, *again, "--terminal_sigma", "100", steps=6, folder="fixed", check=False)[0]
+    # the third stratified draw, as in the uninterrupted run
+    assert resumed["timesteps"][0] == first["timesteps"][2]
+    other = run(
+        "module", script, *FIXES, *again, "--terminal_sigma", "100", steps=6, folder="fixed", check=False
+    )[0]
     assert "resume with the flags that it was started with" in other.stderr.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("script", ["t2i", "t2i_lora", "dreambooth", "advanced"])
 def test_bf16_with_every_fix(run, script):
-    assert finite(run("module", script, *FIXES, "--float32_noising", "--mixed_precision", "bf16")[1]["losses"])
+    assert finite(
+        run("module", script, *FIXES, "--float32_noising", "--mixed_precision", "bf16")[1]["losses"]
+    )

@@ -1,5 +1,5 @@
-"""examples/recipes with diffusers' real scripts: read by their own parsers, and trained for two steps on the tiny SDXL. Set
-DIFFUSERS_EXAMPLES to run."""
+"""examples/recipes with diffusers' real scripts: read by their own parsers, and trained for two steps on the
+tiny SDXL. Set DIFFUSERS_EXAMPLES to run."""
 
 import json
 import os
@@ -16,7 +16,8 @@ pytestmark = [
     pytest.mark.diffusers,
     pytest.mark.skipif(
         "DIFFUSERS_EXAMPLES" not in os.environ,
-        reason="set DIFFUSERS_EXAMPLES to the examples folder of a huggingface/diffusers checkout (0.32 to main) to run",
+        reason="set DIFFUSERS_EXAMPLES to the examples folder of a huggingface/diffusers checkout (0.32 to "
+        "main) to run",
     ),
 ]
 
@@ -44,16 +45,32 @@ def test_the_script_reads_every_flag_as_the_recipe_means_it(recipe, made, tmp_pa
     script = Path(os.environ["DIFFUSERS_EXAMPLES"]).resolve() / "text_to_image" / recipes.DIFFUSERS[recipe]
     base = ("--pretrained_model_name_or_path", str(made / "base"))  # its scheduler config is SDXL's own
     process = subprocess.run(
-        [sys.executable, str(HERE / "parse_recipe.py"), str(script), *flags, *base], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, str(HERE / "parse_recipe.py"), str(script), *flags, *base],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert process.returncode == 0, process.stderr[-3000:]
     read, wanted = json.loads(process.stdout.splitlines()[-1]), given(flags)
-    ours = {**read["args"], **{"min_snr_gamma" if n == "snr_gamma" else n: v for n, v in read["settings"].items() if v is not None}}
+    ours = {
+        **read["args"],
+        **{
+            "min_snr_gamma" if n == "snr_gamma" else n: v
+            for n, v in read["settings"].items()
+            if v is not None
+        },
+    }
     for name, value in wanted.items():
         if name in ("pretrained_model_name_or_path", "snr_gamma"):
             continue
-        assert ours[name] is True if value is True else str(ours[name]) == value or float(ours[name]) == float(value), name
-    assert read["settings"]["min_snr_gamma"] == float(wanted["snr_gamma"]) and read["args"]["snr_gamma"] is None
+        assert (
+            ours[name] is True
+            if value is True
+            else str(ours[name]) == value or float(ours[name]) == float(value)
+        ), name
+    assert (
+        read["settings"]["min_snr_gamma"] == float(wanted["snr_gamma"]) and read["args"]["snr_gamma"] is None
+    )
     assert read["prediction_type"] == ("epsilon" if recipe == "epsilon" else "v_prediction")
     assert (read["terminal_snr"] == 0) == (recipe != "epsilon")
 
@@ -68,8 +85,11 @@ def split(arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", recipes.DIFFUSERS)
 def test_the_recipe_trains(recipe, made, tmp_path):
-    """Two steps, sizes overridden: tiny model, 64 pixels, batches of 2, no accumulation, and torch's own AdamW."""
-    name = {"train_text_to_image_sdxl.py": "t2i", "train_text_to_image_lora_sdxl.py": "t2i_lora"}[recipes.DIFFUSERS[recipe]]
+    """Two steps, sizes overridden: tiny model, 64 pixels, batches of 2, no accumulation, and torch's own
+    AdamW."""
+    name = {"train_text_to_image_sdxl.py": "t2i", "train_text_to_image_lora_sdxl.py": "t2i_lora"}[
+        recipes.DIFFUSERS[recipe]
+    ]
     _, _, flags = split(recipes.command(recipe, tmp_path))
     overridden = (
         "resolution",

@@ -1,5 +1,5 @@
-"""python assets.py FOLDER: a tiny random SDXL checkpoint, byte-level CLIP tokenizers, real photographs with captions, data sets of them,
-preview prompts, and what control nets and LECO read.
+"""python assets.py FOLDER: a tiny random SDXL checkpoint, byte-level CLIP tokenizers, real photographs with
+captions, data sets of them, preview prompts, and what control nets and LECO read.
 
 Needs SD_SCRIPTS and scikit-image, whose wheel ships the photographs.
 """
@@ -54,7 +54,8 @@ def prompts(folder):
     (folder / "prompts.txt").write_text(f"{line}\n")
     (folder / "control_prompts.txt").write_text(f"{line} --cn {folder / 'edges' / '2.png'}\n")
     (folder / "leco.toml").write_text(
-        '[[prompts]]\ntarget = "a ginger cat"\npositive = "cat"\nunconditional = ""\nneutral = ""\naction = "erase"\nresolution = 128\n'
+        '[[prompts]]\ntarget = "a ginger cat"\npositive = "cat"\nunconditional = ""\n'
+        'neutral = ""\naction = "erase"\nresolution = 128\n'
     )
 
 
@@ -72,18 +73,28 @@ def model(file):
     torch.manual_seed(0)
     te1, te2 = CLIPTextModel(tiny.text_config("te1")), CLIPTextModelWithProjection(tiny.text_config("te2"))
     vae, net = AutoencoderKL(**model_util.create_vae_diffusers_config()), unet.SdxlUNet2DConditionModel()
-    sdxl_model_util.save_stable_diffusion_checkpoint(str(file), te1, te2, net, 0, 0, None, vae, torch.tensor(4.6), None, torch.float32)
+    sdxl_model_util.save_stable_diffusion_checkpoint(
+        str(file), te1, te2, net, 0, 0, None, vae, torch.tensor(4.6), None, torch.float32
+    )
 
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTokenizer
 
     again = UNet2DConditionModel(**sdxl_model_util.DIFFUSERS_SDXL_UNET_CONFIG)
     again.load_state_dict(sdxl_model_util.convert_sdxl_unet_state_dict_to_diffusers(net.state_dict()))
-    tokenizer, tokenizer_2 = (CLIPTokenizer.from_pretrained(path) for path in sorted(file.parent.glob("tokenizers/*"), reverse=True))
-    stock = EulerDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
+    tokenizer, tokenizer_2 = (
+        CLIPTokenizer.from_pretrained(path) for path in sorted(file.parent.glob("tokenizers/*"), reverse=True)
     )
-    StableDiffusionXLPipeline(vae, te1, te2, tokenizer, tokenizer_2, again, stock).save_pretrained(file.parent / "diffusers")
+    stock = EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
+    StableDiffusionXLPipeline(vae, te1, te2, tokenizer, tokenizer_2, again, stock).save_pretrained(
+        file.parent / "diffusers"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
-"""The checkouts of kohya-ss/sd-scripts that SD_SCRIPTS names: one, or several as in PATH. The matrix takes all, all else the first."""
+"""The checkouts of kohya-ss/sd-scripts that SD_SCRIPTS names: one, or several as in PATH. The matrix takes
+all, all else the first."""
 
 import os
 from pathlib import Path
 
-SKIP = f"set SD_SCRIPTS to a checkout of kohya-ss/sd-scripts (v0.10.1 or newer), or to several with {os.pathsep!r} between them, to run"
+SKIP = (
+    "set SD_SCRIPTS to a checkout of kohya-ss/sd-scripts (v0.10.1 or newer), or to several with "
+    f"{os.pathsep!r} between them, to run"
+)
 
 
 def named():

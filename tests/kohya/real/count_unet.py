@@ -1,4 +1,5 @@
-"""count_unet.py: what SDXL's real U-Net and text encoders hold and compute for one 1024 x 1024 image in bfloat16, as JSON.
+"""count_unet.py: what SDXL's real U-Net and text encoders hold and compute for one 1024 x 1024 image in
+bfloat16, as JSON.
 
 On the meta device: no memory, no weights. Set SD_SCRIPTS.
 """
@@ -15,7 +16,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 sys.path.insert(0, str(checkouts.first()))
 import library.sdxl_original_unet as sdxl_original_unet
 
-BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "Downsample2D", "Upsample2D")  # what gradient checkpointing recomputes at once
+# what gradient checkpointing recomputes at once
+BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "Downsample2D", "Upsample2D")
 INPUTS = {"x": (1, 4, 128, 128), "context": (1, 77, 2048), "y": (1, 2816)}
 
 
@@ -27,7 +29,10 @@ def forward(unet, pack):
     with torch.device("meta"):
         inputs = {name: torch.randn(shape, dtype=torch.bfloat16) for name, shape in INPUTS.items()}
         timesteps = torch.zeros(1, dtype=torch.long)
-    with FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with (
+        FlopCounterMode(display=False) as flops,
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
         out = unet(inputs["x"], timesteps, inputs["context"], inputs["y"])
     return out, flops.get_total_flops()
 
@@ -35,8 +40,20 @@ def forward(unet, pack):
 def count():
     with torch.device("meta"):
         unet = sdxl_original_unet.SdxlUNet2DConditionModel().to(torch.bfloat16)
-        small = CLIPTextConfig(projection_dim=768, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-        large = CLIPTextConfig(projection_dim=1280, hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20)
+        small = CLIPTextConfig(
+            projection_dim=768,
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+        )
+        large = CLIPTextConfig(
+            projection_dim=1280,
+            hidden_size=1280,
+            intermediate_size=5120,
+            num_hidden_layers=32,
+            num_attention_heads=20,
+        )
         encoders = CLIPTextModel(small), CLIPTextModelWithProjection(large)
     unet.train()
     unet.set_use_sdpa(True)
@@ -53,7 +70,9 @@ def count():
         "unet": sum(map(math.prod, shapes)),
         "text_encoders": sum(p.numel() for encoder in encoders for p in encoder.parameters()),
         "lora_32": 32 * sum(sum(layer.weight.shape[:2]) for layer in linears),
-        "adafactor": sum(math.prod(s) // s[-1] + math.prod(s) // s[-2] if len(s) > 1 else s[0] for s in shapes),
+        "adafactor": sum(
+            math.prod(s) // s[-1] + math.prod(s) // s[-2] if len(s) > 1 else s[0] for s in shapes
+        ),
     }
     kept, inside, stack = {}, {}, []
 
@@ -76,7 +95,10 @@ def count():
     hooks = [part.register_forward_pre_hook(enter(name)) for name, part in blocks]
     hooks += [part.register_forward_hook(lambda *_: stack.pop() and None) for _, part in blocks]
     _, found["forward"] = forward(unet, pack)
-    found["whole"], found["recomputed"] = storages(kept, own), max(storages(saved, own) for saved in inside.values())
+    found["whole"], found["recomputed"] = (
+        storages(kept, own),
+        max(storages(saved, own) for saved in inside.values()),
+    )
     for hook in hooks:
         hook.remove()
     kept.clear()

@@ -1,9 +1,10 @@
 """launch.py HOW TRACE.json SCRIPT ARGS...: run a real sd-scripts trainer on the tiny SDXL, as ``HOW`` says.
 
-HOW is unpatched, install (sdxl_fixes.kohya.install(), then the script) or module (what ``python -m sdxl_fixes.kohya`` does).
-TRACE.json receives the losses given to the backward pass, the timesteps and the contexts' sizes [B, length] given to the U-Net, the
-prompts that were encoded, and the scheduler's tables (of rank 0, if there are several processes). All of it is observed where every
-version of sd-scripts passes: in accelerate, torch, diffusers, and in classes of sd-scripts that have not moved.
+HOW is unpatched, install (sdxl_fixes.kohya.install(), then the script) or module (what ``python -m
+sdxl_fixes.kohya`` does). TRACE.json receives the losses given to the backward pass, the timesteps and the
+contexts' sizes [B, length] given to the U-Net, the prompts that were encoded, and the scheduler's tables (of
+rank 0, if there are several processes). All of it is observed where every version of sd-scripts passes: in
+accelerate, torch, diffusers, and in classes of sd-scripts that have not moved.
 """
 
 import functools
@@ -40,7 +41,10 @@ def trace(record, times):
         times.append(time.perf_counter())
         for scheduler in schedulers:
             if hasattr(scheduler, "all_snr"):  # the one that is trained with
-                record["all_snr_900"], record["all_snr_999"] = float(scheduler.all_snr[900]), float(scheduler.all_snr[999])
+                record["all_snr_900"], record["all_snr_999"] = (
+                    float(scheduler.all_snr[900]),
+                    float(scheduler.all_snr[999]),
+                )
                 record["alphas_cumprod_999"] = float(scheduler.alphas_cumprod[999])
         return backward(self, loss, **kwargs)
 
@@ -71,7 +75,10 @@ def trace(record, times):
     @functools.wraps(generate)  # the patches check the parameters
     def traced_generate(self, *args, **kwargs):
         images = generate(self, *args, **kwargs)
-        kept = {key: self.scheduler.config.get(key) for key in ("timestep_spacing", "prediction_type", "clip_sample")}
+        kept = {
+            key: self.scheduler.config.get(key)
+            for key in ("timestep_spacing", "prediction_type", "clip_sample")
+        }
         record["preview"] = {
             **kept,
             "terminal_sigma": float(getattr(self.scheduler, "sigmas", [0])[0]),

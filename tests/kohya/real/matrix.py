@@ -1,6 +1,8 @@
-"""python tests/kohya/real/matrix.py [CHECKOUT ...]: every SDXL trainer of every checkout of sd-scripts, without and with the fixes.
+"""python tests/kohya/real/matrix.py [CHECKOUT ...]: every SDXL trainer of every checkout of sd-scripts,
+without and with the fixes.
 
-Prints a table (Markdown), then a sentence for everything that is not as it must be, and ends with status 1 if there is any:
+Prints a table (Markdown), then a sentence for everything that is not as it must be, and ends with status 1 if
+there is any:
 
   off    our launcher and no flag of a fix trains as upstream does, to the bit: losses, inputs, saved weights;
   none   so it does with every flag that upstream has and --fixes none;
@@ -8,8 +10,8 @@ Prints a table (Markdown), then a sentence for everything that is not as it must
   doctor says beforehand what the run with all does, and knows the checkout;
   and every start is reported, and the saved file has the schedule's record with "all" and only then.
 
-A script that the launcher refuses is run without it, and must be refused in one sentence. Without arguments, the checkouts are those of
-the environment's SD_SCRIPTS.
+A script that the launcher refuses is run without it, and must be refused in one sentence. Without arguments,
+the checkouts are those of the environment's SD_SCRIPTS.
 """
 
 import argparse
@@ -39,13 +41,22 @@ FIXES = {  # fix -> flags that switch it on
     "validation": ("--stable_loss_steps", "2", "--stable_loss_images", "2"),
     "previews": ("--sample_prompts", "{assets}/prompts.txt", "--sample_every_n_steps", "2"),
 }
-CONTROL = {**FIXES, "previews": ("--sample_prompts", "{assets}/control_prompts.txt", "--sample_every_n_steps", "2")}
+CONTROL = {
+    **FIXES,
+    "previews": ("--sample_prompts", "{assets}/control_prompts.txt", "--sample_every_n_steps", "2"),
+}
 SCRIPTS = {  # script -> the fixes that it can have
     "sdxl_train.py": FIXES,
     "sdxl_train_network.py": FIXES,
-    "sdxl_train_textual_inversion.py": {fix: FIXES[fix] for fix in FIXES if fix not in ("buckets", "validation")},
-    "sdxl_train_control_net.py": {fix: CONTROL[fix] for fix in CONTROL if fix not in ("buckets", "validation")},
-    "sdxl_train_control_net_lllite.py": {fix: FIXES[fix] for fix in FIXES if fix not in ("buckets", "validation", "previews")},
+    "sdxl_train_textual_inversion.py": {
+        fix: FIXES[fix] for fix in FIXES if fix not in ("buckets", "validation")
+    },
+    "sdxl_train_control_net.py": {
+        fix: CONTROL[fix] for fix in CONTROL if fix not in ("buckets", "validation")
+    },
+    "sdxl_train_control_net_lllite.py": {
+        fix: FIXES[fix] for fix in FIXES if fix not in ("buckets", "validation", "previews")
+    },
     "sdxl_train_leco.py": {},
 }
 UPSTREAM = (
@@ -87,14 +98,18 @@ def launched():
 
 def name(checkout):
     """Folder and commit."""
-    asked = subprocess.run(["git", "-C", str(checkout), "rev-parse", "--short=8", "HEAD"], capture_output=True, text=True)
+    asked = subprocess.run(
+        ["git", "-C", str(checkout), "rev-parse", "--short=8", "HEAD"], capture_output=True, text=True
+    )
     return f"{checkout.name} ({asked.stdout.strip()})" if asked.returncode == 0 else checkout.name
 
 
 def cell(script, checkout, run, how, flags, assets, steps):
     """Run it."""
     with tempfile.TemporaryDirectory() as folder:
-        process, trace = runs.run(how, script, *flags, assets=assets, folder=Path(folder), steps=steps, checkout=checkout)
+        process, trace = runs.run(
+            how, script, *flags, assets=assets, folder=Path(folder), steps=steps, checkout=checkout
+        )
         weights, record = _saved(Path(folder) / "out" / "out.safetensors")
     return Cell(script, name(checkout), run, trace or {}, weights, record, process.stderr, process.returncode)
 
@@ -116,12 +131,19 @@ def check(script, folders, assets, steps=STEPS, jobs=1):
     plan = {"unpatched": ("unpatched", ()), "off": ("module", ())}
     if script in launched():
         everything = (*V, *(flag for flags in SCRIPTS[script].values() for flag in flags))
-        plan |= {"upstream": ("unpatched", UPSTREAM), "none": ("module", (*UPSTREAM, "--fixes", "none")), "all": ("module", everything)}
+        plan |= {
+            "upstream": ("unpatched", UPSTREAM),
+            "none": ("module", (*UPSTREAM, "--fixes", "none")),
+            "all": ("module", everything),
+        }
     wanted = [(folder, run, how, flags) for folder in folders for run, (how, flags) in plan.items()]
     with ThreadPoolExecutor(jobs) as pool:
         cells = list(pool.map(lambda of: cell(script, *of, assets, steps), wanted))
-    of = [dict(zip(plan, cells[start:], strict=False)) for start in range(0, len(cells), len(plan))]  # per checkout
-    sentences = [sentence for runs_of_one in of for sentence in _wrong(script, runs_of_one, script in launched())]
+    # per checkout
+    of = [dict(zip(plan, cells[start:], strict=False)) for start in range(0, len(cells), len(plan))]
+    sentences = [
+        sentence for runs_of_one in of for sentence in _wrong(script, runs_of_one, script in launched())
+    ]
     first, *others = [runs_of_one["all"] for runs_of_one in of if "all" in plan] or [None]
     sentences += [
         f"{other.script}, all fixes: {other.checkout} does not train as {first.checkout} does"
@@ -136,7 +158,11 @@ def _wrong(script, of, launches):
     place = f"{script} in {of['unpatched'].checkout}"
     if not launches:
         refusal = of.pop("off")
-        if refusal.status == 0 or not refusal.said.startswith("sdxl-fixes: ") or "Traceback" in refusal.stderr:
+        if (
+            refusal.status == 0
+            or not refusal.said.startswith("sdxl-fixes: ")
+            or "Traceback" in refusal.stderr
+        ):
             yield f"{place}: the launcher must refuse it in one sentence, and said: {refusal.said}"
     for run, one in of.items():
         ours = run in ("off", "none", "all")
@@ -152,19 +178,30 @@ def _wrong(script, of, launches):
         if one.record != (run == "all"):
             yield f"{place}, {run}: the saved file {'has' if one.record else 'lacks'} the schedule's record"
     for ours, theirs in (("off", "unpatched"), ("none", "upstream")):
-        if ours in of and of[ours].status == of[theirs].status == 0 and of[ours].numbers != of[theirs].numbers:
+        if (
+            ours in of
+            and of[ours].status == of[theirs].status == 0
+            and of[ours].numbers != of[theirs].numbers
+        ):
             yield f"{place}: {ours} is not bit-identical to the unpatched run"
 
 
 def _disagrees(script, folder, everything):
-    """A sentence if doctor does not say of a script what a run with every fix that has a place there then did."""
+    """A sentence if doctor does not say of a script what a run with every fix that has a place there then
+    did."""
     from sdxl_fixes.kohya.doctor import examine
 
     report, fits = examine(folder / script)
     if fits != (everything.status == 0):
-        yield f"{script} in {everything.checkout}: doctor says that the fixes {'fit' if fits else 'do not fit'}, and the run says otherwise"
+        yield (
+            f"{script} in {everything.checkout}: doctor says that the fixes "
+            f"{'fit' if fits else 'do not fit'}, and the run says otherwise"
+        )
     if "not tested" in report:
-        yield f"{script} in {everything.checkout}: doctor does not know it: integrations/kohya/scripts.py wants its digest"
+        yield (
+            f"{script} in {everything.checkout}: doctor does not know it: integrations/kohya/scripts.py "
+            "wants its digest"
+        )
 
 
 def table(cells):
@@ -173,21 +210,32 @@ def table(cells):
     for one in cells:
         failed = f"status {one.status}: {one.said[:90]}" if one.status else ""
         losses = failed or " ".join(f"{loss:.9g}" for loss in one.trace["losses"])
-        lines.append(f"| {one.script} | {one.checkout} | {one.run} | {losses} | {one.weights} | {'yes' if one.record else ''} |")
+        lines.append(
+            f"| {one.script} | {one.checkout} | {one.run} | {losses} | {one.weights} | "
+            f"{'yes' if one.record else ''} |"
+        )
     return "\n".join(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkouts", nargs="*", type=Path, help="folders of kohya-ss/sd-scripts; default: those of SD_SCRIPTS")
-    parser.add_argument("--only", action="append", choices=SCRIPTS, help="a script; may be repeated (default: all)")
+    parser.add_argument(
+        "checkouts", nargs="*", type=Path, help="folders of kohya-ss/sd-scripts; default: those of SD_SCRIPTS"
+    )
+    parser.add_argument(
+        "--only", action="append", choices=SCRIPTS, help="a script; may be repeated (default: all)"
+    )
     parser.add_argument("--steps", type=int, default=STEPS, help=f"default: {STEPS}, an epoch")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     args = parser.parse_args()
     folders = [folder.resolve() for folder in args.checkouts] or checkouts.named()
     missing = [str(folder) for folder in folders if not (folder / "library" / "train_util.py").is_file()]
     if missing or not folders:
-        parser.error(f"no sd-scripts in {', '.join(missing)}" if missing else "name checkouts of kohya-ss/sd-scripts, or set SD_SCRIPTS")
+        parser.error(
+            f"no sd-scripts in {', '.join(missing)}"
+            if missing
+            else "name checkouts of kohya-ss/sd-scripts, or set SD_SCRIPTS"
+        )
     cells, sentences = [], []
     with tempfile.TemporaryDirectory() as folder:
         assets = runs.make_assets(Path(folder) / "assets", folders[0])

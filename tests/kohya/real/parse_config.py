@@ -1,4 +1,5 @@
-"""parse_config.py FILE.toml ...: what the trainer's reading of a --config_file and our patch make of each, as JSON; nothing is trained.
+"""parse_config.py FILE.toml ...: what the trainer's reading of a --config_file and our patch make of each, as
+JSON; nothing is trained.
 
 A file's answer is its Namespace, or the sentence that refuses it.
 """

@@ -7,11 +7,23 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-_IMAGES, _CONTROL = ("--dataset_config", "{assets}/dataset.toml"), ("--dataset_config", "{assets}/control.toml")
+_IMAGES, _CONTROL = (
+    ("--dataset_config", "{assets}/dataset.toml"),
+    ("--dataset_config", "{assets}/control.toml"),
+)
 SCRIPTS = {  # script -> what it needs to train, beside what all need
     "sdxl_train.py": _IMAGES,
-    "sdxl_train_network.py": (*_IMAGES, "--network_module", "networks.lora", "--network_dim", "4", "--network_alpha", "4"),
-    "sdxl_train_textual_inversion.py": (*_IMAGES, "--token_string", "on", "--init_word", "a"),  # a new token that captions hold
+    "sdxl_train_network.py": (
+        *_IMAGES,
+        "--network_module",
+        "networks.lora",
+        "--network_dim",
+        "4",
+        "--network_alpha",
+        "4",
+    ),
+    # a new token that captions hold
+    "sdxl_train_textual_inversion.py": (*_IMAGES, "--token_string", "on", "--init_word", "a"),
     "sdxl_train_control_net.py": _CONTROL,
     "sdxl_train_control_net_lllite.py": (*_CONTROL, "--cond_emb_dim", "8", "--network_dim", "4"),
     "sdxl_train_leco.py": ("--prompts_file", "{assets}/leco.toml", "--max_denoising_steps", "4"),
@@ -21,7 +33,10 @@ SCRIPTS = {  # script -> what it needs to train, beside what all need
 def make_assets(folder, checkout=None):
     """The folder of what assets.py makes."""
     subprocess.run(
-        [sys.executable, str(HERE / "assets.py"), str(folder)], check=True, stdout=subprocess.DEVNULL, env=_environment(checkout)
+        [sys.executable, str(HERE / "assets.py"), str(folder)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        env=_environment(checkout),
     )
     return folder
 
@@ -32,9 +47,11 @@ def _environment(checkout):
 
 
 def run(how, script, *flags, assets, folder, steps, checkout=None):
-    """(process, trace) of a run in ``folder``, whose model is folder/out/out.safetensors; trace is None if it did not come to trace.
+    """(process, trace) of a run in ``folder``, whose model is folder/out/out.safetensors; trace is None if it
+    did not come to trace.
 
-    ``how`` is launch.py's, or a whole command to put before it. ``{assets}`` in a flag stands for that folder.
+    ``how`` is launch.py's, or a whole command to put before it. ``{assets}`` in a flag stands for that
+    folder.
     """
     trace = folder / "trace.json"
     trace.unlink(missing_ok=True)
@@ -51,7 +68,11 @@ def run(how, script, *flags, assets, folder, steps, checkout=None):
         "max_data_loader_n_workers": 0,
         "optimizer_type": "AdamW",
     }
-    arguments = [*(str(x) for name, value in common.items() for x in (f"--{name}", value)), *SCRIPTS[script], *flags]
+    arguments = [
+        *(str(x) for name, value in common.items() for x in (f"--{name}", value)),
+        *SCRIPTS[script],
+        *flags,
+    ]
     before = [sys.executable] if isinstance(how, str) else how[:-1]
     command = [*before, str(HERE / "launch.py"), how if isinstance(how, str) else how[-1], str(trace), script]
     process = subprocess.run(

@@ -1,5 +1,5 @@
-"""The data sets of --chunk_buckets on sd-scripts' own, in this process: which images and prompts a batch holds, in every supported
-version the same. Set SD_SCRIPTS to run these."""
+"""The data sets of --chunk_buckets on sd-scripts' own, in this process: which images and prompts a batch
+holds, in every supported version the same. Set SD_SCRIPTS to run these."""
 
 import argparse
 import json
@@ -28,7 +28,8 @@ PLANNED = [
 
 @pytest.fixture
 def group(assets, tmp_path, monkeypatch):  # noqa: F811
-    """group(kind, more="", **options) -> the data set group of 21 images, each of its own colour, by our classes."""
+    """group(kind, more="", **options) -> the data set group of 21 images, each of its own colour, by our
+    classes."""
     from library import config_util, strategy_base, strategy_sd
 
     from sdxl_fixes.kohya import datasets
@@ -54,7 +55,9 @@ def group(assets, tmp_path, monkeypatch):  # noqa: F811
     def build(kind, more="", **options):
         strategy = datasets.ChunkTokenizeStrategy(225, str(assets / "tokenizers"))
         monkeypatch.setattr(strategy_base.TokenizeStrategy, "_strategy", strategy)
-        monkeypatch.setattr(datasets, "OPTIONS", Options(3, "75n+2", **{"cached": False, "weighted": False, **options}))
+        monkeypatch.setattr(
+            datasets, "OPTIONS", Options(3, "75n+2", **{"cached": False, "weighted": False, **options})
+        )
         monkeypatch.setattr(datasets, "MADE", [])
         for name in ("DreamBoothDataset", "FineTuningDataset"):
             monkeypatch.setattr(config_util, name, getattr(datasets, f"Chunk{name}"))
@@ -93,7 +96,9 @@ def images_of(example):
 
 def read(strategy, example):
     """A batch's prompts, read back from their ids."""
-    texts = strategy.tokenizer1.batch_decode(example["input_ids_list"][0].flatten(1), skip_special_tokens=True)
+    texts = strategy.tokenizer1.batch_decode(
+        example["input_ids_list"][0].flatten(1), skip_special_tokens=True
+    )
     return ["".join(text.split()) for text in texts]
 
 
@@ -109,7 +114,11 @@ def test_batches_are_of_one_shape_and_length_and_the_same_in_every_version(group
         for numbers, batch in zip(planned[-1], batches, strict=True):
             assert batch["captions"] == [caption(number) for number in numbers]  # each image with its own
             assert read(strategy, batch) == [caption(number)[:225] for number in numbers]
-            assert batch["input_ids_list"][0].shape == (len(numbers), min(3, max(map(chunks, batch["captions"]))), 77)
+            assert batch["input_ids_list"][0].shape == (
+                len(numbers),
+                min(3, max(map(chunks, batch["captions"]))),
+                77,
+            )
             assert len({number % 2 for number in numbers}) == 1  # of one shape
     assert planned == PLANNED
 
@@ -118,7 +127,9 @@ def test_prompts_drawn_at_run_time_are_those_that_were_planned(group):
     for number in range(21):
         tags = ", ".join(f"{chr(97 + number)}{k:02}xx" for k in range(LENGTHS[number] // 6 + 1))
         (group.folder / f"{number:02}.txt").write_text(tags)
-    made = group("dreambooth", "shuffle_caption = true\ncaption_tag_dropout_rate = 0.5\ncaption_dropout_rate = 0.2")
+    made = group(
+        "dreambooth", "shuffle_caption = true\ncaption_tag_dropout_rate = 0.5\ncaption_dropout_rate = 0.2"
+    )
     made.set_current_epoch(1)
     batches = [made[index] for index in range(len(made))]
     for batch in batches:
@@ -139,7 +150,9 @@ def test_workers_read_the_trainers_epoch(group, start):
     epoch = context.Value("i", 2)
     for dataset in datasets.MADE:
         dataset.epoch_now = epoch
-    loader = torch.utils.data.DataLoader(made, batch_size=1, collate_fn=_first, num_workers=1, multiprocessing_context=context)
+    loader = torch.utils.data.DataLoader(
+        made, batch_size=1, collate_fn=_first, num_workers=1, multiprocessing_context=context
+    )
     assert [images_of(batch) for batch in loader] == PLANNED[1]
 
 
@@ -159,7 +172,10 @@ def test_cached_outputs_are_each_prompts_own(group, tmp_path, monkeypatch):
     from sdxl_fixes.kohya.run import SESSION
 
     torch.manual_seed(0)
-    models = [CLIPTextModel(tiny.text_config("te1")).eval(), CLIPTextModelWithProjection(tiny.text_config("te2")).eval()]
+    models = [
+        CLIPTextModel(tiny.text_config("te1")).eval(),
+        CLIPTextModelWithProjection(tiny.text_config("te2")).eval(),
+    ]
     options = Options(limit=3, layout="75n+2", cached=True, weighted=False)
     monkeypatch.setattr(SESSION, "run", types.SimpleNamespace(on={"buckets"}, options=options))
     caching = strategy_sdxl.SdxlTextEncoderOutputsCachingStrategy(True, 4, False)
@@ -185,6 +201,8 @@ def test_cached_outputs_are_each_prompts_own(group, tmp_path, monkeypatch):
     for batch in batches:
         counts = {min(3, chunks(caption(number))) for number in images_of(batch)}
         assert len(counts) == 1 and batch["text_encoder_outputs_list"][0].shape[1] == 75 * counts.pop() + 2
-        own = encoding.encode_tokens(made.datasets[0].strategy, models, made.datasets[0].strategy.tokenize(batch["captions"]))
+        own = encoding.encode_tokens(
+            made.datasets[0].strategy, models, made.datasets[0].strategy.tokenize(batch["captions"])
+        )
         for cached, encoded in zip(batch["text_encoder_outputs_list"], own, strict=True):
             torch.testing.assert_close(cached, encoded)

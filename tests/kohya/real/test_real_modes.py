@@ -1,6 +1,8 @@
-"""Normal use of the real trainers: workers, precision, caches, accumulation, checkpointing, resume. Set SD_SCRIPTS to run these.
+"""Normal use of the real trainers: workers, precision, caches, accumulation, checkpointing, resume. Set
+SD_SCRIPTS to run these.
 
-In every mode, patched with nothing on is bit-identical to upstream, and with the fixes on the schedule is the trained one.
+In every mode, patched with nothing on is bit-identical to upstream, and with the fixes on the schedule is the
+trained one.
 """
 
 import pytest
@@ -48,7 +50,8 @@ def test_a_resumed_run_has_the_same_schedule_and_nothing_on_is_bit_identical(tra
     for how, fixes in (("unpatched", ()), ("module", ()), ("module", FIXES)):
         train(how, script, *fixes, "--save_state", "--save_every_n_steps", "2", steps=2)
         state = next((tmp_path / "out").glob("*-state"))
-        resumed = train(how, script, *fixes, "--resume", str(state), steps=4)[1]  # networks count on from the state
+        # networks count on from the state
+        resumed = train(how, script, *fixes, "--resume", str(state), steps=4)[1]
         if how == "unpatched":
             upstream = resumed
         elif not fixes:
@@ -57,9 +60,16 @@ def test_a_resumed_run_has_the_same_schedule_and_nothing_on_is_bit_identical(tra
             assert resumed["all_snr_999"] == pytest.approx(20000.0**-2, rel=1e-4)
 
 
-@pytest.mark.parametrize(("fix", "expected"), [(("--terminal_sigma", "300"), 300), (("--zero_terminal_snr",), float("inf"))])
+@pytest.mark.parametrize(
+    ("fix", "expected"), [(("--terminal_sigma", "300"), 300), (("--zero_terminal_snr",), float("inf"))]
+)
 def test_diffusers_folder_is_saved_with_the_trained_schedule(train, assets, tmp_path, fix, expected):  # noqa: F811
-    flags = ("--pretrained_model_name_or_path", str(assets / "diffusers"), "--save_model_as", "diffusers_safetensors")
+    flags = (
+        "--pretrained_model_name_or_path",
+        str(assets / "diffusers"),
+        "--save_model_as",
+        "diffusers_safetensors",
+    )
     train("module", "sdxl_train.py", *flags, "--v_parameterization", *fix, steps=1)
     config = EulerDiscreteScheduler.load_config(next((tmp_path / "out").glob("*/scheduler")))
     assert config["prediction_type"] == "v_prediction" and config["timestep_spacing"] == "trailing"

@@ -1,4 +1,5 @@
-"""examples/recipes with the real sd-scripts: read by its own parser, and trained for two steps on the tiny SDXL. Set SD_SCRIPTS to run."""
+"""examples/recipes with the real sd-scripts: read by its own parser, and trained for two steps on the tiny
+SDXL. Set SD_SCRIPTS to run."""
 
 import json
 import os
@@ -19,16 +20,27 @@ pytestmark = [
 
 @pytest.mark.parametrize("recipe", recipes.KOHYA)
 def test_kohya_reads_every_key_as_the_recipe_means_it(recipe, tmp_path):
-    command = [sys.executable, str(HERE / "parse_recipe.py"), recipes.KOHYA[recipe], str(recipes.FOLDER / f"{recipe}.toml")]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    command = [
+        sys.executable,
+        str(HERE / "parse_recipe.py"),
+        recipes.KOHYA[recipe],
+        str(recipes.FOLDER / f"{recipe}.toml"),
+    ]
+    process = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
     assert process.returncode == 0, process.stderr[-3000:]
     read = json.loads(process.stdout.splitlines()[-1])
     assert read["unknown"] == [] and read["refused"] == []
     assert {key: read["args"][key] for key in recipes.keys(recipe)} == recipes.keys(recipe)
     data = recipes.data(recipe)
-    assert [dataset["batch_size"] for dataset in read["datasets"]] == [dataset["batch_size"] for dataset in data["datasets"]]
+    assert [dataset["batch_size"] for dataset in read["datasets"]] == [
+        dataset["batch_size"] for dataset in data["datasets"]
+    ]
     assert [dataset["resolution"] for dataset in read["datasets"]] == [[1024, 1024]]
-    assert [subset["caption_dropout_rate"] for subset in read["subsets"]] == [data["general"].get("caption_dropout_rate", 0.0)]
+    assert [subset["caption_dropout_rate"] for subset in read["subsets"]] == [
+        data["general"].get("caption_dropout_rate", 0.0)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +53,19 @@ def assets(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", recipes.KOHYA)
 def test_the_recipe_trains(recipe, assets, tmp_path):
-    """Two steps, sizes overridden: tiny model, 128 pixels, batches of 2, no accumulation; everything else as the files say."""
+    """Two steps, sizes overridden: tiny model, 128 pixels, batches of 2, no accumulation; everything else as
+    the files say."""
     data = (recipes.FOLDER / recipes.keys(recipe)["dataset_config"]).read_text()
-    sizes = {"= 1024": "= 128", "_reso = 512": "_reso = 64", "_reso = 2048": "_reso = 256", "steps = 64": "steps = 32"}
-    for there, here in {**sizes, 'image_dir = "train"': f"image_dir = {json.dumps(str(assets / 'images'))}"}.items():
+    sizes = {
+        "= 1024": "= 128",
+        "_reso = 512": "_reso = 64",
+        "_reso = 2048": "_reso = 256",
+        "steps = 64": "steps = 32",
+    }
+    for there, here in {
+        **sizes,
+        'image_dir = "train"': f"image_dir = {json.dumps(str(assets / 'images'))}",
+    }.items():
         assert data.count(there) == 1
         data = data.replace(there, here)
     (tmp_path / "data.toml").write_text(
@@ -59,8 +80,20 @@ def test_the_recipe_trains(recipe, assets, tmp_path):
         "gradient_accumulation_steps": 1,
         "output_dir": tmp_path / "out",
     }
-    command = [sys.executable, str(HERE / "launch.py"), "module", str(tmp_path / "trace.json"), recipes.KOHYA[recipe]]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "", "ACCELERATE_USE_CPU": "true"}
+    command = [
+        sys.executable,
+        str(HERE / "launch.py"),
+        "module",
+        str(tmp_path / "trace.json"),
+        recipes.KOHYA[recipe],
+    ]
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": "",
+        "ACCELERATE_USE_CPU": "true",
+    }
     process = subprocess.run(
         [*command, *(str(x) for name, value in changed.items() for x in (f"--{name}", value))],
         capture_output=True,
@@ -73,7 +106,8 @@ def test_the_recipe_trains(recipe, assets, tmp_path):
     trace = json.loads((tmp_path / "trace.json").read_text())
     assert len(trace["losses"]) == 2 and all(0 < loss < 100 for loss in trace["losses"])
     assert (trace["alphas_cumprod_999"] == 0) == bool(recipes.keys(recipe).get("zero_terminal_snr"))
-    pairs = [step for step in trace["timesteps"] if len(step) == 2]  # of cached prompts, leftovers are smaller batches
+    # of cached prompts, leftovers are smaller batches
+    pairs = [step for step in trace["timesteps"] if len(step) == 2]
     assert pairs and [sorted(t // 500 for t in step) for step in pairs] == [[0, 1]] * len(pairs)  # stratified
     assert (tmp_path / "out" / f"{recipe}.safetensors").exists()
 
@@ -90,5 +124,7 @@ def test_the_pages_estimates_start_from_what_the_real_unet_holds_and_computes():
         [recipes.WHOLE, recipes.KEPT, recipes.RECOMPUTED], rel=0.01
     )
     forward, backward = found["forward"] / 1e12, found["backward"] / 1e12
-    assert forward == pytest.approx(recipes.FORWARD, abs=0.01) and forward + backward == pytest.approx(recipes.FULL, abs=0.05)
+    assert forward == pytest.approx(recipes.FORWARD, abs=0.01) and forward + backward == pytest.approx(
+        recipes.FULL, abs=0.05
+    )
     assert 2 * forward + (backward - forward) / 2 == pytest.approx(recipes.LORA, abs=0.05)

@@ -1,8 +1,10 @@
-"""Shrinks sd-scripts' hard-coded SDXL in memory, so that its real training scripts run on a small CPU machine.
+"""Shrinks sd-scripts' hard-coded SDXL in memory, so that its real training scripts run on a small CPU
+machine.
 
-Only sizes change: module constants of library/sdxl_original_unet.py, the depths and the context width that its classes hold as literals,
-the widths that control nets hold as literals, and the text encoders' and VAE's sizes that the single-file loader holds as literals.
-Schedulers, losses, data sets and saving are upstream's own. ``apply()`` must come before the script is executed.
+Only sizes change: module constants of library/sdxl_original_unet.py, the depths and the context width that
+its classes hold as literals, the widths that control nets hold as literals, and the text encoders' and VAE's
+sizes that the single-file loader holds as literals. Schedulers, losses, data sets and saving are upstream's
+own. ``apply()`` must come before the script is executed.
 """
 
 import os
@@ -24,7 +26,8 @@ def text_config(which):
 
 
 class ControlNetLayers:
-    """torch.nn as the control net sees it: convolutions of the tiny U-Net's widths, where the real one's are meant."""
+    """torch.nn as the control net sees it: convolutions of the tiny U-Net's widths, where the real one's are
+    meant."""
 
     def __getattr__(self, name):
         return getattr(torch.nn, name)
@@ -49,7 +52,9 @@ def apply():
 
     unet.Transformer2DModel.__init__ = small  # in place: LoRA finds blocks by class name
     control_net.nn = ControlNetLayers()
-    sdxl_model_util.CLIPTextConfig = lambda **config: text_config("te1" if config["hidden_size"] == 768 else "te2")
+    sdxl_model_util.CLIPTextConfig = lambda **config: text_config(
+        "te1" if config["hidden_size"] == 768 else "te2"
+    )
     model_util.VAE_PARAMS_CH = 32
     sdxl_model_util.DIFFUSERS_SDXL_UNET_CONFIG.update(
         block_out_channels=[CHANNELS, 2 * CHANNELS, 4 * CHANNELS],

@@ -1,8 +1,9 @@
 """sdxl-fixes for ComfyUI: a checkpoint or U-Net that carries a schedule record is sampled by it.
 
-Nothing is needed in a workflow: what Load Checkpoint and Load Diffusion Model return follows the record, for any schedule, and Save
-Checkpoint keeps it. A sampling node placed later (ModelSamplingDiscrete, ModelSamplingSD3 ...) wins as always. Files without a record
-load exactly as without this package. To remove it: ``sdxl-fixes comfyui remove PATH``, or delete this folder.
+Nothing is needed in a workflow: what Load Checkpoint and Load Diffusion Model return follows the record, for
+any schedule, and Save Checkpoint keeps it. A sampling node placed later (ModelSamplingDiscrete,
+ModelSamplingSD3 ...) wins as always. Files without a record load exactly as without this package. To remove
+it: ``sdxl-fixes comfyui remove PATH``, or delete this folder.
 """
 
 from __future__ import annotations
@@ -26,13 +27,16 @@ _KINDS = {
 }
 
 
-_SAVED = ("output_path", "model", "clip", "vae", "clip_vision", "metadata", "extra_keys")  # comfy.sd.save_checkpoint's arguments
+# comfy.sd.save_checkpoint's arguments
+_SAVED = ("output_path", "model", "clip", "vae", "clip_vision", "metadata", "extra_keys")
 
 
 def make_sampling(schedule: Schedule, model_config: Any) -> Any:
     """ComfyUI's own sampling object for the schedule. What was read goes with it, for Save Checkpoint."""
     flow = schedule.prediction_type == "flow_prediction"
-    base = comfy.model_sampling.ModelSamplingDiscreteFlow if flow else comfy.model_sampling.ModelSamplingDiscrete
+    base = (
+        comfy.model_sampling.ModelSamplingDiscreteFlow if flow else comfy.model_sampling.ModelSamplingDiscrete
+    )
 
     class ModelSamplingFromFile(base, _KINDS[schedule.prediction_type]):  # type: ignore[valid-type,misc]
         def percent_to_sigma(self, percent: float) -> float:
@@ -82,7 +86,8 @@ def load(original: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def save(original: Any, *args: Any, **kwargs: Any) -> Any:
-    """comfy.sd.save_checkpoint: the record goes with the model, and the markers are those of the file it came from."""
+    """comfy.sd.save_checkpoint: the record goes with the model, and the markers are those of the file it came
+    from."""
     call = {**dict(zip(_SAVED, args, strict=False)), **kwargs}
     schedule = getattr(call["model"].get_model_object("model_sampling"), "sdxl_fixes", None)
     if schedule is None or len(args) > len(_SAVED):
@@ -91,7 +96,9 @@ def save(original: Any, *args: Any, **kwargs: Any) -> Any:
     if schedule.modelspec is not None:
         metadata["modelspec.prediction_type"] = schedule.modelspec
     if "modelspec.predict_key" in metadata:
-        metadata["modelspec.predict_key"] = "v" if schedule.prediction_type == "v_prediction" else schedule.prediction_type
+        metadata["modelspec.predict_key"] = (
+            "v" if schedule.prediction_type == "v_prediction" else schedule.prediction_type
+        )
     extra = {name: value for name, value in (call.get("extra_keys") or {}).items() if name not in MARKERS}
     extra |= {name: torch.tensor([]) for name in schedule.markers}
     return original(**{**call, "metadata": metadata, "extra_keys": extra})
@@ -107,12 +114,21 @@ class ScheduleFromFile:
 
     FOLDERS = ("checkpoints", "diffusion_models", "loras")
     RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "patch", "advanced/model"
-    DESCRIPTION = "Samples the model by the schedule record in a .safetensors file (sdxl-fixes stamp writes it)."
+    DESCRIPTION = (
+        "Samples the model by the schedule record in a .safetensors file (sdxl-fixes stamp writes it)."
+    )
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        files = [f"{folder}/{name}" for folder in cls.FOLDERS for name in folder_paths.get_filename_list(folder)]
-        return {"required": {"model": ("MODEL",), "file": ([name for name in files if name.endswith(".safetensors")],)}}
+        files = [
+            f"{folder}/{name}" for folder in cls.FOLDERS for name in folder_paths.get_filename_list(folder)
+        ]
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "file": ([name for name in files if name.endswith(".safetensors")],),
+            }
+        }
 
     def patch(self, model: Any, file: str) -> tuple[Any]:
         """A clone of the model that follows the file's record."""

@@ -1,7 +1,8 @@
-"""sdxl-fixes for Forge, reForge and AUTOMATIC1111: a checkpoint that carries a schedule record is sampled by it.
+"""sdxl-fixes for Forge, reForge and AUTOMATIC1111: a checkpoint that carries a schedule record is sampled by
+it.
 
-It acts when a checkpoint is loaded and needs no setting. Files without a record load exactly as without this extension. To remove it:
-``sdxl-fixes webui remove PATH``, or delete its folder under extensions/.
+It acts when a checkpoint is loaded and needs no setting. Files without a record load exactly as without this
+extension. To remove it: ``sdxl-fixes webui remove PATH``, or delete its folder under extensions/.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def _forge(sd_model: Any, model: Any, schedule: Schedule) -> None:
         if not torch.allclose(predictor.sigmas.double(), torch.from_numpy(schedule.sigmas), rtol=1e-5):
             raise ValueError("flow over this table of noise levels is not known here")
     elif schedule.prediction_type in ("epsilon", "v_prediction"):
-        predictor = Prediction(sigma_data=1.0, prediction_type=schedule.prediction_type, timesteps=len(schedule.sigmas))
+        predictor = Prediction(
+            sigma_data=1.0, prediction_type=schedule.prediction_type, timesteps=len(schedule.sigmas)
+        )
         predictor.set_sigmas(torch.from_numpy(schedule.sigmas))
     else:
         raise ValueError(f"{schedule.prediction_type} is not known here")
@@ -70,7 +73,11 @@ def _reforge(sd_model: Any, model: Any, schedule: Schedule) -> None:
 def _a1111(sd_model: Any, schedule: Schedule, known: tuple[str, ...]) -> None:
     """Also reForge's samplers read these."""
     if schedule.prediction_type not in known:
-        by_hand = f": switch on Advanced Model Sampling, SD3, shift {schedule.shift:g}" if "flow" in schedule.prediction_type else ""
+        by_hand = (
+            f": switch on Advanced Model Sampling, SD3, shift {schedule.shift:g}"
+            if "flow" in schedule.prediction_type
+            else ""
+        )
         raise ValueError(f"{schedule.prediction_type} cannot be sampled automatically here{by_hand}")
     table = torch.from_numpy(1 / (1 + schedule.sigmas**2)).float().to(sd_model.alphas_cumprod.device)
     sd_model.sdxl_fixes_stock = (sd_model.parameterization, sd_model.alphas_cumprod)
@@ -80,7 +87,8 @@ def _a1111(sd_model: Any, schedule: Schedule, known: tuple[str, ...]) -> None:
 
 
 def _put_back(sd_model: Any) -> None:
-    """A1111 loads another checkpoint's weights into the same model: what an earlier record changed must not stay."""
+    """A1111 loads another checkpoint's weights into the same model: what an earlier record changed must not
+    stay."""
     stock = getattr(sd_model, "sdxl_fixes_stock", None)
     if stock is not None:
         sd_model.parameterization, sd_model.alphas_cumprod = stock
