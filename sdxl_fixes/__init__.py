@@ -6,9 +6,8 @@ from sdxl_fixes.noise import InputPerturbation, OffsetNoise
 from sdxl_fixes.objective import Objective, Step
 from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.timesteps import TimestepSampler
+from sdxl_fixes.version import __version__
 from sdxl_fixes.weighting import Debiased, MinSNR, SoftMinSNR
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Debiased",
@@ -22,4 +21,5 @@ __all__ = [
     "SoftMinSNR",
     "Step",
     "TimestepSampler",
+    "__version__",
 ]

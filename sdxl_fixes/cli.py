@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sdxl_fixes import __version__
 from sdxl_fixes.checkpoint import read_sampling
 from sdxl_fixes.commands import samples, stamp
 from sdxl_fixes.commands.schedule import as_json, as_text, plot
@@ -15,6 +14,7 @@ from sdxl_fixes.errors import shown
 from sdxl_fixes.flags import SCHEDULE_FLAGS, Settings, add_flags
 from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.uis import install
+from sdxl_fixes.version import __version__
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sdxl_fixes import __version__
+from sdxl_fixes.version import __version__
 
 from . import crops, prompts
 from .run import SESSION

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
-from sdxl_fixes import __version__
 from sdxl_fixes.flags import Settings
 from sdxl_fixes.log import say, warn
 from sdxl_fixes.loss import ScheduledHuber
@@ -12,6 +11,7 @@ from sdxl_fixes.objective import EPSILON_AT_ZERO_SNR
 from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.trainers.fixes import without_effect
 from sdxl_fixes.trainers.run import Run
+from sdxl_fixes.version import __version__
 from sdxl_fixes.weighting import Debiased, EpsilonLike, MinSNR, PlusVLike, Product, SoftMinSNR, Weighting
 
 

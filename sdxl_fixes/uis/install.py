@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sdxl_fixes import __version__
+from sdxl_fixes.version import __version__
 
 FOLDER = "sdxl_fixes_schedule"
 STAMP = "installed-by-sdxl-fixes.txt"  # what we may replace or remove
