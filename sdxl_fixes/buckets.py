@@ -97,18 +97,20 @@ class ChunkBucketBatchSampler(Sampler[list[int]]):
     """Batches of indices in which all samples have the same bucket and number of chunks, every sample once
     per epoch.
 
-    buckets     aspect bucket of every sample, integers, shape [N] chunks      number of 75-token chunks of
-    every sample's prompt, integers from 1, shape [N]; or, where prompts are drawn anew (tag
-                shuffling, dropout, score tags), a function of the epoch that returns this array for the
-                prompts of that epoch
-    batch_size  samples per batch and rank seed        with the epoch it determines everything rank
-    this process; None yields the batches of all ranks in turn, for accelerate's prepare() to deal out
-    world_size  number of processes; all get the same number of batches repeats     how often a sample is seen
-    per epoch: a number or one per sample. 0.5 is every other epoch, 2.5 twice and thrice in turn leftovers
-    samples that fill no batch: "merge" moves them upward into the next larger chunk count of their bucket
-    (the batch takes
-                the longest prompt's; one smaller batch per bucket remains), "smaller" makes them a smaller
-                batch, "drop" drops them
+    buckets     aspect bucket of every sample, integers, shape [N]
+    chunks      number of 75-token chunks of every sample's prompt, integers from 1, shape [N]; or, where
+                prompts are drawn anew (tag shuffling, dropout, score tags), a function of the epoch that
+                returns this array for the prompts of that epoch
+    batch_size  samples per batch and rank
+    seed        with the epoch it determines everything
+    rank        this process; None yields the batches of all ranks in turn, for accelerate's prepare() to deal
+                out
+    world_size  number of processes; all get the same number of batches
+    repeats     how often a sample is seen per epoch: a number or one per sample. 0.5 is every other epoch,
+                2.5 twice and thrice in turn
+    leftovers   samples that fill no batch: "merge" moves them upward into the next larger chunk count of
+                their bucket (the batch takes the longest prompt's; one smaller batch per bucket remains),
+                "smaller" makes them a smaller batch, "drop" drops them
     aligned     all ranks have the same bucket at the same step, so that none waits for a longer one
 
     Batches come in random order, so a bucket is met in proportion to what is left in it. Numbers of batches

@@ -40,9 +40,12 @@ class Objective:
     """Training objective over one noise schedule.
 
     schedule         the NoiseSchedule that noise, target, loss weights, Huber's delta and timestep sampling
-    all read prediction_type  epsilon, v_prediction, sample or flow_prediction loss             Loss("l2"),
-    Loss("l1") or ScheduledHuber(...) weighting        MinSNR, SoftMinSNR, Debiased, or None perturbation
-    InputPerturbation or None; off where ``draw(..., training=False)`` offset           OffsetNoise or None
+                     all read
+    prediction_type  epsilon, v_prediction, sample or flow_prediction
+    loss             Loss("l2"), Loss("l1") or ScheduledHuber(...)
+    weighting        MinSNR, SoftMinSNR, Debiased, or None
+    perturbation     InputPerturbation or None; off where ``draw(..., training=False)``
+    offset           OffsetNoise or None
     timesteps        TimestepSampler; None draws uniformly
 
     flow_prediction trains rectified flow: the input is (1 - s) x0 + s noise with s = sigma/(1 + sigma), and
@@ -92,9 +95,8 @@ class Objective:
 
         ``training=False`` is for evaluation: no perturbation, and a stratified sampler does not advance.
         Random numbers are drawn in kohya's order (noise, offset, timesteps, perturbation), on the CPU the
-        very same numbers. Stratified timesteps are drawn by
-        numpy: under torch.compile draw outside the compiled function. Raises ValueError for latents that are
-            not finite (see the class).
+        very same numbers. Stratified timesteps are drawn by numpy: under torch.compile draw outside the
+        compiled function. Raises ValueError for latents that are not finite (see the class).
         """
         self._check_index(latents, index)
         self._check(latents)

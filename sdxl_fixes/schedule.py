@@ -270,7 +270,7 @@ class NoiseSchedule:
         """The same schedule, ending at another sigma. ``method`` says what else may move:
 
         - ``rescale``: Lin's rescale (arXiv:2305.08891 Alg. 1) aimed at ``sigma`` instead of infinity; moves
-            the end most.
+          the end most.
         - ``beta_end``: the schedule's own law with beta_end solved for; one number, obeyed by every sampler;
           moves the middle too, so that a trained model has more to learn anew (docs/evidence/leak.md). Needs
           a linear or scaled_linear schedule, a finite sigma.

@@ -10,7 +10,7 @@ sigma above 4096, flow_prediction. There
   arithmetic is float32;
 - a step goes from one trained timestep to the next one of the list, whatever the number of steps;
 - the terminal step at SNR 0 is taken as it is: the sample is the noise, and v_prediction says what image it
-    hides.
+  hides.
 
 With h = log((alpha'/sigma')(sigma/alpha)) from one timestep to the next and D the predicted image, every step
 below is x' = (sigma'/sigma) x + alpha' (1 - exp(-h)) D and higher terms (arXiv:2211.01095 eq. 9); h is

@@ -16,11 +16,13 @@ class Fix:
     """One fix of a trainer.
 
     flags    the flags that ask for it, each with the values that do (None: any but false, 0 and the default)
-    needs    flags without which they do nothing options  flags that shape it and do nothing by themselves due
-    when its work must have been seen: "step" in every training step, "start" by the end of the first, "later"
-    at no fixed time parts    further work that is due with it: flag -> name of the function that must have
-    been reached if the flag is given wanted   decides in place of ``flags`` where more than flags decides;
-    told the arguments
+    needs    flags without which they do nothing
+    options  flags that shape it and do nothing by themselves
+    due      when its work must have been seen: "step" in every training step, "start" by the end of the
+             first, "later" at no fixed time
+    parts    further work that is due with it: flag -> name of the function that must have been reached if the
+             flag is given
+    wanted   decides in place of ``flags`` where more than flags decides; told the arguments
     """
 
     flags: Mapping[str, tuple[Any, ...] | None] = field(default_factory=dict)

@@ -29,15 +29,16 @@ from sdxl_fixes.trainers.source import belongs, defines, defining
 class Patch:
     """One replaced function.
 
-    fixes        names of the fixes it serves; one of them is enough to apply it target
-    "package.module:function" or "package.module:Class.method"; several modules, newest first, are separated
-    by "|" parameters   names of the target's first parameters, as known (a classmethod's without cls; none
-    for a builtin, which tells no
-                 names); a target that has others is refused
+    fixes        names of the fixes it serves; one of them is enough to apply it
+    target       "package.module:function" or "package.module:Class.method"; several modules, newest first,
+                 are separated by "|"
+    parameters   names of the target's first parameters, as known (a classmethod's without cls; none for a
+                 builtin, which tells no names); a target that has others is refused
     replacement  called as replacement(original, *args, **kwargs) in the target's place; args begin with self
-    or cls purpose      what it changes, for reports exact        whether the target may have no further
-    parameters (its replacement would ignore them) only         file names of the trainer's scripts that call
-    it; empty: all do
+                 or cls
+    purpose      what it changes, for reports
+    exact        whether the target may have no further parameters (its replacement would ignore them)
+    only         file names of the trainer's scripts that call it; empty: all do
     """
 
     fixes: tuple[str, ...]
@@ -87,7 +88,8 @@ class PatchSet:
     """A table of patches, applied and undone together.
 
     root   the trainer's folder: modules of it that hold a target get the replacement, too, and unknown homes
-    are searched there calls  is told of every call of a replaced function, before the replacement runs
+           are searched there
+    calls  is told of every call of a replaced function, before the replacement runs
 
     Raises ValueError for two rows of one (target, replacement): each would wrap the other and do the work
     twice.
