@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from sdxl_fixes.schedule import Array, NoiseSchedule
+from sdxl_fixes.tensors import append_dims
 
 HUBER_KINDS = ("huber", "smooth_l1")
 LOSS_TYPES = ("l2", "l1", *HUBER_KINDS)
@@ -43,6 +45,21 @@ def smooth_l1(residual: torch.Tensor, delta: torch.Tensor | float) -> torch.Tens
 def huber(residual: torch.Tensor, delta: torch.Tensor | float) -> torch.Tensor:
     """2 delta (sqrt(r^2 + delta^2) - delta), elementwise; ``delta`` > 0 broadcasts against the residual."""
     return delta * smooth_l1(residual, delta)
+
+
+class LossFunction(Protocol):
+    """What a step's loss asks: a delta of every timestep, or None, and the loss of each element."""
+
+    def delta(self, schedule: NoiseSchedule) -> Array | None: ...
+
+    def __call__(
+        self,
+        prediction: torch.Tensor,
+        target: torch.Tensor,
+        delta: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -125,16 +142,18 @@ class ScheduledHuber:
         self,
         prediction: torch.Tensor,
         target: torch.Tensor,
-        delta: torch.Tensor,
+        delta: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Loss of each element, float32, shape of ``prediction`` [B, ...]; ``delta`` has shape [B] or
         broadcasts; ``mask`` (broadcastable, 0 to 1) multiplies the loss; ``weights`` [B], which the caller
-        will apply, matter to l2_gradient="batch" only."""
+        will apply, matter to l2_gradient="batch" only. Raises ValueError without a delta."""
+        if delta is None:
+            raise ValueError("a Huber loss needs delta: look it up in delta(schedule) at the timesteps")
         residual = prediction.float() - target.float()
         delta = delta.float()
-        delta = delta.reshape(-1, *[1] * (residual.ndim - 1)) if delta.ndim == 1 else delta
+        delta = append_dims(delta, residual.ndim) if delta.ndim == 1 else delta
         loss = _masked(huber(residual, delta) if self.kind == "huber" else smooth_l1(residual, delta), mask)
         return (
             loss if self.l2_gradient is None else loss * self._gain(residual.detach(), delta, mask, weights)
@@ -149,9 +168,7 @@ class ScheduledHuber:
     ) -> torch.Tensor:
         """|gradient of l2| / |gradient of this loss|, per sample or for the batch; 1 where both are 0."""
         slope = residual / torch.sqrt(residual**2 + delta**2) * (delta if self.kind == "huber" else 1.0)
-        shares = (
-            torch.ones_like(residual) if weights is None else weights.reshape(-1, *[1] * (residual.ndim - 1))
-        )
+        shares = torch.ones_like(residual) if weights is None else append_dims(weights, residual.ndim)
         over = list(range(1 if self.l2_gradient == "sample" else 0, residual.ndim))
         wanted, got = (
             (_masked(x, mask) * shares).square().sum(over, keepdim=True).sqrt() for x in (residual, slope)

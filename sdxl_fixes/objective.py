@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from sdxl_fixes import prediction as predictions
-from sdxl_fixes.loss import Loss, ScheduledHuber
+from sdxl_fixes.loss import LossFunction
 from sdxl_fixes.noise import InputPerturbation, OffsetNoise
 from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.tensors import Table
@@ -58,7 +58,7 @@ class Objective:
         self,
         schedule: NoiseSchedule,
         prediction_type: str = "epsilon",
-        loss: Loss | ScheduledHuber | None = None,
+        loss: LossFunction | None = None,
         weighting: Weighting | None = None,
         perturbation: InputPerturbation | None = None,
         offset: OffsetNoise | None = None,
@@ -124,7 +124,7 @@ class Objective:
         )
 
     @property
-    def loss_function(self) -> Loss | ScheduledHuber:
+    def loss_function(self) -> LossFunction:
         """The loss of the residual."""
         return self.step_loss.function
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import torch
 
 from sdxl_fixes.errors import shown
+from sdxl_fixes.tensors import append_dims
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
@@ -109,5 +110,5 @@ def _precise(tensor: torch.Tensor) -> torch.Tensor:
 
 def _level(level: Level, sample: torch.Tensor) -> Level:
     if isinstance(level, torch.Tensor) and level.ndim == 1:
-        return _precise(level).reshape(-1, *[1] * (sample.ndim - 1))
+        return append_dims(_precise(level), sample.ndim)
     return level

@@ -1,10 +1,16 @@
-"""A schedule's float64 numbers as float32 tensors on the device that asks for them."""
+"""A number per sample, shaped to meet the samples; a schedule's float64 numbers as float32 tensors on the
+device that asks for them."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+
+def append_dims(values: torch.Tensor, ndim: int) -> torch.Tensor:
+    """``values`` [B] as [B, 1, ...] with ``ndim`` dimensions."""
+    return values.reshape(-1, *[1] * (ndim - 1))
 
 
 class Table:
@@ -18,7 +24,7 @@ class Table:
     def __call__(self, index: torch.Tensor, ndim: int = 1) -> torch.Tensor:
         """Values at ``index`` (integers, shape [B]) as float32 of shape [B, 1, ...] with ``ndim``
         dimensions."""
-        return self.on(index.device)[index].reshape(-1, *[1] * (ndim - 1))
+        return append_dims(self.on(index.device)[index], ndim)
 
     def on(self, device: torch.device) -> torch.Tensor:
         """The whole table, float32, shape [T]."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -79,25 +79,21 @@ class Debiased(Weighting):
     """1/sqrt(SNR) on the eps loss (arXiv:2310.08442), i.e. sqrt(SNR) on the x0 loss.
 
     eps has no limit at SNR 0, so the weight is capped at ``cap``: by default SDXL's own terminal sigma, 14.6,
-    the largest that stock training ever gives. For v there are two forms in use: ``v_form="kohya"``,
-    1/(SNR + 1), and ``v_form="onetrainer"``, 1/sqrt(SNR + 1); both are 1 at SNR 0. ``snr_limit`` clips the
-    SNR from above before anything else, as kohya does.
+    the largest that stock training ever gives. For v it is 1/(SNR + 1), as kohya has it, 1 at SNR 0.
+    ``snr_limit`` clips the SNR from above before anything else, as kohya does.
     """
 
-    cap: float = float(NoiseSchedule.sdxl().terminal_sigma)
-    v_form: str = "kohya"
+    cap: float = field(default_factory=lambda: float(NoiseSchedule.sdxl().terminal_sigma))
     snr_limit: float = 1000.0
 
     def __post_init__(self) -> None:
         _check_positive("cap", self.cap)
         _check_positive("snr_limit", self.snr_limit)
-        if self.v_form not in ("kohya", "onetrainer"):
-            raise ValueError(f"unknown v_form {self.v_form!r}: expected kohya or onetrainer")
 
     def __call__(self, snr: Array, prediction_type: str) -> Array:
         snr = np.minimum(snr, self.snr_limit)
         if prediction_type == "v_prediction":
-            return 1 / (snr + 1) if self.v_form == "kohya" else 1 / np.sqrt(snr + 1)
+            return 1 / (snr + 1)
         if prediction_type == "epsilon":
             return 1 / np.maximum(np.sqrt(snr), 1 / self.cap)
         return np.sqrt(snr) / _error_ratio(snr, prediction_type)
@@ -105,9 +101,9 @@ class Debiased(Weighting):
 
 @dataclass(frozen=True)
 class EpsilonLike(Weighting):
-    """Gives the v loss the weight that the eps loss would have, SNR/(SNR + 1) (kohya's
-    --scale_v_pred_loss_like_noise_pred); 0 at SNR 0. ``snr_limit`` clips the SNR from above, as kohya
-    does."""
+    """Weighs a loss as the eps loss does, SNR on the x0 loss: for v SNR/(SNR + 1) (kohya's
+    --scale_v_pred_loss_like_noise_pred), 0 at SNR 0; for eps 1. ``snr_limit`` clips the SNR from above, as
+    kohya does."""
 
     snr_limit: float = 1000.0
 
@@ -115,8 +111,10 @@ class EpsilonLike(Weighting):
         _check_positive("snr_limit", self.snr_limit)
 
     def __call__(self, snr: Array, prediction_type: str) -> Array:
+        if prediction_type == "epsilon":
+            return np.ones_like(snr)
         snr = np.minimum(snr, self.snr_limit)
-        return snr / (snr + 1)
+        return snr / _error_ratio(snr, prediction_type)
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ class PlusVLike(Weighting):
     """
 
     amount: float
-    cap: float = 1 / float(NoiseSchedule.sdxl().snr[-1]) + 1
+    cap: float = field(default_factory=lambda: 1 / float(NoiseSchedule.sdxl().snr[-1]) + 1)
     snr_limit: float = 1000.0
 
     def __post_init__(self) -> None:

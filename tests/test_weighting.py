@@ -22,7 +22,6 @@ WEIGHTINGS = [
     MinSNR(0.5, floor=True),
     SoftMinSNR(5),
     Debiased(),
-    Debiased(v_form="onetrainer"),
     Debiased(cap=3.0, snr_limit=100.0),
     EpsilonLike(),
     PlusVLike(0.5),
@@ -49,7 +48,6 @@ FORMULAS = [
     (Debiased(cap=1e9, snr_limit=1e9), "flow_prediction", lambda s: s**0.5 / (1 + math.sqrt(s)) ** 2),
     (Debiased(), "epsilon", lambda s: min(min(s, 1000) ** -0.5, 14.6146)),
     (Debiased(), "v_prediction", lambda s: 1 / (min(s, 1000) + 1)),
-    (Debiased(v_form="onetrainer"), "v_prediction", lambda s: (min(s, 1000) + 1) ** -0.5),
     (EpsilonLike(), "v_prediction", lambda s: min(s, 1000) / (min(s, 1000) + 1)),
     (PlusVLike(0.5), "epsilon", lambda s: 1 + 0.5 * min((min(s, 1000) + 1) / min(s, 1000), 214.5877)),
 ]
@@ -70,8 +68,7 @@ def test_weights_are_their_formulas(weighting, kind, formula):
         (MinSNR(0.5, floor=True), [1, 0.5, 0.5, 0.5]),
         (SoftMinSNR(5), [1, 0, 0, 0]),
         (Debiased(), [14.6146, 1, 0, 0]),
-        (Debiased(cap=3, v_form="onetrainer"), [3, 1, 0, 0]),
-        (EpsilonLike(), [0, 0, 0, 0]),
+        (EpsilonLike(), [1, 0, 0, 0]),
         (PlusVLike(0.5, cap=10), [6, 6, 6, 6]),
     ],
     ids=str,
@@ -132,6 +129,7 @@ def test_min_snr_is_the_diffusers_scripts_weight(kind):
         (MinSNR(5, floor=True), TYPES[1:]),  # epsilon is the documented exception
         (SoftMinSNR(5), TYPES),
         (Debiased(cap=1e9), ("epsilon", "sample", "flow_prediction")),
+        (EpsilonLike(snr_limit=1e9), TYPES),
     ],
     ids=str,
 )
@@ -179,7 +177,6 @@ def test_weights_do_not_change_the_schedule_or_their_input():
         (lambda: SoftMinSNR(-1), "soft_min_snr_gamma must be a positive number, got -1"),
         (lambda: Debiased(cap=math.inf), "cap must be a positive number, got inf"),
         (lambda: Debiased(snr_limit=0), "snr_limit must be a positive number, got 0"),
-        (lambda: Debiased(v_form="mine"), "unknown v_form 'mine': expected kohya or onetrainer"),
         (lambda: MinSNR().table(SDXL, "velocity"), "unknown prediction_type 'velocity'"),
     ],
 )

@@ -84,10 +84,8 @@ def _schedule(run: Run) -> str:
 
 def _loss(run: Run) -> str:
     loss = run.step_loss.function if "loss" in run.on else None
-    if loss is None:
-        return f"{run.settings.loss_type} loss"
     if not isinstance(loss, ScheduledHuber):
-        return f"{loss.kind} loss"
+        return f"{run.settings.loss_type} loss"
     delta = loss.delta(run.schedule)
     gradient = f", l2's gradient per {loss.l2_gradient}" if loss.l2_gradient else ""
     return f"{loss.kind} loss, delta {delta.max():.3g} to {delta.min():.3g} ({loss.schedule}){gradient}"

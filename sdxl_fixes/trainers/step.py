@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 import torch
 
 from sdxl_fixes.errors import FixError
-from sdxl_fixes.loss import Loss, ScheduledHuber
+from sdxl_fixes.loss import Loss, LossFunction
 from sdxl_fixes.schedule import NoiseSchedule
-from sdxl_fixes.tensors import Table
+from sdxl_fixes.tensors import Table, append_dims
 from sdxl_fixes.weighting import Weighting
 
 REDUCTIONS = ("mean", "sum", "sample", "none")
@@ -40,10 +40,10 @@ class StepLoss:
         self,
         schedule: NoiseSchedule,
         prediction_type: str,
-        loss: Loss | ScheduledHuber | None = None,
+        loss: LossFunction | None = None,
         weighting: Weighting | None = None,
     ) -> None:
-        self.function = Loss("l2") if loss is None else loss
+        self.function: LossFunction = Loss("l2") if loss is None else loss
         delta = self.function.delta(schedule)
         self._delta = None if delta is None else Table(delta)
         self._weight = None if weighting is None else Table(weighting.table(schedule, prediction_type))
@@ -88,11 +88,11 @@ class StepLoss:
             known = [part for part in (weights, later) if part is not None]
             together = functools.reduce(torch.mul, known) if known else None
             delta = self.delta(timesteps, prediction.ndim)
-            values = self.function(prediction, target, delta, mask, together)  # type: ignore[arg-type]
+            values = self.function(prediction, target, delta, mask, together)
         elif mask is not None:
             values = values * mask
         if weights is not None:
-            values = values * weights.reshape(-1, *[1] * (values.ndim - 1))
+            values = values * append_dims(weights, values.ndim)
         if reduction == "none":
             return values
         return (
