@@ -96,7 +96,8 @@ class Objective:
         ``training=False`` is for evaluation: no perturbation, and a stratified sampler does not advance.
         Random numbers are drawn in kohya's order (noise, offset, timesteps, perturbation), on the CPU the
         very same numbers. Stratified timesteps are drawn by numpy: under torch.compile draw outside the
-        compiled function. Raises ValueError for latents that are not finite (see the class).
+        compiled function. Raises ValueError for latents that are not finite (see the class), of integers,
+        or without a batch.
         """
         self._check_index(latents, index)
         self._check(latents)
@@ -168,6 +169,11 @@ class Objective:
                 )
 
     def _check(self, latents: torch.Tensor) -> None:
+        if latents.ndim == 3 or not latents.is_floating_point():
+            raise ValueError(
+                f"latents must be floating point of shape [B, C, H, W], got {latents.dtype} of shape "
+                f"{list(latents.shape)}: add the batch's dimension, and scale what the VAE encoded"
+            )
         if torch.compiler.is_compiling() or (self._checked and latents.device.type != "cpu"):
             return
         if not bool(torch.isfinite(latents).all()):

@@ -109,6 +109,6 @@ def _precise(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _level(level: Level, sample: torch.Tensor) -> Level:
-    if isinstance(level, torch.Tensor) and level.ndim == 1:
-        return append_dims(_precise(level), sample.ndim)
-    return level
+    if not isinstance(level, torch.Tensor):
+        return level
+    return append_dims(_precise(level), sample.ndim) if level.ndim == 1 else _precise(level)

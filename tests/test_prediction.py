@@ -224,3 +224,18 @@ def test_sample_prediction_of_a_clean_sample_is_refused_or_finite(to):
     except ValueError:
         return
     assert torch.isfinite(converted).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_levels_in_half_precision_that_broadcast_by_themselves_are_raised_to_float32(dtype):
+    """[B, 1, 1, 1] as [B]: the round trip x0 -> v -> x0 is as exact as float32 is with these levels."""
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(2))
+    level, other = torch.tensor([0.3, 0.7, 0.9], dtype=dtype), torch.tensor([0.9, 0.7, 0.3], dtype=dtype)
+    for shape in ((3,), (3, 1, 1, 1)):
+        levels = (level.reshape(shape), other.reshape(shape))
+        noisy = predictions.add_noise(x0, noise, *levels)
+        v = predictions.target("v_prediction", x0, noise, *levels)
+        assert noisy.dtype == v.dtype == torch.float32
+        back, _ = predictions.x0_and_noise(v, "v_prediction", noisy, *levels)
+        torch.testing.assert_close(back, x0, rtol=1e-5, atol=1e-5)
