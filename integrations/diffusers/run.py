@@ -191,7 +191,7 @@ def _check_sigma_space(schedule: NoiseSchedule, prediction_type: str) -> None:
             "--prediction_type out, and take a "
             "base model that predicts epsilon"
         )
-    if schedule.residual_signal == 0:
+    if schedule.zero_terminal:
         raise FlagError(
             "this script noises by sigma, which must be finite: give --terminal_sigma 300 or the like "
             "instead of --zero_terminal_snr"
