@@ -102,6 +102,14 @@ FOLDERS = {
     ),
     "flow, as diffusers saves it": (UNIPC, FLOW),
     "flow, as stamp writes it": (stock_config(FLOW), FLOW),
+    "flow matching": (
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 2.5},
+        FLOW,
+    ),
+    "diffusers' default of what is predicted": (
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        STOCK,
+    ),
 }
 
 
@@ -133,6 +141,20 @@ def test_a_folder_is_believed_by_its_scheduler_config(case, tmp_path, capsys):
     folder = folder_of(tmp_path, config)
     assert read_sampling(folder) == expected
     every_command_reads(folder, expected, tmp_path, capsys)
+    every_command_reads(folder / "scheduler" / "scheduler_config.json", expected, tmp_path, capsys)
+
+
+def test_a_folder_is_believed_by_its_unets_record_first(tmp_path, capsys):
+    folder = folder_of(tmp_path, SDXL.to_config("epsilon"))
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    write(file, KINDS["diffusers_unet"], record_of(V_ZERO))
+    assert read_sampling(folder) == V_ZERO
+    every_command_reads(folder, V_ZERO, tmp_path, capsys)
+    assert main(["stamp", str(folder), "--prediction_type", "epsilon"]) == 2
+    assert "its record says v_prediction" in capsys.readouterr().err
+    assert main(["stamp", str(folder)]) == 0  # the config then says what the record does
+    (folder / "unet" / file.name).unlink()
+    assert read_sampling(folder) == V_ZERO
 
 
 def test_the_right_stamp_of_a_flow_folder_is_taken_and_a_wrong_one_refused(tmp_path, capsys):
@@ -186,6 +208,7 @@ BROKEN = {
     "a list for a name": (broken({"recipe": [{"make": ["x"]}]}), 'must be an object whose "make" is one of'),
     "NaN": (broken({"betas": [0.1, float("nan")]}), "betas[1] is nan"),
     "no prediction type": (broken({"prediction_type": None}), "prediction_type is None"),
+    "a schedule alone": ({RECORD_KEY: SDXL.to_json()}, "prediction_type is None: expected a name"),
     "an unknown prediction type": (broken({"prediction_type": "x"}), "unknown prediction_type 'x'"),
     "newer": (broken({"version": 2}), "update sdxl-fixes"),
 }
@@ -206,7 +229,7 @@ def test_a_broken_record_is_a_sentence_everywhere_and_says_nothing(case, tmp_pat
     ]
     for words in (
         commands
-        if case in ("no JSON", "deep", "a list")
+        if case in ("no JSON", "deep", "a list", "a schedule alone")
         else [*commands, ["stamp", str(path), "--from", str(record)]]
     ):
         assert main(words) == 2
