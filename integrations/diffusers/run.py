@@ -262,8 +262,8 @@ def _base(args: argparse.Namespace) -> tuple[NoiseSchedule | None, str, bool]:
         ) from error
     if config.get("_class_name", "").startswith("FlowMatch"):
         raise FlagError(
-            f"--pretrained_model_name_or_path {where}: {said}, which is rectified flow, and this script trains "
-            "epsilon or v_prediction: take another base model"
+            f"--pretrained_model_name_or_path {where}: {said}, which is rectified flow, and this script "
+            "trains epsilon or v_prediction: take another base model"
         )
     if Path(where).is_dir():
         _warn_of_record(Path(where), said)
@@ -281,6 +281,6 @@ def _warn_of_record(folder: Path, config: Sampling) -> None:
         return warn(f"{error}: what it says of its schedule is not known")
     if said != config:
         warn(
-            f"the record in {folder} says {said}, its scheduler config {config}, which is what is trained on: "
-            f"sdxl-fixes stamp {folder} puts the record into the config"
+            f"the record in {folder} says {said}, its scheduler config {config}, which is what is trained "
+            f"on: sdxl-fixes stamp {folder} puts the record into the config"
         )

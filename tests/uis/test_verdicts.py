@@ -1,5 +1,5 @@
-"""What inspect says of file names, of markers and of scheduler configs, against what diffusers' own classes do
-with them."""
+"""What inspect says of file names, of markers and of scheduler configs, against what diffusers' own classes
+do with them."""
 
 import inspect
 import json
