@@ -60,7 +60,7 @@ def bounded(schedule: NoiseSchedule) -> Any:
     alpha, sigma, _ = schedule.levels()
 
     def network(x: torch.Tensor, t: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        if schedule.sigmas[int(t)] <= lab.STOCK.terminal_sigma * (1 + 1e-9):
+        if not schedule.above(lab.STOCK.terminal_sigma)[int(t)]:
             return output
         level = float(alpha[int(t)]), float(sigma[int(t)])
         x0, _ = prediction.x0_and_noise(output, "epsilon", x, *level)

@@ -1,5 +1,5 @@
 """What a saved model says about its schedule: the record in its metadata, marker tensors for UIs, a scheduler
-config for folders.
+config for folders; what is believed before what (files are opened in model_files).
 
 A UI reads little: ComfyUI, Forge, reForge and A1111 know the empty top-level tensors ``v_pred`` and
 ``ztsnr``, which mean SDXL's own betas; nobody but diffusers can be told another table. A marker that would
@@ -9,16 +9,18 @@ make a UI build a wrong table is not written.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sdxl_fixes.errors import shown
 from sdxl_fixes.prediction import check_prediction_type
-from sdxl_fixes.schedule import EXACT_KEY, NoiseSchedule
+from sdxl_fixes.schedule import EXACT_KEY, NoiseSchedule, is_flow
 
 RECORD_KEY = "sdxl_fixes.schedule"
+MARKERS = ("v_pred", "ztsnr")
+UNET = "model.diffusion_model."
 _OBJECT = "the object of a scheduler_config.json or a schedule record"
 # for samplers that cannot start at infinity; the largest power of 2 whose noise fits float16
 STAND_IN_SIGMA = 4096.0
@@ -30,6 +32,11 @@ class Sampling:
 
     schedule: NoiseSchedule
     prediction_type: str
+
+    @property
+    def zero_terminal(self) -> bool:
+        """Whether UIs must be told of zero terminal SNR; flow ends there by itself."""
+        return self.schedule.zero_terminal and self.prediction_type != "flow_prediction"
 
     def __str__(self) -> str:
         return (
@@ -64,6 +71,14 @@ def metadata(schedule: NoiseSchedule, prediction_type: str) -> dict[str, str | N
     }
 
 
+def sampling_of_file(metadata: Mapping[str, str], tensors: Collection[str]) -> Sampling | None:
+    """What a model file says by its metadata and its tensors' names: by its record, else by its markers, else
+    by modelspec's and kohya's metadata. None where nothing says other than SDXL's own. Raises ValueError for
+    a broken record or a newer version."""
+    v, zero_snr = (any(prefix + name in tensors for prefix in ("", UNET)) for name in MARKERS)
+    return read_record(metadata) or _marked(v, zero_snr) or _sampling_of_metadata(metadata)
+
+
 def read_record(metadata: Mapping[str, str]) -> Sampling | None:
     """What the record in a file's metadata says; None without one. Raises ValueError for a broken record or a
     newer version."""
@@ -74,11 +89,10 @@ def read_record(metadata: Mapping[str, str]) -> Sampling | None:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its schedule record ({RECORD_KEY}) is not JSON: {error}") from error
-    return sampling_of_record(record)
+    return _sampling_of_record(record)
 
 
-def sampling_of_record(record: Any) -> Sampling:
-    """The same for a parsed record. Raises ValueError if it lacks or mistakes anything."""
+def _sampling_of_record(record: Any) -> Sampling:
     schedule = NoiseSchedule.from_record(record)
     prediction_type = record.get("prediction_type")
     if not isinstance(prediction_type, str):
@@ -89,36 +103,84 @@ def sampling_of_record(record: Any) -> Sampling:
     return Sampling(schedule, check_prediction_type(prediction_type))
 
 
-def sampling_of_config(config: Any) -> Sampling:
-    """What a diffusers scheduler config says. Raises ValueError, in one sentence, for one that describes no
-    noise schedule or mistakes anything."""
-    schedule = NoiseSchedule.from_config(config)
-    prediction_type = check_prediction_type(config.get("prediction_type", "epsilon"))  # diffusers' default
-    if config.get("use_flow_sigmas") and prediction_type != "flow_prediction":
-        expected = f"expected flow_prediction, got {prediction_type}"
-        raise ValueError(
-            f"the scheduler config has use_flow_sigmas, so its prediction_type is wrong: {expected}"
-        )
-    return Sampling(schedule, prediction_type)
-
-
-def sampling_of_metadata(metadata: Mapping[str, str]) -> Sampling | None:
-    """What a file's metadata says without our record: v-prediction by ``modelspec.prediction_type`` (``v``,
-    kohya's; ``v-zsnr``, SwarmUI's, also of zero terminal SNR), zero terminal SNR by kohya's
-    ``ss_zero_terminal_snr``. None where that is SDXL's own epsilon. ``sd3`` says flow, but not of which
-    shift, which only a record does; ``ss_v2`` is about Stable Diffusion 2's architecture."""
+def _sampling_of_metadata(metadata: Mapping[str, str]) -> Sampling | None:
+    """Without our record: v-prediction by ``modelspec.prediction_type`` (``v``, kohya's; ``v-zsnr``,
+    SwarmUI's, also of zero terminal SNR), zero terminal SNR by kohya's ``ss_zero_terminal_snr``. None where
+    that is SDXL's own epsilon. ``sd3`` says flow, but not of which shift, which only a record does;
+    ``ss_v2`` is about Stable Diffusion 2's architecture."""
     predicts = metadata.get("modelspec.prediction_type")
     zero_snr = predicts == "v-zsnr" or metadata.get("ss_zero_terminal_snr") == "True"
-    if predicts == "sd3":
-        return None
-    return marked_sampling(predicts in ("v", "v-zsnr"), zero_snr)
+    return None if predicts == "sd3" else _marked(predicts in ("v", "v-zsnr"), zero_snr)
 
 
-def marked_sampling(v: bool, zero_snr: bool) -> Sampling | None:
+def _marked(v: bool, zero_snr: bool) -> Sampling | None:
     """SDXL's own betas with v-prediction, zero terminal SNR, or both; None with neither."""
     stock = NoiseSchedule.sdxl()
     sampling = Sampling(stock.zero_terminal_snr() if zero_snr else stock, "v_prediction" if v else "epsilon")
     return sampling if v or zero_snr else None
+
+
+def sampling_of_json(content: Mapping[str, Any], predicts: str | None = None) -> Sampling:
+    """What a scheduler config, a schedule record or the output of ``sdxl-fixes schedule --json`` says.
+    ``predicts`` is what is predicted on a schedule whose record does not say it (NoiseSchedule.to_json);
+    raises ValueError where nobody does, and for what is none of these or mistakes anything."""
+    record = content.get("record", content)
+    if not isinstance(record, dict) or "format" not in record:
+        return sampling_of_config(content)
+    if "prediction_type" in record:
+        return _sampling_of_record(record)
+    schedule = NoiseSchedule.from_record(record)
+    if predicts is None:
+        raise ValueError("it tells the schedule; tell also what the model predicts, with --prediction_type")
+    return Sampling(schedule, check_prediction_type(predicts))
+
+
+def sampling_of_config(config: Any) -> Sampling:
+    """What a diffusers scheduler config says. Raises ValueError, in one sentence, for one that describes no
+    noise schedule or mistakes anything."""
+    schedule, flow = NoiseSchedule.from_config(config), is_flow(config)
+    # diffusers' default; its flow-matching classes know no other than flow
+    default = "flow_prediction" if flow and not config.get("use_flow_sigmas") else "epsilon"
+    prediction_type = check_prediction_type(config.get("prediction_type", default))
+    if flow and prediction_type != "flow_prediction":
+        why = "use_flow_sigmas" if config.get("use_flow_sigmas") else "the shift of a flow-matching class"
+        expected = f"expected flow_prediction, got {prediction_type}"
+        raise ValueError(f"the scheduler config has {why}, so its prediction_type is wrong: {expected}")
+    return Sampling(schedule, prediction_type)
+
+
+# of diffusers' classes (0.25 to 0.42): what they do where the config does not say it, and what they can
+_CLIPPING = {"DDIMScheduler", "DDPMScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler"}
+_LEADING = _CLIPPING | {"PNDMScheduler", "LCMScheduler", "TCDScheduler"}
+_RESCALING = _CLIPPING | {"EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler"}
+_RESCALING |= {"TCDScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"}
+_SIGMA_KEYS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
+
+def overruled(config: Mapping[str, Any]) -> list[str]:
+    """What a scheduler config says beside its schedule that makes diffusers' class sample something else,
+    each as half a sentence. Another spacing of the same schedule (Karras' sigmas alone) is none of it."""
+    name, sampling = str(config.get("_class_name")), sampling_of_config(config)
+    found = []
+    if config.get("timestep_type") == "continuous" and sampling.prediction_type == "v_prediction":
+        found.append("timestep_type continuous tells the network 0.25 log sigma in place of the timestep")
+    if any(config.get(key) for key in _SIGMA_KEYS):
+        ends = {key: config.get(key) for key in ("sigma_min", "sigma_max")}
+        found += [f"{key} {shown(end)} ends sampling there" for key, end in ends.items() if end is not None]
+    if config.get("clip_sample", name in _CLIPPING):
+        found.append("clip_sample clips the image, whose latents are larger")
+    if config.get("thresholding"):
+        found.append("thresholding clips the image, whose latents are larger")
+    spacing = config.get("timestep_spacing", "leading" if name in _LEADING else "linspace")
+    if spacing == "leading" and sampling.schedule != NoiseSchedule.sdxl():
+        found.append("timestep_spacing leading does not start at the last timestep")
+    if config.get("rescale_betas_zero_snr") and name not in _RESCALING:
+        found.append(f"{name} knows no rescale_betas_zero_snr")
+    if config.get("use_flow_sigmas") and config.get("trained_betas") is not None:
+        found.append("use_flow_sigmas sets its trained_betas aside")
+    if name.startswith("FlowMatch"):
+        found.append(f"diffusers' SDXL pipeline does not run with {name}")
+    return found
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -132,30 +194,16 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def read_sampling(file: Path) -> tuple[Sampling, bool]:
-    """What a scheduler_config.json, a schedule record or the output of ``sdxl-fixes schedule --json`` says,
-    and whether it says what is predicted (if not, epsilon stands there). Raises ValueError, naming the file,
-    if it is none of these or mistakes anything."""
-    content = read_json(file)
-    record = content.get("record", content)
-    try:
-        if not isinstance(record, dict) or "format" not in record:
-            return sampling_of_config(content), "prediction_type" in content
-        return sampling_of_record({"prediction_type": "epsilon", **record}), "prediction_type" in record
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-
-
 def flow_shift(schedule: NoiseSchedule) -> float | None:
     """The shift of a rectified-flow schedule; None for any other."""
-    step = schedule.recipe[0]
-    made = step.get("make") == "flow" and schedule == NoiseSchedule.flow(step["shift"], len(schedule))
-    return float(step["shift"]) if made and len(schedule.recipe) == 1 else None
+    made = schedule.made
+    is_flow = made.maker == "flow" and not schedule.changes and schedule == made.again(len(schedule))
+    return made.options["shift"] if is_flow else None
 
 
 def samplable(schedule: NoiseSchedule) -> NoiseSchedule:
     """The schedule itself or, if it ends at an infinite sigma, with STAND_IN_SIGMA at its last timestep."""
-    return schedule.with_terminal_sigma(STAND_IN_SIGMA, "last") if schedule.residual_signal == 0 else schedule
+    return schedule.with_terminal_sigma(STAND_IN_SIGMA, "last") if schedule.zero_terminal else schedule
 
 
 def scheduler_config(
@@ -183,6 +231,6 @@ def scheduler_config(
     config = kept | (schedule if knows_infinity else samplable(schedule)).to_config(prediction_type)
     if not knows_rescale:
         del config["rescale_betas_zero_snr"]
-    if schedule.residual_signal == 0 and not knows_infinity:
+    if schedule.zero_terminal and not knows_infinity:
         config[EXACT_KEY] = {"zero_terminal_snr": True}
     return config

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sdxl_fixes.checkpoint import read_sampling
 from sdxl_fixes.commands import samples, stamp
 from sdxl_fixes.commands.schedule import as_json, as_text, plot
 from sdxl_fixes.errors import shown
 from sdxl_fixes.flags import SCHEDULE_FLAGS, Settings, add_flags
+from sdxl_fixes.model_files.model_file import read_sampling
 from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.uis import install
 from sdxl_fixes.version import __version__
@@ -48,8 +48,9 @@ def _add_schedule(commands: Any) -> None:
         "--from",
         dest="file",
         type=Path,
-        metavar="JSON",
-        help="read a scheduler_config.json, a schedule record, or what --json printed",
+        metavar="PATH",
+        help="read a scheduler_config.json, a schedule record, what --json printed, a diffusers folder, or "
+        "a model file",
     )
     parser.add_argument(
         "--width", type=int, help="with --height: end at the sigma that fits this canvas, in pixels"
@@ -78,7 +79,7 @@ def _schedule(args: argparse.Namespace) -> int:
         "cosine": NoiseSchedule.cosine,
         "flow": NoiseSchedule.flow,
     }
-    base = makers[args.base]() if args.file is None else read_sampling(args.file)[0].schedule
+    base = makers[args.base]() if args.file is None else _read_schedule(args.file)
     schedule = Settings.from_args(args).schedule(base)
     if args.width is not None:
         schedule = _for_canvas(schedule, args.width, args.height, args.terminal_sigma_method or "rescale")
@@ -86,6 +87,13 @@ def _schedule(args: argparse.Namespace) -> int:
         plot(schedule, args.plot)
     print(as_json(schedule) if args.json else as_text(schedule))
     return 0
+
+
+def _read_schedule(file: Path) -> NoiseSchedule:
+    said = read_sampling(file, "epsilon")  # whatever is predicted on it
+    if said is None:
+        raise ValueError(f"{file} does not say how it was trained: give another --from")
+    return said.schedule
 
 
 def _for_canvas(schedule: NoiseSchedule, width: int, height: int, method: str) -> NoiseSchedule:

@@ -73,7 +73,7 @@ class Objective:
                 f"the timestep sampler was made for {self.timesteps.schedule!r}, the objective "
                 f"for {schedule!r}: one schedule"
             )
-        if prediction_type == "epsilon" and schedule.residual_signal == 0:
+        if prediction_type == "epsilon" and schedule.zero_terminal:
             warnings.warn(EPSILON_AT_ZERO_SNR, stacklevel=2)
         flow = prediction_type == "flow_prediction"
         alpha, sigma, told = schedule.levels(flow)

@@ -10,9 +10,8 @@ import json
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, cached_property
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -31,15 +30,111 @@ EXACT_KEY = "_sdxl_fixes"
 # diffusers' name of each beta schedule that we know -> the maker of the same betas
 DIFFUSERS_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 MOST_TIMESTEPS = 1_000_000  # that a file may ask for
-# a recipe's first step and its others: name -> what they take, in this order; "tail" takes its start besides
+# what a recipe's first step is made with, by maker; the last three are tables that were given
 _MAKES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("linear", "scaled_linear"), ("beta_start", "beta_end", "num_timesteps")),
-    "cosine": ("s", "max_beta", "num_timesteps"),
-    "flow": ("shift", "num_timesteps"),
+    **dict.fromkeys(("linear", "scaled_linear"), ("beta_start", "beta_end")),
+    "cosine": ("s", "max_beta"),
+    "flow": ("shift",),
     **dict.fromkeys(("betas", "alphas_cumprod", "sigmas"), ()),
 }
-_CHANGES: dict[str, tuple[str, ...]] = {"zero_terminal_snr": (), "terminal_sigma": ("sigma", "method")}
 _ANEW = "make the record anew, with sdxl-fixes stamp --force or NoiseSchedule.to_json"
+
+
+@dataclass(frozen=True)
+class Made:
+    """How a schedule was made: a maker of NoiseSchedule and its numbers, none for a table that was given."""
+
+    maker: str
+    numbers: tuple[float, ...] = ()
+
+    @classmethod
+    def read(cls, step: Any) -> Made:
+        """From a record. Raises ValueError for a maker that does not exist, or that lacks or mistakes
+        anything."""
+        maker = step.get("make") if isinstance(step, Mapping) else None
+        if not isinstance(maker, str) or maker not in _MAKES:
+            names = f'must be an object whose "make" is one of {", ".join(_MAKES)}'
+            raise ValueError(f"step 1 of the recipe {names}, got {_shown(step)}")
+        what = f"step 1 of the recipe, {maker},"
+        _check_keys(what, step, ("make", *_MAKES[maker]))
+        return cls(maker, tuple(_read_number(what, key, step[key]) for key in _MAKES[maker]))
+
+    def to_record(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"make": self.maker, **self.options}
+
+    @property
+    def options(self) -> dict[str, float]:
+        """The numbers by name."""
+        return dict(zip(_MAKES[self.maker], self.numbers, strict=True))
+
+    @property
+    def is_law(self) -> bool:
+        """Whether it is a law with beta_start and beta_end, which diffusers' configs can name."""
+        return self.maker in _LAWS
+
+    def again(self, num_timesteps: int) -> NoiseSchedule | None:
+        """The schedule that it makes; None where a table was given."""
+        if not _MAKES[self.maker]:
+            return None
+        make: Callable[..., NoiseSchedule] = getattr(NoiseSchedule, self.maker)
+        return make(**self.options, num_timesteps=num_timesteps)
+
+    def __str__(self) -> str:
+        return f"{self.maker}({', '.join(f'{key}={value}' for key, value in self.options.items())})"
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A change of the end: see :meth:`NoiseSchedule.with_terminal_sigma` and
+    :meth:`NoiseSchedule.zero_terminal_snr`, which rescales to an infinite sigma. ``start`` is tail's."""
+
+    sigma: float
+    method: str = "rescale"
+    start: int | None = None
+
+    @classmethod
+    def read(cls, step: Any, place: int) -> Changed:
+        """From a record. Raises ValueError for a change that does not exist, or that lacks or mistakes
+        anything."""
+        what, names = f"step {place} of the recipe", ("zero_terminal_snr", "terminal_sigma")
+        change = step.get("change") if isinstance(step, Mapping) else None
+        if change not in names:
+            one = f'must be an object whose "change" is one of {", ".join(names)}'
+            raise ValueError(f"{what} {one}, got {_shown(step)}")
+        what = f"{what}, {change},"
+        if change == "zero_terminal_snr":
+            _check_keys(what, step, ("change",))
+            return cls(math.inf)
+        tail = step.get("method") == "tail"
+        _check_keys(what, step, ("change", "sigma", "method", *(("start",) if tail else ())))
+        sigma, method, start = step["sigma"], step["method"], step.get("start")
+        methods = [name for name in TERMINAL_SIGMA_METHODS if name != "beta_end"]  # it makes another law
+        if method not in methods:
+            raise ValueError(f"{what} has method {_shown(method)}: expected one of {', '.join(methods)}")
+        if tail and (not isinstance(start, int) or isinstance(start, bool)):
+            raise ValueError(f"{what} has start {_shown(start)}: expected a timestep")
+        sigma = math.inf if sigma == "inf" else _read_number(what, "sigma", sigma, ' or "inf"')
+        return cls(sigma, method, start)
+
+    def to_record(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        if self._is_zero_terminal_snr:
+            return {"change": "zero_terminal_snr"}
+        start = {} if self.start is None else {"start": self.start}
+        return {"change": "terminal_sigma", "sigma": _number(self.sigma), "method": self.method, **start}
+
+    def again(self, schedule: NoiseSchedule) -> NoiseSchedule:
+        """The changed schedule."""
+        return schedule.with_terminal_sigma(self.sigma, self.method, self.start)
+
+    @property
+    def _is_zero_terminal_snr(self) -> bool:
+        return self == Changed(math.inf)
+
+    def __str__(self) -> str:
+        (_, name), *options = self.to_record().items()
+        return f"{name}({', '.join(f'{key}={value}' for key, value in options)})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -48,16 +143,17 @@ class NoiseSchedule:
     x_0 + sqrt(1 - alphas_cumprod[t]) noise.
 
     ``betas`` (float64, shape [T]) is the whole state; every other table is derived from it and has the same
-    shape. The last beta may be 1: then the last timestep is pure noise (SNR 0, sigma infinite). ``recipe``
-    tells how the table was made, in the order of the steps. Instances are immutable, hashable, and equal when
-    their betas are equal bit for bit.
+    shape. The last beta may be 1: then the last timestep is pure noise (SNR 0, sigma infinite). ``made`` and
+    ``changes`` tell how the table came about. Instances are immutable, hashable, and equal when their betas
+    are equal bit for bit.
 
     Raises ValueError for betas that are not one-dimensional, finite, in (0, 1) (1 for the last), i.e. for
-    sigmas that do not rise, and for a recipe with a step that does not exist, or that lacks anything.
+    sigmas that do not rise, and for a law that makes other betas.
     """
 
     betas: Array
-    recipe: tuple[Mapping[str, Any], ...] = field(default=())
+    made: Made = Made("betas")
+    changes: tuple[Changed, ...] = ()
 
     def __post_init__(self) -> None:
         betas = _as_array("betas", self.betas)  # a copy: nobody else may hold a writable view
@@ -82,15 +178,14 @@ class NoiseSchedule:
             )
         betas.setflags(write=False)
         object.__setattr__(self, "betas", betas)
-        recipe = enumerate(self.recipe or ({"make": "betas"},))
-        steps = tuple(_checked_step(step, place, len(betas)) for place, step in recipe)
-        object.__setattr__(self, "recipe", steps)
         law = self._law()
-        if law is not None and not np.array_equal(betas, _law_betas(*law.values())):
-            raise ValueError(f"the recipe says {_describe(law)}, but the betas are others")
+        if law is not None:
+            start, end = law.numbers
+            if not np.array_equal(betas, _law_betas(law.maker, start, end, len(betas))):
+                raise ValueError(f"the recipe says {law}, but the betas are others")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return NoiseSchedule, (self.betas.copy(), tuple(dict(step) for step in self.recipe))
+        return NoiseSchedule, (self.betas.copy(), self.made, self.changes)
 
     # ---------------------------------------------------------------- makers
 
@@ -124,13 +219,8 @@ class NoiseSchedule:
             )
         u = np.arange(num_timesteps + 1) / num_timesteps
         alpha_bar = np.cos((u + s) / (1 + s) * math.pi / 2) ** 2
-        step = {
-            "make": "cosine",
-            "s": float(s),
-            "max_beta": float(max_beta),
-            "num_timesteps": int(num_timesteps),
-        }
-        return cls(np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta), (step,))
+        betas = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta)
+        return cls(betas, Made("cosine", (float(s), float(max_beta))))
 
     @classmethod
     def flow(cls, shift: float = 1.0, num_timesteps: int = 1000) -> NoiseSchedule:
@@ -142,9 +232,7 @@ class NoiseSchedule:
         u = np.arange(1, num_timesteps + 1) / num_timesteps
         with np.errstate(divide="ignore", over="ignore"):
             sigmas = shift * u / (1 - u)  # s/(1 - s)
-        return cls.from_sigmas(sigmas)._renamed(
-            {"make": "flow", "shift": float(shift), "num_timesteps": int(num_timesteps)}
-        )
+        return cls(cls.from_sigmas(sigmas).betas, Made("flow", (float(shift),)))
 
     @classmethod
     def from_betas(cls, betas: npt.ArrayLike) -> NoiseSchedule:
@@ -158,7 +246,7 @@ class NoiseSchedule:
         _check_steps("alphas_cumprod", table, falling=True)
         if not (table[0] < 1 and table[-1] >= 0):
             raise ValueError(f"alphas_cumprod must lie in [0, 1), got {table[0]:g} ... {table[-1]:g}")
-        schedule = cls(_betas(table), ({"make": "alphas_cumprod"},))
+        schedule = cls(_betas(table), Made("alphas_cumprod"))
         return schedule._checked_end(math.sqrt((1 - table[-1]) / table[-1]) if table[-1] > 0 else math.inf)
 
     @classmethod
@@ -170,7 +258,7 @@ class NoiseSchedule:
         if not table[0] > 0:
             raise ValueError(f"sigmas must be positive, but sigmas[0] = {table[0]:g}")
         with np.errstate(over="ignore"):
-            schedule = cls(_betas(1 / (1 + table**2)), ({"make": "sigmas"},))
+            schedule = cls(_betas(1 / (1 + table**2)), Made("sigmas"))
         return schedule._checked_end(float(table[-1]))
 
     @classmethod
@@ -182,9 +270,10 @@ class NoiseSchedule:
         which always means a true SNR of 0 here (several diffusers classes put sigma 4096 in its place, or
         ignore it). So does zero_terminal_snr under EXACT_KEY, beside trained_betas that end at a finite
         stand-in. A config with use_flow_sigmas and no trained_betas describes rectified flow of its
-        flow_shift: its class takes no step by the beta_schedule that diffusers writes beside them. Raises
-        ValueError for a config without betas, an unknown beta_schedule, trained_betas of another length, and
-        for any of these keys that holds another kind of value.
+        flow_shift: its class takes no step by the beta_schedule that diffusers writes beside them; one of a
+        flow-matching class (FlowMatchEulerDiscreteScheduler) that of its shift. Raises ValueError for a
+        config without betas, an unknown beta_schedule, trained_betas of another length, a shift that depends
+        on the canvas (use_dynamic_shifting), and for any of these keys that holds another kind of value.
         """
         if not isinstance(config, Mapping):
             raise ValueError(f"a scheduler config is an object of settings, got {_shown(config)}")
@@ -202,8 +291,14 @@ class NoiseSchedule:
             if _flag_of(exact, "zero_terminal_snr"):
                 betas[-1] = 1
             schedule = cls.from_betas(betas)
-        elif _flag_of(config, "use_flow_sigmas"):
-            return cls.flow(_number_of(config, "flow_shift", 1.0), num_timesteps)
+        elif is_flow(config):
+            if _flag_of(config, "use_dynamic_shifting"):
+                raise ValueError(
+                    "the scheduler config has use_dynamic_shifting, so its noise schedule is another on "
+                    "every canvas: expected one shift"
+                )
+            shift = "flow_shift" if config.get("use_flow_sigmas") else "shift"
+            return cls.flow(_number_of(config, shift, 1.0), num_timesteps)
         elif "beta_schedule" not in config:
             raise ValueError(
                 "the scheduler config has neither trained_betas nor beta_schedule, so it "
@@ -232,7 +327,7 @@ class NoiseSchedule:
         """
         schedule = cls.from_config(scheduler.config)
         # the instance has tables of the beta_schedule, and uses none
-        if schedule.recipe[0]["make"] == "flow":
+        if schedule.made.maker == "flow":
             return schedule
         for name in ("alphas_cumprod", "betas"):
             if getattr(scheduler, name, None) is None:
@@ -240,7 +335,7 @@ class NoiseSchedule:
             actual, expected = _as_array(name, getattr(scheduler, name)), getattr(schedule, name)
             if len(actual) == len(expected):
                 same = np.isclose(actual, expected, rtol=1e-3, atol=1e-9)
-                if schedule.residual_signal == 0:  # a finite stand-in is meant: diffusers' 2**-24, ours
+                if schedule.zero_terminal:  # a finite stand-in is meant: diffusers' 2**-24, ours
                     same[-1] |= name == "betas" or 0 <= actual[-1] < 1e-6
                 if same.all():
                     continue
@@ -258,11 +353,11 @@ class NoiseSchedule:
     def zero_terminal_snr(self) -> NoiseSchedule:
         """Shift and scale sqrt(alphas_cumprod) so that the last is exactly 0 and the first unchanged
         (arXiv:2305.08891 Alg. 1). A schedule that ends there already is returned as it is."""
-        return self if self.residual_signal == 0 else self._at_zero_snr
+        return self if self.zero_terminal else self._at_zero_snr
 
     @cached_property
     def _at_zero_snr(self) -> NoiseSchedule:
-        return self._rescaled(0.0, {"change": "zero_terminal_snr"})
+        return self._rescaled(0.0, Changed(math.inf))
 
     def with_terminal_sigma(
         self, sigma: float, method: str = "rescale", start: int | None = None
@@ -295,9 +390,8 @@ class NoiseSchedule:
         if method == "beta_end":
             return self._with_beta_end_for(sigma)
         signal = 1 / math.hypot(1, sigma)  # 0 for infinity
-        step = {"change": "terminal_sigma", "sigma": _number(sigma), "method": method}
         if method == "rescale":
-            return self._rescaled(signal, step)._checked_end(sigma)
+            return self._rescaled(signal, Changed(float(sigma)))._checked_end(sigma)
         last = len(self) - 1
         start = (
             last - 1
@@ -316,9 +410,8 @@ class NoiseSchedule:
                 f"terminal sigma {sigma:g} by {method!r} would make sigma fall again before the end "
                 f"(this schedule ends at {self.terminal_sigma:.4g}): use a larger sigma or method 'rescale'"
             )
-        return NoiseSchedule(
-            betas, (*self.recipe, step | ({"start": start} if method == "tail" else {}))
-        )._checked_end(sigma)
+        change = Changed(float(sigma), method, start if method == "tail" else None)
+        return NoiseSchedule(betas, self.made, (*self.changes, change))._checked_end(sigma)
 
     def for_resolution(
         self, width: int, height: int, base: int = 512, method: str = "rescale"
@@ -330,11 +423,16 @@ class NoiseSchedule:
             raise ValueError(
                 f"width, height and base must be positive pixel counts, got {width}, {height}, {base}"
             )
-        if math.isinf(self.terminal_sigma):
+        if self.zero_terminal:
             return self
         return self.with_terminal_sigma(self.terminal_sigma * math.sqrt(width * height) / base, method)
 
     # ---------------------------------------------------------------- tables, float64, shape [T]
+
+    @cached_property
+    def alphas(self) -> Array:
+        """Share of the signal's power that each timestep leaves."""
+        return _frozen(1 - self.betas)
 
     @cached_property
     def alphas_cumprod(self) -> Array:
@@ -370,6 +468,16 @@ class NoiseSchedule:
             log_snr: Array = np.log(self.snr)
         return _frozen(log_snr)
 
+    @cached_property
+    def log_sigmas(self) -> Array:
+        """Natural logarithm of the sigmas; infinite at SNR 0."""
+        return _frozen(-self.log_snr / 2)
+
+    def above(self, sigma: float) -> npt.NDArray[np.bool_]:
+        """Which timesteps have a larger sigma, by more than rounding."""
+        larger: npt.NDArray[np.bool_] = self.sigmas > sigma * (1 + 1e-9)
+        return larger
+
     def levels(self, flow: bool = False) -> tuple[Array, Array, Array]:
         """What multiplies the image, what multiplies the noise, and the timestep that the network is told:
         x = alpha x_0 + sigma noise.
@@ -393,6 +501,11 @@ class NoiseSchedule:
         """Share of the image still visible at the last timestep, sqrt(alphas_cumprod[-1]): 0.068 for SDXL."""
         return float(self.sqrt_alphas_cumprod[-1])
 
+    @property
+    def zero_terminal(self) -> bool:
+        """Whether nothing of the image is left at the last timestep (zero terminal SNR)."""
+        return self.residual_signal == 0
+
     def __len__(self) -> int:
         return len(self.betas)
 
@@ -404,7 +517,7 @@ class NoiseSchedule:
         return {
             "format": RECORD_FORMAT,
             "version": RECORD_VERSION,
-            "recipe": [dict(step) for step in self.recipe],
+            "recipe": [self.made.to_record(), *(change.to_record() for change in self.changes)],
             "terminal_sigma": _number(self.terminal_sigma),
             "betas": self.betas.tolist(),
         }
@@ -436,7 +549,9 @@ class NoiseSchedule:
             raise ValueError(f"its betas must be a list of numbers, but betas[{t}] is {_shown(betas[t])}")
         if not isinstance(recipe, list) or not recipe:
             raise ValueError(f"its recipe must be a list of steps, at least one, got {_shown(recipe)}")
-        schedule = cls(_as_table("betas", betas), tuple(recipe))
+        made = Made.read(recipe[0])
+        changes = tuple(Changed.read(step, place) for place, step in enumerate(recipe[1:], 2))
+        schedule = cls(_as_table("betas", betas), made, changes)
         schedule._check_recipe()
         if not (end == "inf" or _is_number(end)):
             raise ValueError(f'its terminal_sigma is {_shown(end)}: expected a number or "inf"')
@@ -474,12 +589,7 @@ class NoiseSchedule:
         if law is None:
             config |= {"trained_betas": self.betas.tolist()}
         else:
-            config |= {
-                "trained_betas": None,
-                "beta_schedule": law["make"],
-                "beta_start": law["beta_start"],
-                "beta_end": law["beta_end"],
-            }
+            config |= {"trained_betas": None, "beta_schedule": law.maker, **law.options}
         return config | ({} if prediction_type is None else {"prediction_type": prediction_type})
 
     def scheduler(
@@ -498,45 +608,35 @@ class NoiseSchedule:
         return hash(self.betas.tobytes())
 
     def __repr__(self) -> str:
-        made = " ".join(_describe(step) for step in self.recipe)
-        return (
-            f"<NoiseSchedule {made}: {len(self)} timesteps, sigma {self.sigmas[0]:.4g} to "
-            f"{self.terminal_sigma:.6g}>"
-        )
+        sigmas = f"sigma {self.sigmas[0]:.4g} to {self.terminal_sigma:.6g}"
+        return f"<NoiseSchedule {self._recipe()}: {len(self)} timesteps, {sigmas}>"
 
     # ---------------------------------------------------------------- helpers
 
-    def _law(self) -> Mapping[str, Any] | None:
-        """The recipe's only step if it is a law with beta_start and beta_end."""
-        return self.recipe[0] if len(self.recipe) == 1 and self.recipe[0].get("make") in _LAWS else None
+    def _recipe(self) -> str:
+        return " ".join(map(str, (self.made, *self.changes)))
+
+    def _law(self) -> Made | None:
+        """How it was made, if that is a law with beta_start and beta_end and nothing was changed since."""
+        return self.made if self.made.is_law and not self.changes else None
 
     @classmethod
-    def _from_law(cls, make: str, beta_start: float, beta_end: float, num_timesteps: int) -> NoiseSchedule:
-        betas = _law_betas(make, beta_start, beta_end, num_timesteps)
-        step = {
-            "make": make,
-            "beta_start": float(beta_start),
-            "beta_end": float(beta_end),
-            "num_timesteps": int(num_timesteps),
-        }
-        return cls(betas, (step,))
+    def _from_law(cls, maker: str, beta_start: float, beta_end: float, num_timesteps: int) -> NoiseSchedule:
+        betas = _law_betas(maker, beta_start, beta_end, num_timesteps)
+        return cls(betas, Made(maker, (float(beta_start), float(beta_end))))
 
     def _check_recipe(self) -> None:
         """Raise ValueError unless the recipe makes these betas. Of a table that was given as such only the
         end can be told: where the last change moved it."""
-        first, *changes = self.recipe
-        made, end = _remade(first), self.terminal_sigma
-        for change in changes:
-            end = float(change.get("sigma", math.inf))
-            if made is not None and "sigma" in change:
-                made = made.with_terminal_sigma(end, change["method"], change.get("start"))
-            elif made is not None:
-                made = made.zero_terminal_snr()
+        again, end = self.made.again(len(self)), self.terminal_sigma
+        for change in self.changes:
+            if not 0 <= (change.start or 0) < len(self) - 1:
+                raise ValueError(f"its recipe says {change}: expected a start in 0..{len(self) - 2}")
+            again, end = None if again is None else change.again(again), change.sigma
         # what the recipe makes may differ in the last bits: not every machine has the same cosine
-        same = made is None or np.allclose(self.betas, made.betas, rtol=1e-6, atol=1e-12)
+        same = again is None or np.allclose(self.betas, again.betas, rtol=1e-6, atol=1e-12)
         if not (same and _same_sigma(end, self.terminal_sigma)):
-            said = " ".join(map(_describe, self.recipe))
-            raise ValueError(f"its recipe says {said}, but its betas are others")
+            raise ValueError(f"its recipe says {self._recipe()}, but its betas are others")
 
     def _checked_end(self, sigma: float) -> NoiseSchedule:
         if not _same_sigma(sigma, self.terminal_sigma):
@@ -546,14 +646,11 @@ class NoiseSchedule:
             )
         return self
 
-    def _renamed(self, step: Mapping[str, Any]) -> NoiseSchedule:
-        return NoiseSchedule(self.betas, (step,))
-
-    def _rescaled(self, signal: float, step: Mapping[str, Any]) -> NoiseSchedule:
+    def _rescaled(self, signal: float, change: Changed) -> NoiseSchedule:
         first, last = self.sqrt_alphas_cumprod[0], self.residual_signal
         roots = signal + (self.sqrt_alphas_cumprod - last) * (first - signal) / (first - last)
         roots[0], roots[-1] = first, signal
-        return NoiseSchedule(_betas(roots**2), (*self.recipe, step))
+        return NoiseSchedule(_betas(roots**2), self.made, (*self.changes, change))
 
     def _with_beta_end_for(self, sigma: float) -> NoiseSchedule:
         law = self._law()
@@ -567,11 +664,11 @@ class NoiseSchedule:
                 "no beta_end gives an infinite terminal sigma: use zero_terminal_snr(), or "
                 "method 'rescale', 'tail' or 'last'"
             )
-        start = law["beta_start"]
+        make, (start, _) = _LAWS[law.maker], law.numbers
 
         def reached(end: float) -> float:
             with np.errstate(divide="ignore", over="ignore"):
-                left = np.cumprod(1 - _LAWS[law["make"]](start, end, len(self)))[-1]
+                left = np.cumprod(1 - make(start, end, len(self)))[-1]
                 return float(np.sqrt((1 - left) / left))
 
         low, high = start, 1 - 1e-9
@@ -582,7 +679,7 @@ class NoiseSchedule:
                 f"{reached(high):.4g}): use method 'rescale', 'tail' or 'last'"
             )
         return NoiseSchedule._from_law(
-            law["make"], start, _bisect(lambda end: reached(end) - sigma, low, high), len(self)
+            law.maker, start, _bisect(lambda end: reached(end) - sigma, low, high), len(self)
         )
 
 
@@ -593,57 +690,33 @@ _LAWS: dict[str, Callable[[float, float, int], Array]] = {
 }
 
 
-def _law_betas(make: str, beta_start: float, beta_end: float, num_timesteps: int) -> Array:
+def _law_betas(maker: str, beta_start: float, beta_end: float, num_timesteps: int) -> Array:
     if not (0 < beta_start <= beta_end < 1):
         got = f"{beta_start:g} and {beta_end:g}"
         raise ValueError(f"betas must satisfy 0 < beta_start <= beta_end < 1, got {got}")
     if num_timesteps < 2:
         raise ValueError(f"num_timesteps must be at least 2, got {num_timesteps}")
-    return _LAWS[make](beta_start, beta_end, num_timesteps)
+    return _LAWS[maker](beta_start, beta_end, num_timesteps)
 
 
-def _remade(step: Mapping[str, Any]) -> NoiseSchedule | None:
-    """The schedule that a recipe's first step makes; None where it was given as a table."""
-    make, *arguments = step.values()
-    if make in _LAWS:
-        return NoiseSchedule._from_law(make, *arguments)
-    if make in ("cosine", "flow"):
-        return NoiseSchedule.cosine(*arguments) if make == "cosine" else NoiseSchedule.flow(*arguments)
-    return None
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler config is of rectified flow: use_flow_sigmas, or a flow-matching class."""
+    betas = config.get("trained_betas") is not None or "beta_schedule" in config
+    matching = str(config.get("_class_name")).startswith("FlowMatch") or ("shift" in config and not betas)
+    return matching or _flag_of(config, "use_flow_sigmas")
 
 
-def _checked_step(step: Any, place: int, count: int) -> Mapping[str, Any]:
-    """One step of a recipe, its keys in the order of _MAKES and _CHANGES. Raises ValueError for a step that
-    does not exist, or that lacks or mistakes anything. ``count`` is the number of betas."""
-    kind, known = ("change", _CHANGES) if place else ("make", _MAKES)
-    what, name = f"step {place + 1} of the recipe", step.get(kind) if isinstance(step, Mapping) else None
-    if not isinstance(name, str) or name not in known:
-        names = ", ".join(known)
-        raise ValueError(f'{what} must be an object whose "{kind}" is one of {names}, got {_shown(step)}')
-    keys = (kind, *known[name], *(("start",) if known[name] and step.get("method") == "tail" else ()))
+def _check_keys(what: str, step: Mapping[str, Any], keys: tuple[str, ...]) -> None:
     if missing := [key for key in keys if key not in step]:
-        raise ValueError(f"{what}, {name}, lacks {missing[0]}: expected {', '.join(keys)}")
+        raise ValueError(f"{what} lacks {missing[0]}: expected {', '.join(keys)}")
     if odd := [key for key in step if key not in keys]:
-        raise ValueError(f"{what}, {name}, has {_shown(odd[0])}: expected only {', '.join(keys)}")
-    for key in keys[1:]:
-        if expected := _mistaken(key, step[key], count):
-            raise ValueError(f"{what}, {name}, has {key} {_shown(step[key])}: expected {expected}")
-    return MappingProxyType({key: step[key] for key in keys})
+        raise ValueError(f"{what} has {_shown(odd[0])}: expected only {', '.join(keys)}")
 
 
-def _mistaken(key: str, value: Any, count: int) -> str:
-    """What a step's ``key`` must be, if ``value`` is not."""
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if key == "num_timesteps":
-        return "" if whole and value == count else f"{count}, the number of betas"
-    if key == "start":
-        return "" if whole and 0 <= value < count - 1 else f"a timestep in 0..{count - 2}"
-    if key == "method":
-        methods = [name for name in TERMINAL_SIGMA_METHODS if name != "beta_end"]  # it makes another law
-        return "" if value in methods else f"one of {', '.join(methods)}"
-    if key == "sigma":
-        return "" if value == "inf" or _is_number(value) else 'a number or "inf"'
-    return "" if _is_number(value) else "a number"
+def _read_number(what: str, key: str, value: Any, otherwise: str = "") -> float:
+    if not _is_number(value):
+        raise ValueError(f"{what} has {key} {_shown(value)}: expected a number{otherwise}")
+    return float(value)
 
 
 def _same_sigma(one: float, other: float) -> bool:
@@ -726,11 +799,6 @@ def _frozen(table: npt.NDArray[Any]) -> Array:
 def _number(value: float) -> float | str:
     """JSON has no infinity."""
     return float(value) if math.isfinite(value) else "inf"
-
-
-def _describe(step: Mapping[str, Any]) -> str:
-    (_, name), *arguments = step.items()
-    return f"{name}({', '.join(f'{key}={value}' for key, value in arguments)})"
 
 
 def _bisect(function: Callable[[float], float], low: float, high: float) -> float:

@@ -174,7 +174,7 @@ class _Exact:
         ours = asked or ((schedule.terminal_sigma > STAND_IN_SIGMA or self._flow) and not theirs)
         if (
             ours
-            and schedule.residual_signal == 0
+            and schedule.zero_terminal
             and config["prediction_type"] == "epsilon"
             and self._stock.__name__ not in FOLLOW_INFINITY
         ):
@@ -636,7 +636,7 @@ def fix_scheduler(
 def _made(
     cls: Any, settings: Mapping[str, Any], schedule: NoiseSchedule, prediction_type: str, spacing: str
 ) -> Any:
-    if prediction.check_prediction_type(prediction_type) == "epsilon" and schedule.residual_signal == 0:
+    if prediction.check_prediction_type(prediction_type) == "epsilon" and schedule.zero_terminal:
         raise ValueError(EPSILON)
     made = cls.from_config(
         config_for(cls._stock, schedule, prediction_type, settings), timestep_spacing=spacing

@@ -61,7 +61,7 @@ class TimestepSampler:
                 f"world_size={world_size}, accumulation={accumulation}"
             )
         if terminal_start is None:
-            added = schedule.sigmas > NoiseSchedule.sdxl().terminal_sigma * (1 + 1e-9)
+            added = schedule.above(NoiseSchedule.sdxl().terminal_sigma)
             terminal_start = int(np.argmax(added)) if added.any() else steps
         if terminal_share and not 0 <= terminal_start < max_timestep:
             raise ValueError(

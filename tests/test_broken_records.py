@@ -55,7 +55,7 @@ def record(schedule=SDXL, **changes):
     return schedule.to_record() | changes
 
 
-LINEAR = {"make": "linear", "beta_start": 0.0001, "beta_end": 0.02, "num_timesteps": 1000}
+LINEAR = {"make": "linear", "beta_start": 0.0001, "beta_end": 0.02}
 CASES = {
     "linear that lacks its ends": (
         record(recipe=[{"make": "linear"}]),
@@ -87,9 +87,19 @@ CASES = {
         record(recipe=[LINEAR | {"beta_end": "0.02"}]),
         "beta_end '0.02': expected a number",
     ),
-    "other timesteps": (
+    "timesteps, which the betas tell": (
         record(recipe=[LINEAR | {"num_timesteps": 77}]),
-        "num_timesteps 77: expected 1000, the number of betas",
+        "linear, has 'num_timesteps': expected only make, beta_start, beta_end",
+    ),
+    "a start outside the table": (
+        record(
+            NoiseSchedule.from_betas([0.1, 0.2, 0.3]).with_terminal_sigma(9, "tail"),
+            recipe=[
+                {"make": "betas"},
+                {"change": "terminal_sigma", "sigma": 9, "method": "tail", "start": 2},
+            ],
+        ),
+        r"start=2\): expected a start in 0..1",
     ),
     "a key too many": (
         record(recipe=[{"make": "betas", "s": 3}]),

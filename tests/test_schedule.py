@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdxl_fixes import NoiseSchedule
+from sdxl_fixes.schedule import Made
 
 SDXL = {
     "num_train_timesteps": 1000,
@@ -367,10 +368,38 @@ def test_a_scheduler_with_overwritten_tables_is_refused():
         NoiseSchedule.from_scheduler(scheduler)
 
 
-@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"])
-def test_a_scheduler_without_betas_is_refused(name):
+def test_a_scheduler_without_betas_is_refused():
     with pytest.raises(ValueError, match="describes no noise schedule"):
-        NoiseSchedule.from_scheduler(getattr(diffusers, name)())
+        NoiseSchedule.from_scheduler(diffusers.EDMEulerScheduler())
+
+
+@pytest.mark.parametrize("shift", [1.0, 2.5, 3.0])
+def test_a_flow_matching_scheduler_reads_as_flow_of_its_shift(shift, tmp_path):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.save_pretrained(tmp_path)
+    config = strict_json((tmp_path / "scheduler_config.json").read_text())
+    for schedule in (NoiseSchedule.from_scheduler(scheduler), NoiseSchedule.from_config(config)):
+        assert schedule == NoiseSchedule.flow(shift)
+        _, sigmas, told = schedule.levels(flow=True)
+        np.testing.assert_allclose(scheduler.sigmas.flip(0), sigmas, rtol=1e-6)
+        np.testing.assert_allclose(scheduler.timesteps.flip(0), told, rtol=1e-6)
+
+
+def test_a_shift_that_depends_on_the_canvas_is_no_one_schedule():
+    with pytest.raises(ValueError, match="use_dynamic_shifting"):
+        NoiseSchedule.from_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+
+
+def test_above_and_log_sigmas_and_alphas():
+    schedule = NoiseSchedule.sdxl().zero_terminal_snr()
+    higher = schedule.above(NoiseSchedule.sdxl().terminal_sigma)
+    assert higher.sum() == 120 and higher[-120:].all()
+    # rounding is not above: the law's own end, a unit in the last place higher
+    assert not NoiseSchedule.sdxl().above(math.nextafter(NoiseSchedule.sdxl().terminal_sigma, 0)).any()
+    assert schedule.log_sigmas[-1] == math.inf and schedule.zero_terminal
+    np.testing.assert_allclose(schedule.log_sigmas[:-1], np.log(schedule.sigmas[:-1]), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(np.cumprod(schedule.alphas), schedule.alphas_cumprod, rtol=1e-12)
+    assert not NoiseSchedule.sdxl().zero_terminal
 
 
 def test_rescale_flag_of_a_config_also_rescales_trained_betas():
@@ -402,7 +431,7 @@ def test_json_gives_the_equal_schedule_back_and_is_strict(schedule):
     assert (
         back == schedule and hash(back) == hash(schedule) and back.betas.tobytes() == schedule.betas.tobytes()
     )
-    assert [dict(step) for step in back.recipe] == [dict(step) for step in schedule.recipe]
+    assert (back.made, back.changes) == (schedule.made, schedule.changes)
     assert back.to_json() == schedule.to_json() and repr(back) == repr(schedule)
 
 
@@ -672,10 +701,10 @@ def test_clones_cannot_be_changed_either(clone):
 
 def test_the_recipe_cannot_be_changed():
     schedule = NoiseSchedule.sdxl()
-    try:
-        schedule.recipe[0]["beta_end"] = 0.5
-    except TypeError:
-        pass
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        schedule.made.numbers = (0.1, 0.5)
+    with pytest.raises(ValueError, match=r"the recipe says linear.*but the betas are others"):
+        NoiseSchedule(schedule.betas, Made("linear", (0.1, 0.5)))
     assert NoiseSchedule.from_config(schedule.to_config()) == NoiseSchedule.sdxl()
 
 

@@ -18,7 +18,7 @@ def scheduler(made: Any) -> Any:
     from sdxl_fixes.schedulers import CLASSES, config_for, fix_scheduler
 
     # and drop-ins refuse it
-    meaningless = run.prediction_type == "epsilon" and run.schedule.residual_signal == 0
+    meaningless = run.prediction_type == "epsilon" and run.schedule.zero_terminal
     if type(made).__name__ in CLASSES and not meaningless:
         return fix_scheduler(made, run.schedule, run.prediction_type)
     return type(made).from_config(config_for(type(made), run.schedule, run.prediction_type, made.config))

@@ -10,8 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sdxl_fixes.checkpoint import Sampling, sampling_of_config
 from sdxl_fixes.flags import FlagError, Settings
 from sdxl_fixes.log import warn
+from sdxl_fixes.model_files.header import FormatError
+from sdxl_fixes.model_files.model_file import read_sampling
 from sdxl_fixes.prediction import check_prediction_type
 from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.trainers.fixes import Fix, allowed, given, switch_off
@@ -191,7 +194,7 @@ def _check_sigma_space(schedule: NoiseSchedule, prediction_type: str) -> None:
             "--prediction_type out, and take a "
             "base model that predicts epsilon"
         )
-    if schedule.residual_signal == 0:
+    if schedule.zero_terminal:
         raise FlagError(
             "this script noises by sigma, which must be finite: give --terminal_sigma 300 or the like "
             "instead of --zero_terminal_snr"
@@ -250,10 +253,34 @@ def _base(args: argparse.Namespace) -> tuple[NoiseSchedule | None, str, bool]:
         config = DDPMScheduler.load_config(
             where, subfolder="scheduler", revision=getattr(args, "revision", None)
         )
-        edm = "EDM" in config.get("_class_name", "")
-        schedule = None if edm else NoiseSchedule.from_config(config)
-        return schedule, check_prediction_type(config.get("prediction_type", "epsilon")), edm
+        if "EDM" in config.get("_class_name", ""):
+            return None, check_prediction_type(config.get("prediction_type", "epsilon")), True
+        said = sampling_of_config(config)
     except (OSError, ValueError) as error:
         raise FlagError(
             f"--pretrained_model_name_or_path {where}: no noise schedule in its scheduler folder ({error})"
         ) from error
+    if config.get("_class_name", "").startswith("FlowMatch"):
+        raise FlagError(
+            f"--pretrained_model_name_or_path {where}: {said}, which is rectified flow, and this script "
+            "trains epsilon or v_prediction: take another base model"
+        )
+    if Path(where).is_dir():
+        _warn_of_record(Path(where), said)
+    return said.schedule, said.prediction_type, False
+
+
+def _warn_of_record(folder: Path, config: Sampling) -> None:
+    """The record in a base model's U-Net may say something else than its scheduler config, which is what the
+    script trains on."""
+    try:
+        said = read_sampling(folder)
+    except (OSError, FormatError):
+        return
+    except ValueError as error:
+        return warn(f"{error}: what it says of its schedule is not known")
+    if said != config:
+        warn(
+            f"the record in {folder} says {said}, its scheduler config {config}, which is what is trained "
+            f"on: sdxl-fixes stamp {folder} puts the record into the config"
+        )

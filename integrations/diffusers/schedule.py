@@ -49,9 +49,7 @@ def with_schedule(
             f"{name} does not follow a noise schedule when it predicts flow: use one of "
             "diffusers' flow-matching schedulers"
         )
-    if schedule.residual_signal == 0 and (
-        name not in ("DDPMScheduler", "DDIMScheduler") or predicted == "epsilon"
-    ):
+    if schedule.zero_terminal and (name not in ("DDPMScheduler", "DDIMScheduler") or predicted == "epsilon"):
         raise ValueError(
             f"{name} with {predicted} cannot sample an infinite terminal sigma: use DDIMScheduler or "
             "DDPMScheduler with v_prediction, "
@@ -131,7 +129,7 @@ def _sigma_space(scheduler: Any, run: Run) -> Any:
     refuse_edm(run.on)
     if "schedule" not in run.on:
         return scheduler
-    if run.schedule.residual_signal == 0:
+    if run.schedule.zero_terminal:
         raise FlagError(
             "EDM-style training needs a finite sigma: give --terminal_sigma 20000 --terminal_sigma_method "
             "rescale instead of "

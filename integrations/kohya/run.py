@@ -9,7 +9,9 @@ from sdxl_fixes.checkpoint import Sampling, markers, metadata
 from sdxl_fixes.flags import Settings
 from sdxl_fixes.log import warn
 from sdxl_fixes.loss import HUBER_KINDS, HUBER_SCHEDULES, LOSS_TYPES
-from sdxl_fixes.model_files.model_file import said_problem, said_sampling
+from sdxl_fixes.model_files.header import FormatError
+from sdxl_fixes.model_files.model_file import read_sampling
+from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.trainers.fixes import Fix, allowed, given, switch_off
 from sdxl_fixes.trainers.report import schedule_flags, tell
 from sdxl_fixes.trainers.run import Run, Trainer, prepare
@@ -80,8 +82,24 @@ def _bases(args: argparse.Namespace) -> list[Path]:
 
 def bases(args: argparse.Namespace) -> dict[str, Sampling]:
     """What the models that are trained on say about how they are sampled, those that say anything."""
-    said = {str(path): said_sampling(path) for path in _bases(args)}
-    return {name: sampling for name, sampling in said.items() if sampling is not None}
+    return {name: said for name, said in _look(args).items() if isinstance(said, Sampling)}
+
+
+def _look(args: argparse.Namespace) -> dict[str, Sampling | str]:
+    """The same, or what is wrong with a record or scheduler config, in a sentence; nothing of what cannot be
+    read. A folder's scheduler of SDXL's own is what every tool writes, and says nothing."""
+    found: dict[str, Sampling | str] = {}
+    for path in _bases(args):
+        try:
+            said = read_sampling(path)
+        except (OSError, FormatError):
+            continue
+        except ValueError as error:
+            found[str(path)] = str(error)
+            continue
+        if said is not None and not (path.is_dir() and said == Sampling(NoiseSchedule.sdxl(), "epsilon")):
+            found[str(path)] = said
+    return found
 
 
 def trains_text(args: argparse.Namespace) -> bool:
@@ -184,12 +202,11 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
             f"--save_model_as {args.save_model_as}: such a file carries neither record nor markers: take "
             "safetensors"
         )
-    for path in _bases(args):
-        if problem := said_problem(path):
-            warn(f"{problem}: what it says of its schedule is not known")
     trained = Sampling(run.schedule, run.prediction_type)
-    for name, base in bases(args).items():
-        if base != trained:
+    for name, base in _look(args).items():
+        if isinstance(base, str):
+            warn(f"{base}: what it says of its schedule is not known")
+        elif base != trained:
             differs = f"{name} says that it is sampled as {base}, and your flags train {trained}"
             warn(f"{differs}: the saved file will say what was trained; {_flags_for(base)}")
 

@@ -43,7 +43,7 @@ def follow(noise_scheduler: Any, run: Run, device: torch.device) -> None:
             f"{len(schedule)}: they must be equal"
         )
     noise_scheduler.betas = torch.from_numpy(schedule.betas.copy()).float()
-    noise_scheduler.alphas = torch.from_numpy(1 - schedule.betas).float()
+    noise_scheduler.alphas = torch.from_numpy(schedule.alphas.copy()).float()
     noise_scheduler.alphas_cumprod = torch.from_numpy(schedule.alphas_cumprod.copy()).float()
     noise_scheduler.all_snr = torch.from_numpy(schedule.snr.copy()).float().to(device)
 

@@ -28,9 +28,7 @@ def figures(schedule: NoiseSchedule) -> dict[str, float]:
         "terminal_snr": float(schedule.snr[-1]),
         "first_sigma": float(schedule.sigmas[0]),
         "middle_sigma": float(schedule.sigmas[(len(schedule) - 1) // 2]),
-        "share_above_sdxl": float(
-            (schedule.sigmas > NoiseSchedule.sdxl().terminal_sigma * (1 + 1e-9)).mean()
-        ),
+        "share_above_sdxl": float(schedule.above(NoiseSchedule.sdxl().terminal_sigma).mean()),
     }
 
 

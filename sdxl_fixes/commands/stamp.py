@@ -6,16 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sdxl_fixes.checkpoint import Sampling, read_json, read_sampling
+from sdxl_fixes.checkpoint import Sampling
 from sdxl_fixes.flags import SCHEDULE_FLAGS, Settings, add_flags
-from sdxl_fixes.model_files.model_file import KINDS, ModelFile, said_sampling
+from sdxl_fixes.model_files.model_file import KINDS, SCHEDULER_CONFIG, ModelFile, read_sampling
 from sdxl_fixes.model_files.stamp import (
-    SCHEDULER_CONFIG,
     Stamped,
     a1111_yaml,
     beside,
     model_files,
-    sampling_from_config,
     stamp_file,
     write_scheduler_config,
 )
@@ -96,8 +94,8 @@ def stamp(args: argparse.Namespace) -> int:
         for file in files:
             stamp_file(file, sampling, force=args.force, dry_run=True)  # refuse before anything is written
         # a scheduler of SDXL's own is what every tool writes, and says nothing
-        said = said_sampling(args.path)
-        if said not in (None, sampling) and not args.force:
+        said = None if args.force else read_sampling(args.path)
+        if said not in (None, sampling, Sampling(NoiseSchedule.sdxl(), "epsilon")):
             raise ValueError(
                 f"{config} says {said}; the stamp would say {sampling}: give --force if the stamp is right"
             )
@@ -146,17 +144,18 @@ def sampling_from_args(args: argparse.Namespace) -> Sampling:
         return Sampling(Settings.from_args(args).schedule(base), args.prediction_type)
     if flags:
         raise ValueError(f"--from and --{flags[0]} are two sources for one schedule: give one of them")
-    sampling, predicts = _read(args.source or args.path, args.source is not None)
-    if args.prediction_type is not None and predicts and sampling.prediction_type != args.prediction_type:
+    source = args.source or args.path
+    said = read_sampling(source, args.prediction_type)
+    if said is None:
+        other = "say it with --prediction_type and the schedule's flags, or with --from"
+        other = "give another --from" if args.source else other
+        raise ValueError(f"{source} does not say how it was trained: {other}")
+    if args.prediction_type not in (None, said.prediction_type):
         raise ValueError(
-            f"{args.source} says {sampling.prediction_type}, --prediction_type "
+            f"{source} says {said.prediction_type}, --prediction_type "
             f"{args.prediction_type}: leave one of them out"
         )
-    if args.prediction_type is None and not predicts:
-        raise ValueError(
-            f"{args.source} tells the schedule; tell also what the model predicts, with --prediction_type"
-        )
-    return Sampling(sampling.schedule, args.prediction_type or sampling.prediction_type)
+    return said
 
 
 def _flow(shift: float | None) -> NoiseSchedule:
@@ -172,36 +171,6 @@ def _check_yaml(old: Path, yaml: str) -> None:
         raise ValueError(
             f"{old} exists already and says something else: move it away, or give --force to replace it"
         )
-
-
-def _read(path: Path, asked: bool) -> tuple[Sampling, bool]:
-    """What a file or folder says, and whether it says what is predicted."""
-    if path.is_dir():
-        config = next(
-            (
-                file
-                for file in (path / "scheduler" / SCHEDULER_CONFIG, path / SCHEDULER_CONFIG)
-                if file.is_file()
-            ),
-            None,
-        )
-        if config is None:
-            raise ValueError(
-                f"{path} has no {SCHEDULER_CONFIG}: say how the model was trained, with --prediction_type "
-                "and the schedule's flags"
-            )
-        return sampling_from_config(read_json(config), str(config)), True
-    if path.suffix == ".json":
-        return read_sampling(path)
-    record = ModelFile.read(path).record
-    if record is None:
-        other = (
-            "give another --from"
-            if asked
-            else ("say it with --prediction_type and the schedule's flags, or with --from")
-        )
-        raise ValueError(f"{path} does not say how it was trained: {other}")
-    return record, True
 
 
 def _report(done: Stamped) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import math
 import textwrap
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +49,7 @@ def page(numbers: dict[str, Any], results: list[Result], table: str) -> str:
     # What the stock schedule's last training step shows of a picture's mean, and how far noise alone moves
     # that mean
     brightest = max(cell["asked"] for cell in zero["captions"])
-    signal, noise = stock.residual_signal * brightest, math.sqrt(1 - stock.residual_signal**2) / canvas
+    signal, noise = stock.residual_signal * brightest, float(stock.sqrt_one_minus_alphas_cumprod[-1]) / canvas
     body = f"""<h1>sdxl-fixes demo: what the noise schedule does to brightness</h1>
 <h2>What is wrong</h2>
 <p>A diffusion model is trained to remove noise, and it generates by starting from pure noise. SDXL's schedule never trains it on pure

@@ -9,7 +9,7 @@ and a pickle is never opened.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -117,10 +117,12 @@ def parse_header(file: BinaryIO, name: str) -> Header:
 
 
 def encode_header(
-    metadata: Mapping[str, str], tensors: Mapping[str, Tensor], size: int | None = None
+    metadata: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    size: int | Callable[[int], int] | None = None,
 ) -> bytes:
-    """The JSON, metadata first, padded with spaces to ``size`` bytes (None: to the next multiple of 8).
-    Raises ValueError if longer."""
+    """The JSON, metadata first, padded with spaces to ``size`` bytes, which may be told by the JSON's length
+    (None: to the next multiple of 8). Raises ValueError if longer."""
     content: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     for name, tensor in tensors.items():
         content[name] = {
@@ -129,7 +131,8 @@ def encode_header(
             "data_offsets": [tensor.begin, tensor.end],
         }
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
-    size = -(-len(text) // 8) * 8 if size is None else size
+    if size is None or callable(size):
+        size = -(-len(text) // 8) * 8 if size is None else size(len(text))
     if max(len(text), size) > LIMIT:
         raise ValueError(
             f"the header would take {max(len(text), size)} bytes, and {LIMIT} is the limit of "

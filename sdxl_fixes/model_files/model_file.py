@@ -3,25 +3,27 @@ schedule."""
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from sdxl_fixes.checkpoint import (
+    MARKERS,
+    UNET,
     Sampling,
-    marked_sampling,
+    overruled,
     read_json,
     read_record,
     sampling_of_config,
-    sampling_of_metadata,
+    sampling_of_file,
+    sampling_of_json,
 )
 from sdxl_fixes.model_files.header import FormatError, Header, Tensor, read_header
 from sdxl_fixes.model_files.write import recover
-from sdxl_fixes.schedule import NoiseSchedule
 
-UNET = "model.diffusion_model."
-MARKERS = ("v_pred", "ztsnr")
+SCHEDULER_CONFIG = "scheduler_config.json"
 # ComfyUI's markers of models that are told another timestep (0.25 log sigma): wrong in any model with a noise
 # schedule
 EDM_MARKERS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
@@ -47,53 +49,73 @@ _EMBEDDING = {
 }
 
 
-def read_sampling(path: Path) -> Sampling | None:
-    """How a checkpoint, U-Net, LoRA or diffusers folder says it must be sampled; None where nothing says
-    other than SDXL's own.
+def read_sampling(path: Path, predicts: str | None = None) -> Sampling | None:
+    """How a model file, a diffusers folder, a scheduler_config.json or a schedule record (.json) says that it
+    is sampled; None where nothing is said.
 
     A file is believed by its record, else by its marker tensors, else by the metadata of modelspec and kohya
-    (ss_); a folder by its scheduler config. Only headers are read, and nothing is written. Raises OSError or
-    FormatError for what cannot be read, ValueError, in one sentence that names the file, for a record or a
-    scheduler config that is there but broken.
+    (ss_); a folder by the record in its U-Net, else by its scheduler config. ``predicts`` is for a JSON
+    record that tells a schedule alone. Only headers are read, and nothing is written. Raises OSError or
+    FormatError for what cannot be read, ValueError, in one sentence that names the file, for what is there
+    but broken.
     """
     if path.is_dir():
-        config = path / "scheduler" / "scheduler_config.json"
-        if not config.is_file():
-            return None
-        content = read_json(config)
-        try:
-            found = sampling_of_config(content)
-        except ValueError as error:
-            raise ValueError(f"{config}: {error}") from error
-        return None if found == Sampling(NoiseSchedule.sdxl(), "epsilon") else found
+        files = unet_files(path)
+        return (files and _sampling_of(files[0])) or read_scheduler(path)[0]
+    _check_readable(path)
+    if path.suffix != ".json":
+        return _sampling_of(path)
+    content = read_json(path)
+    with _named(path):
+        return sampling_of_json(content, predicts)
+
+
+def _sampling_of(path: Path) -> Sampling | None:
     header = read_header(path)
+    with _named(path):
+        return sampling_of_file(header.metadata, header.tensors)
+
+
+def read_scheduler(folder: Path) -> tuple[Sampling | None, list[str]]:
+    """What the scheduler config of a diffusers folder says, and what in it overrules that in diffusers (see
+    :func:`sdxl_fixes.checkpoint.overruled`). Raises ValueError, naming it, for a broken one."""
+    file = next((file for file in _scheduler_configs(folder) if file.is_file()), None)
+    if file is None:
+        return None, []
+    config = read_json(file)
+    with _named(file):
+        return sampling_of_config(config), overruled(config)
+
+
+def _scheduler_configs(folder: Path) -> tuple[Path, Path]:
+    """Where it may lie: also in ``folder`` itself, which is then the pipeline's scheduler folder."""
+    return folder / "scheduler" / SCHEDULER_CONFIG, folder / SCHEDULER_CONFIG
+
+
+def unet_files(folder: Path) -> list[Path]:
+    """The files of a diffusers folder, or of a folder that holds one sharded model, that carry a record; none
+    in any other folder."""
+    unet = folder / "unet" if (folder / "unet").is_dir() else folder
+    single = (unet / "config.json").is_file() or any(unet.glob("*.safetensors.index.json"))
+    return sorted(unet.glob("*.safetensors")) if single or unet != folder else []
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors that name the file."""
     try:
-        record = read_record(header.metadata)
+        yield
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    v, zero_snr = (any(prefix + name in header.tensors for prefix in ("", UNET)) for name in MARKERS)
-    return record or marked_sampling(v, zero_snr) or sampling_of_metadata(header.metadata)
 
 
-def said_sampling(path: Path) -> Sampling | None:
-    """The same, never raising: what cannot be read says nothing. For callers that were asked something else;
-    :func:`said_problem` tells them why, where a record or scheduler config is there but broken."""
-    try:
-        return read_sampling(path)
-    except (OSError, ValueError):
-        return None
-
-
-def said_problem(path: Path) -> str | None:
-    """What is wrong with the record or the scheduler config of a file or folder, in one sentence that names
-    it; None if nothing is, and for what has neither (a pickle, a file that is not there)."""
-    try:
-        read_sampling(path)
-    except (OSError, FormatError):
-        return None
-    except ValueError as error:
-        return str(error)
-    return None
+def _check_readable(path: Path) -> None:
+    if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+        raise FormatError(f"{path} is a pickle, which is never opened here: convert it to safetensors first")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}: give a .safetensors file or a folder")
+    if not path.is_file():
+        raise OSError(f"{path} is not a regular file: give a .safetensors file or a folder")
 
 
 @dataclass(frozen=True)
@@ -113,14 +135,7 @@ class ModelFile:
         """Read ``path`` (its header only). Raises ValueError or OSError, in one sentence, for what is no
         model of SDXL's kind, and for a broken record, unless it is to be overruled: then the file has
         none."""
-        if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
-            raise FormatError(
-                f"{path} is a pickle, which is never opened here: convert it to safetensors first"
-            )
-        if not path.exists():
-            raise FileNotFoundError(f"there is no {path}: give a .safetensors file or a folder")
-        if not path.is_file():
-            raise OSError(f"{path} is not a regular file: give a .safetensors file or a folder")
+        _check_readable(path)
         mended = recover(path)
         header = read_header(path)
         record, broken = None, None
@@ -131,6 +146,11 @@ class ModelFile:
                 raise ValueError(f"{path}: {error}") from error
             broken = str(error)
         return cls(path, header, _kind(path, header), record, mended, broken)
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """How the file says that it is sampled, as :func:`read_sampling`."""
+        return self.record or sampling_of_file(self.header.metadata, self.header.tensors)
 
     @property
     def is_sdxl(self) -> bool | None:
@@ -164,7 +184,7 @@ class ModelFile:
     def contradictions(self, sampling: Sampling) -> list[str]:
         """What the file says that is not so for ``sampling``, each as half a sentence."""
         epsilon, v = sampling.prediction_type == "epsilon", sampling.prediction_type == "v_prediction"
-        zero_snr = sampling.schedule.residual_signal == 0 and sampling.prediction_type != "flow_prediction"
+        zero_snr = sampling.zero_terminal
         found = []
         if self.broken is not None:
             found.append("its record was broken")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,13 @@ from sdxl_fixes.checkpoint import (
     markers,
     metadata,
     read_json,
-    sampling_of_config,
     scheduler_config,
 )
 from sdxl_fixes.model_files.header import ROOM_KEY, Header, encode_header
-from sdxl_fixes.model_files.model_file import KINDS, ModelFile
+from sdxl_fixes.model_files.model_file import KINDS, ModelFile, unet_files
 from sdxl_fixes.model_files.write import data_hash, longer, replace_header
 from sdxl_fixes.schedule import EXACT_KEY
 
-SCHEDULER_CONFIG = "scheduler_config.json"
 # what SDXL's own scheduler_config.json says beside the schedule
 _EULER = {
     "_class_name": "EulerDiscreteScheduler",
@@ -86,10 +85,8 @@ def stamp_file(
     if dry_run:
         return Stamped(path, file.kind, "not written (--dry-run)", placed, tuple(notes))
     before = data_hash(path) if check else None
-    text_size = len(encode_header(entries, tensors).rstrip())
-    way = replace_header(
-        path, file.header, encode_header(entries, tensors, longer(file.header, text_size)), in_place, output
-    )
+    text = encode_header(entries, tensors, partial(longer, file.header))
+    way = replace_header(path, file.header, text, in_place, output)
     if before is not None and before != data_hash(output or path):
         raise OSError(
             f"{output or path}: the tensors' bytes are not what they were before the stamp: do "
@@ -105,12 +102,9 @@ def stamp_file(
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files of a diffusers folder (or of a folder that holds one sharded model) that carry a record.
-    Raises ValueError for a folder that is neither."""
-    unet = folder / "unet" if (folder / "unet").is_dir() else folder
-    found = sorted(unet.glob("*.safetensors"))
-    single = (unet / "config.json").is_file() or any(unet.glob("*.safetensors.index.json"))
-    if not found or not (single or unet != folder):
+    """The files of a folder that carry a record. Raises ValueError for a folder that is neither diffusers'
+    nor one sharded model's."""
+    if not (found := unet_files(folder)):
         raise ValueError(
             f"{folder} is neither a diffusers folder nor a sharded model: give one "
             ".safetensors file at a time"
@@ -152,15 +146,6 @@ def stock_config(sampling: Sampling) -> dict[str, Any] | None:
     }
 
 
-def sampling_from_config(config: dict[str, Any], name: str) -> Sampling:
-    """What the scheduler_config.json ``name`` says. Raises ValueError, naming it, for one that describes no
-    noise schedule."""
-    try:
-        return sampling_of_config(config)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
 def a1111_yaml(sampling: Sampling) -> str:
     """A complete sgm config of SDXL with v-prediction, for A1111 up to 1.10, as JSON (which YAML includes).
     Raises ValueError where it would not help: it can say v-prediction and nothing else."""
@@ -168,10 +153,7 @@ def a1111_yaml(sampling: Sampling) -> str:
         raise ValueError(
             f"a YAML can tell A1111 only v-prediction on SDXL's own betas, not {sampling}: leave --yaml out"
         )
-    return (
-        json.dumps({"model": {"target": "sgm.models.diffusion.DiffusionEngine", "params": _sgm()}}, indent=1)
-        + "\n"
-    )
+    return (Path(__file__).parent / "sgm_v_prediction.json").read_text(encoding="utf-8")
 
 
 def _metadata(old: Header, sampling: Sampling) -> dict[str, str]:
@@ -185,86 +167,8 @@ def _metadata(old: Header, sampling: Sampling) -> dict[str, str]:
         else:
             entries[key] = value
     if "ss_zero_terminal_snr" in entries:  # kohya's own word for it
-        zero_snr = sampling.schedule.residual_signal == 0 and sampling.prediction_type != "flow_prediction"
-        entries["ss_zero_terminal_snr"] = str(zero_snr)
+        entries["ss_zero_terminal_snr"] = str(sampling.zero_terminal)
     return entries
-
-
-def _sgm() -> dict[str, Any]:
-    """SDXL's architecture in the words of sgm, the library that A1111 builds it with."""
-    modules = "sgm.modules"
-    diffusion, encoders = f"{modules}.diffusionmodules", f"{modules}.encoders.modules"
-    sizes = [
-        {
-            "is_trainable": False,
-            "input_key": key,
-            "target": f"{encoders}.ConcatTimestepEmbedderND",
-            "params": {"outdim": 256},
-        }
-        for key in ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple")
-    ]
-    clip_l = {"layer": "hidden", "layer_idx": 11}
-    clip_g = {"arch": "ViT-bigG-14", "version": "laion2b_s39b_b160k", "freeze": True, "layer": "penultimate"}
-    clip_g |= {"always_return_pooled": True, "legacy": False}
-    texts: list[dict[str, Any]] = [
-        {"is_trainable": False, "input_key": "txt", "target": f"{encoders}.{name}", "params": params}
-        for name, params in (("FrozenCLIPEmbedder", clip_l), ("FrozenOpenCLIPEmbedder2", clip_g))
-    ]
-    unet = {
-        "adm_in_channels": 2816,
-        "num_classes": "sequential",
-        "use_checkpoint": False,
-        "in_channels": 4,
-        "out_channels": 4,
-    }
-    unet |= {
-        "model_channels": 320,
-        "attention_resolutions": [4, 2],
-        "num_res_blocks": 2,
-        "channel_mult": [1, 2, 4],
-    }
-    unet |= {
-        "num_head_channels": 64,
-        "use_spatial_transformer": True,
-        "use_linear_in_transformer": True,
-        "transformer_depth": [1, 2, 10],
-    }
-    unet |= {"context_dim": 2048, "spatial_transformer_attn_type": "softmax-xformers", "legacy": False}
-    vae = {
-        "attn_type": "vanilla-xformers",
-        "double_z": True,
-        "z_channels": 4,
-        "resolution": 256,
-        "in_channels": 3,
-        "out_ch": 3,
-    }
-    vae |= {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}
-    autoencoder = {
-        "embed_dim": 4,
-        "monitor": "val/rec_loss",
-        "ddconfig": vae,
-        "lossconfig": {"target": "torch.nn.Identity"},
-    }
-    denoiser = {
-        "num_idx": 1000,
-        "weighting_config": {"target": f"{diffusion}.denoiser_weighting.VWeighting"},
-        "scaling_config": {"target": f"{diffusion}.denoiser_scaling.VScaling"},
-        "discretization_config": {"target": f"{diffusion}.discretizer.LegacyDDPMDiscretization"},
-    }
-    return {
-        "scale_factor": 0.13025,
-        "disable_first_stage_autocast": True,
-        "denoiser_config": {"target": f"{diffusion}.denoiser.DiscreteDenoiser", "params": denoiser},
-        "network_config": {"target": f"{diffusion}.openaimodel.UNetModel", "params": unet},
-        "conditioner_config": {
-            "target": f"{modules}.GeneralConditioner",
-            "params": {"emb_models": [*texts, *sizes]},
-        },
-        "first_stage_config": {
-            "target": "sgm.models.autoencoder.AutoencoderKLInferenceWrapper",
-            "params": autoencoder,
-        },
-    }
 
 
 def beside(path: Path, suffix: str) -> Path:

@@ -75,7 +75,7 @@ def _schedule(run: Run) -> str:
             f"SDXL's own schedule (sigma to {stock.terminal_sigma:.3g}, {100 * stock.residual_signal:.2g} % "
             "of the image left at the end)"
         )
-    zero = run.schedule.residual_signal == 0
+    zero = run.schedule.zero_terminal
     end = "zero terminal SNR" if zero else f"sigma to {run.schedule.terminal_sigma:.6g}"
     left = "nothing" if zero else f"{100 * run.schedule.residual_signal:.2g} %"
     by = "" if "schedule" in run.on or zero else ", as the base"
@@ -134,7 +134,7 @@ def disappointments(run: Run) -> list[str]:
     """Sentences about what these flags will not give."""
     found = []
     epsilon, sigma = run.prediction_type == "epsilon", run.schedule.terminal_sigma
-    if epsilon and run.schedule.residual_signal == 0:
+    if epsilon and run.schedule.zero_terminal:
         found.append(EPSILON_AT_ZERO_SNR.replace("v_prediction", run.trainer.v_flag))
     elif epsilon and sigma > 2 * NoiseSchedule.sdxl().terminal_sigma:
         found.append(
@@ -162,10 +162,10 @@ def schedule_flags(schedule: NoiseSchedule) -> str | None:
         return ""
     if schedule == NoiseSchedule.sdxl().zero_terminal_snr():
         return "--zero_terminal_snr"
-    if schedule.residual_signal == 0:
+    if schedule.zero_terminal:
         return None
-    step = schedule.recipe[-1]
-    method, start = str(step.get("method", "beta_end")), step.get("start")
+    last = schedule.changes[-1] if schedule.changes else None
+    method, start = ("beta_end", None) if last is None else (last.method, last.start)
     sigma = float(f"{schedule.terminal_sigma:.6g}")
     try:
         made = Settings(

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdxl_fixes.checkpoint import STAND_IN_SIGMA, Sampling, flow_shift, read_json
-from sdxl_fixes.model_files.model_file import UNET, ModelFile
-from sdxl_fixes.model_files.stamp import SCHEDULER_CONFIG, beside, model_files, sampling_from_config
+from sdxl_fixes.checkpoint import STAND_IN_SIGMA, UNET, Sampling, flow_shift
+from sdxl_fixes.model_files.model_file import SCHEDULER_CONFIG, ModelFile, read_sampling, read_scheduler
+from sdxl_fixes.model_files.stamp import beside, model_files
 from sdxl_fixes.schedule import NoiseSchedule
 
 # where ComfyUI, Forge, reForge and A1111 end zero terminal SNR: alphas_cumprod 4.897345e-08
@@ -49,30 +49,36 @@ class Verdict:
         }
 
 
+# what a UI takes a file for (None: it does not load it), and what would help where that is wrong
+Reading = tuple[Sampling | None, str]
+FolderReading = tuple[Sampling | None, str, bool]  # and whether it samples something else all the same
+
+
 def verdicts(path: Path) -> tuple[ModelFile, Sampling | None, list[Verdict]]:
     """The file (of a folder: its U-Net's first), how it must be sampled if it says so, and one verdict per
     UI. Raises ValueError or OSError as ModelFile.read."""
     if path.is_dir():
-        return _of_folder(path)
+        folder = _Folder.read(path)
+        truth = read_sampling(path)
+        return folder.file, truth, [_verdict(ui, truth, *UIS[ui].folder(folder)) for ui in UIS]
     file = ModelFile.read(path)
-    rows: list[tuple[str, Sampling | None, str]]
+    return file, file.sampling, [_verdict(ui, file.sampling, *_reading(ui, file)) for ui in UIS]
+
+
+def _reading(ui: str, file: ModelFile) -> Reading:
     if file.kind == "lora":
-        rows = [
-            (ui, None, "the checkpoint that it is used with decides: no UI reads a schedule from a LoRA")
-            for ui in UIS
-        ]
-    elif file.kind == "shard":
-        rows = [(ui, None, "loads no single shard") for ui in UIS]
-    else:
-        rows = [(ui, *read(file)) for ui, read in UIS.items()]
-    return file, file.record, [_verdict(ui, sampling, file.record, note) for ui, sampling, note in rows]
+        return None, "the checkpoint that it is used with decides: no UI reads a schedule from a LoRA"
+    return (None, "loads no single shard") if file.kind == "shard" else UIS[ui].file(file)
 
 
-def _verdict(ui: str, sampling: Sampling | None, truth: Sampling | None, note: str) -> Verdict:
-    right = _agree(sampling, truth) if sampling is not None and truth is not None else None
-    return Verdict(
-        ui, sampling, None if sampling is None else _sigma_max(ui, sampling), right, "" if right else note
-    )
+def _verdict(
+    ui: str, truth: Sampling | None, sampling: Sampling | None, note: str, wrong: bool = False
+) -> Verdict:
+    """``wrong``: it does not sample what it takes the model for."""
+    if sampling is None:
+        return Verdict(ui, None, None, None, note)
+    right = None if truth is None else _agree(sampling, truth) and not wrong
+    return Verdict(ui, sampling, _sigma_max(UIS[ui], sampling), right, "" if right else note)
 
 
 def _agree(sampling: Sampling, truth: Sampling) -> bool:
@@ -84,18 +90,14 @@ def _agree(sampling: Sampling, truth: Sampling) -> bool:
     return flows or sampling == truth
 
 
-def _sigma_max(ui: str, sampling: Sampling) -> float:
+def _sigma_max(ui: UI, sampling: Sampling) -> float:
     """The sigma that sampling starts from, in the UI's own terms (1 for flow)."""
     if sampling.prediction_type == "flow_prediction":
         return 1.0
-    if sampling.schedule.residual_signal > 0:
-        return sampling.schedule.terminal_sigma
-    return STAND_IN_SIGMA if ui in ("diffusers", "SD.Next", "InvokeAI") else ZERO_SNR_SIGMA
+    return ui.zero_snr_sigma if sampling.zero_terminal else sampling.schedule.terminal_sigma
 
 
 # ---------------------------------------------------------------- the UIs, one reader each
-
-Reading = tuple[Sampling | None, str]
 
 
 def _stock(v: bool, zero_snr: bool) -> Sampling:
@@ -298,42 +300,76 @@ def _yaml_says_v(file: ModelFile) -> bool:
     )
 
 
-UIS: dict[str, Callable[[ModelFile], Reading]] = {
-    "ComfyUI, Load Checkpoint": _comfy_checkpoint,
-    "ComfyUI, Load Diffusion Model": _comfy_unet,
-    "ComfyUI with our node": _with_node,
-    "Forge": _forge,
-    "reForge": _reforge,
-    "A1111, dev branch": _a1111_dev,
-    "A1111 up to 1.10": _a1111_old,
-    "Forge with our extension": _forge_extension,
-    "reForge or A1111 with our extension": _a1111_extension,
-    "Forge Neo": _forge_neo,
-    "SwarmUI": _swarm,
-    "SD.Next": _sd_next,
-    "InvokeAI": _invokeai,
-    "diffusers": _diffusers,
+# ---------------------------------------------------------------- diffusers folders
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """A diffusers folder: its U-Net's first file, what its scheduler config says, and what overrules that."""
+
+    path: Path
+    file: ModelFile
+    says: Sampling | None
+    overruled: tuple[str, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> _Folder:
+        says, overruled = read_scheduler(path)
+        return cls(path, ModelFile.read(model_files(path)[0]), says, tuple(overruled))
+
+
+def _no_folder(folder: _Folder) -> FolderReading:
+    return None, "loads no diffusers folder", False
+
+
+def _comfy_folder(folder: _Folder) -> FolderReading:
+    return _stock(False, False), NODE, False
+
+
+def _node_folder(folder: _Folder) -> FolderReading:
+    return folder.file.record, "stamp the folder", False
+
+
+def _config_folder(folder: _Folder) -> FolderReading:
+    if not folder.overruled:
+        return folder.says, "stamp the folder", False
+    return folder.says, f"{'; '.join(folder.overruled)}: sdxl-fixes stamp {folder.path}", True
+
+
+def _invokeai_folder(folder: _Folder) -> FolderReading:
+    flow = folder.says is not None and folder.says.prediction_type == "flow_prediction"
+    return (None, "refuses flow", False) if flow else _config_folder(folder)
+
+
+# ---------------------------------------------------------------- the table
+
+
+@dataclass(frozen=True)
+class UI:
+    """A UI: what it makes of a file, what of a diffusers folder, and at which sigma it ends zero terminal
+    SNR."""
+
+    file: Callable[[ModelFile], Reading]
+    folder: Callable[[_Folder], FolderReading] = _no_folder
+    zero_snr_sigma: float = ZERO_SNR_SIGMA
+
+
+UIS = {
+    "ComfyUI, Load Checkpoint": UI(_comfy_checkpoint, _comfy_folder),
+    "ComfyUI, Load Diffusion Model": UI(_comfy_unet, _comfy_folder),
+    "ComfyUI with our node": UI(_with_node, _node_folder),
+    "Forge": UI(_forge),
+    "reForge": UI(_reforge),
+    "A1111, dev branch": UI(_a1111_dev),
+    "A1111 up to 1.10": UI(_a1111_old),
+    "Forge with our extension": UI(_forge_extension),
+    "reForge or A1111 with our extension": UI(_a1111_extension),
+    "Forge Neo": UI(_forge_neo),
+    "SwarmUI": UI(_swarm),
+    "SD.Next": UI(_sd_next, _config_folder, STAND_IN_SIGMA),
+    "InvokeAI": UI(_invokeai, _invokeai_folder, STAND_IN_SIGMA),
+    "diffusers": UI(_diffusers, _config_folder, STAND_IN_SIGMA),
 }
-
-
-def _of_folder(folder: Path) -> tuple[ModelFile, Sampling | None, list[Verdict]]:
-    file = ModelFile.read(model_files(folder)[0])
-    config = folder / "scheduler" / SCHEDULER_CONFIG
-    says = sampling_from_config(read_json(config), str(config)) if config.is_file() else None
-    rows: list[tuple[str, Sampling | None, str]] = []
-    for ui in UIS:
-        if ui in ("diffusers", "InvokeAI", "SD.Next"):
-            flow = says is not None and says.prediction_type == "flow_prediction"
-            refused = ui == "InvokeAI" and flow
-            rows.append((ui, None if refused else says, "refuses flow" if refused else "stamp the folder"))
-        elif ui == "ComfyUI with our node":
-            rows.append((ui, file.record, "stamp the folder"))
-        elif ui.startswith("ComfyUI"):
-            rows.append((ui, _stock(False, False), NODE))
-        else:
-            rows.append((ui, None, "loads no diffusers folder"))
-    truth = file.record or says
-    return file, truth, [_verdict(ui, sampling, truth, note) for ui, sampling, note in rows]
 
 
 def as_json(file: ModelFile, truth: Sampling | None, rows: list[Verdict]) -> str:

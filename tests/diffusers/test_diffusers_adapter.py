@@ -11,6 +11,7 @@ import re
 import sys
 
 import diffusers
+import models
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
@@ -18,11 +19,13 @@ from made_up_script import DATA, SCRIPT, environment, model, run
 from safetensors import safe_open
 
 from sdxl_fixes import NoiseSchedule
+from sdxl_fixes.checkpoint import Sampling
 from sdxl_fixes.cli import main as cli
 from sdxl_fixes.diffusers import buckets, caches, crops, prompts
 from sdxl_fixes.diffusers.__main__ import main as launch
 from sdxl_fixes.diffusers.anchors import missing
 from sdxl_fixes.diffusers.run import SESSION, start
+from sdxl_fixes.model_files.stamp import stamp_file
 from sdxl_fixes.trainers.patching import PatchSet
 
 V = ("--prediction_type", "v_prediction")
@@ -311,6 +314,28 @@ def test_an_edm_model_keeps_its_sigmas(train, base):
     assert "is an EDM model with sigmas of its own" in refusal(
         train, "--terminal_sigma", "300", model=model, status=2
     )
+
+
+def test_a_flow_matching_model_is_refused(train, base):
+    model = base()
+    (model / "scheduler" / "scheduler_config.json").write_text(
+        '{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}'
+    )
+    said = refusal(train, "--terminal_sigma", "300", model=model, status=2)
+    assert "flow_prediction, sigma 0.003003 to inf, which is rectified flow" in said
+
+
+def test_a_record_that_the_scheduler_config_contradicts_is_named(train, base, capsys):
+    base_model = base()
+    (base_model / "unet").mkdir()
+    stamped = models.model(base_model / "unet" / "diffusion_pytorch_model.safetensors", "diffusers_unet")
+    stamp_file(stamped, Sampling(NoiseSchedule.sdxl().zero_terminal_snr(), "v_prediction"))
+    train("--terminal_sigma", "300", model=base_model)
+    said = capsys.readouterr().err
+    assert f"the record in {base_model} says v_prediction, sigma 0.02917 to inf, its scheduler config" in said
+    stamp_file(stamped, Sampling(NoiseSchedule.sdxl(), "epsilon"), force=True)
+    train("--terminal_sigma", "300", model=base_model)
+    assert "the record in" not in capsys.readouterr().err
 
 
 def test_the_report_names_what_is_on(train, capsys):

@@ -9,7 +9,8 @@ from models import KINDS, model, write
 from sdxl_fixes import NoiseSchedule
 from sdxl_fixes.checkpoint import RECORD_KEY, Sampling, metadata
 from sdxl_fixes.cli import main
-from sdxl_fixes.model_files.model_file import ModelFile, read_sampling, said_problem, said_sampling
+from sdxl_fixes.model_files.header import FormatError
+from sdxl_fixes.model_files.model_file import ModelFile, read_sampling
 from sdxl_fixes.model_files.stamp import stock_config
 from sdxl_fixes.schedulers import CLASSES
 
@@ -20,6 +21,7 @@ V, V_ZERO, EPSILON_ZERO = (
     Sampling(ZERO, "v_prediction"),
     Sampling(ZERO, "epsilon"),
 )
+STOCK = Sampling(SDXL, "epsilon")
 FLOW = Sampling(NoiseSchedule.flow(2.5), "flow_prediction")
 SAYS = "modelspec.prediction_type"
 UNET = "model.diffusion_model."
@@ -55,12 +57,14 @@ FILES = {
 
 @pytest.mark.parametrize("case", FILES)
 @pytest.mark.parametrize("kind", ["checkpoint", "lora"])
-def test_a_file_is_believed_by_record_then_markers_then_metadata(case, kind, tmp_path):
+def test_a_file_is_believed_by_record_then_markers_then_metadata(case, kind, tmp_path, capsys):
     markers, entries, expected = FILES[case]
     path = write(tmp_path / "m.safetensors", {**KINDS[kind], **{name: [0] for name in markers}}, entries)
     before = path.read_bytes()
-    assert read_sampling(path) == said_sampling(path) == expected and said_problem(path) is None
+    assert read_sampling(path) == expected
     assert path.read_bytes() == before
+    if expected is not None:
+        every_command_reads(path, expected, tmp_path, capsys)
 
 
 def folder_of(tmp_path, config):
@@ -89,7 +93,7 @@ UNIPC |= {
     "num_train_timesteps": 1000,
 }
 FOLDERS = {
-    "SDXL's own": ({**SDXL.to_config("epsilon"), "timestep_spacing": "leading"}, None),
+    "SDXL's own": ({**SDXL.to_config("epsilon"), "timestep_spacing": "leading"}, STOCK),
     "v": (SDXL.to_config("v_prediction"), V),
     "rescaled": ({**SDXL.to_config("v_prediction"), "rescale_betas_zero_snr": True}, V_ZERO),
     "another end": (
@@ -98,24 +102,59 @@ FOLDERS = {
     ),
     "flow, as diffusers saves it": (UNIPC, FLOW),
     "flow, as stamp writes it": (stock_config(FLOW), FLOW),
+    "flow matching": (
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 2.5},
+        FLOW,
+    ),
+    "diffusers' default of what is predicted": (
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        STOCK,
+    ),
 }
+
+
+def every_command_reads(source, expected, tmp_path, capsys):
+    """stamp --from, schedule --from and inspect."""
+    file = model(tmp_path / "copy.safetensors")
+    assert main(["stamp", str(file), "--from", str(source)]) == 0 and ModelFile.read(file).record == expected
+    capsys.readouterr()
+    assert main(["schedule", "--from", str(source), "--json"]) == 0
+    assert NoiseSchedule.from_record(json.loads(capsys.readouterr().out)["record"]) == expected.schedule
+    if source.suffix != ".json":
+        assert main(["inspect", str(source), "--json"]) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert said["prediction_type"] == expected.prediction_type
+        assert said["terminal_sigma"] == expected.schedule.to_record()["terminal_sigma"]
+
+
+def problem_of(path):
+    """What is wrong with it, as every reader says it."""
+    with pytest.raises(ValueError) as caught:
+        read_sampling(path)
+    assert not isinstance(caught.value, FormatError)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("case", FOLDERS)
 def test_a_folder_is_believed_by_its_scheduler_config(case, tmp_path, capsys):
     config, expected = FOLDERS[case]
     folder = folder_of(tmp_path, config)
-    assert read_sampling(folder) == said_sampling(folder) == expected and said_problem(folder) is None
-    if expected is not None:  # every reader reads the same
-        file = model(tmp_path / "m.safetensors")
-        assert (
-            main(["stamp", str(file), "--from", str(folder)]) == 0 and ModelFile.read(file).record == expected
-        )
-        capsys.readouterr()
-        assert main(["inspect", str(folder), "--json"]) == 0
-        said = json.loads(capsys.readouterr().out)
-        assert said["prediction_type"] == expected.prediction_type
-        assert said["terminal_sigma"] == expected.schedule.to_record()["terminal_sigma"]
+    assert read_sampling(folder) == expected
+    every_command_reads(folder, expected, tmp_path, capsys)
+    every_command_reads(folder / "scheduler" / "scheduler_config.json", expected, tmp_path, capsys)
+
+
+def test_a_folder_is_believed_by_its_unets_record_first(tmp_path, capsys):
+    folder = folder_of(tmp_path, SDXL.to_config("epsilon"))
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    write(file, KINDS["diffusers_unet"], record_of(V_ZERO))
+    assert read_sampling(folder) == V_ZERO
+    every_command_reads(folder, V_ZERO, tmp_path, capsys)
+    assert main(["stamp", str(folder), "--prediction_type", "epsilon"]) == 2
+    assert "its record says v_prediction" in capsys.readouterr().err
+    assert main(["stamp", str(folder)]) == 0  # the config then says what the record does
+    (folder / "unet" / file.name).unlink()
+    assert read_sampling(folder) == V_ZERO
 
 
 def test_the_right_stamp_of_a_flow_folder_is_taken_and_a_wrong_one_refused(tmp_path, capsys):
@@ -169,6 +208,7 @@ BROKEN = {
     "a list for a name": (broken({"recipe": [{"make": ["x"]}]}), 'must be an object whose "make" is one of'),
     "NaN": (broken({"betas": [0.1, float("nan")]}), "betas[1] is nan"),
     "no prediction type": (broken({"prediction_type": None}), "prediction_type is None"),
+    "a schedule alone": ({RECORD_KEY: SDXL.to_json()}, "prediction_type is None: expected a name"),
     "an unknown prediction type": (broken({"prediction_type": "x"}), "unknown prediction_type 'x'"),
     "newer": (broken({"version": 2}), "update sdxl-fixes"),
 }
@@ -178,11 +218,8 @@ BROKEN = {
 def test_a_broken_record_is_a_sentence_everywhere_and_says_nothing(case, tmp_path, capsys):
     entries, sentence = BROKEN[case]
     path = model(tmp_path / "m.safetensors", metadata={**entries, SAYS: "v"})
-    assert said_sampling(path) is None
-    problem = said_problem(path)
+    problem = problem_of(path)
     assert str(path) in problem and sentence in problem and "\n" not in problem
-    with pytest.raises(ValueError, match=r"m\.safetensors"):
-        read_sampling(path)
     record = tmp_path / "record.json"
     record.write_text(entries[RECORD_KEY])
     commands = [
@@ -192,7 +229,7 @@ def test_a_broken_record_is_a_sentence_everywhere_and_says_nothing(case, tmp_pat
     ]
     for words in (
         commands
-        if case in ("no JSON", "deep", "a list")
+        if case in ("no JSON", "deep", "a list", "a schedule alone")
         else [*commands, ["stamp", str(path), "--from", str(record)]]
     ):
         assert main(words) == 2
@@ -206,7 +243,7 @@ def test_force_mends_a_broken_record(case, tmp_path, capsys):
     path = model(tmp_path / "m.safetensors", metadata=BROKEN[case][0])
     assert main(["stamp", str(path), "--prediction_type", "v_prediction", "--force"]) == 0
     assert "overruled: its record was broken" in capsys.readouterr().out
-    assert read_sampling(path) == V and said_problem(path) is None
+    assert read_sampling(path) == V
 
 
 @pytest.mark.parametrize(
@@ -230,8 +267,7 @@ def test_force_mends_a_broken_record(case, tmp_path, capsys):
 def test_a_broken_scheduler_config_is_a_sentence_that_names_it(config, sentence, tmp_path, capsys):
     folder = folder_of(tmp_path, config)
     file = folder / "scheduler" / "scheduler_config.json"
-    assert said_sampling(folder) is None
-    problem = said_problem(folder)
+    problem = problem_of(folder)
     assert problem.count(str(file)) == 1 and sentence in problem and "\n" not in problem
     for words in (
         ["inspect", str(folder)],
@@ -243,9 +279,12 @@ def test_a_broken_scheduler_config_is_a_sentence_that_names_it(config, sentence,
         assert error.count("\n") == 1 and sentence in error and str(file) in error
 
 
-def test_what_has_no_record_to_be_broken_has_no_problem(tmp_path):
+def test_what_cannot_be_read_is_told_from_what_is_broken(tmp_path):
     pickle, missing, empty = tmp_path / "m.ckpt", tmp_path / "nowhere", tmp_path / "folder"
     pickle.write_bytes(b"PK\x03\x04" + bytes(100))
     empty.mkdir()
-    for path in (pickle, missing, empty):
-        assert said_sampling(path) is None and said_problem(path) is None
+    with pytest.raises(FormatError, match="never opened"):
+        read_sampling(pickle)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_sampling(missing)
+    assert read_sampling(empty) is None
