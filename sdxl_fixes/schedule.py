@@ -13,12 +13,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sdxl_fixes.errors import shown as _shown
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 Array = npt.NDArray[np.float64]
 
@@ -370,6 +373,11 @@ class NoiseSchedule:
             log_snr: Array = np.log(self.snr)
         return _frozen(log_snr)
 
+    @cached_property
+    def log_sigmas(self) -> Array:
+        """Natural logarithm of sigma; infinite at SNR 0."""
+        return _frozen(-self.log_snr / 2)
+
     def levels(self, flow: bool = False) -> tuple[Array, Array, Array]:
         """What multiplies the image, what multiplies the noise, and the timestep that the network is told:
         x = alpha x_0 + sigma noise.
@@ -484,7 +492,7 @@ class NoiseSchedule:
 
     def scheduler(
         self, name: str, prediction_type: str = "epsilon", timestep_spacing: str = "log_sigma", **options: Any
-    ) -> Any:
+    ) -> SchedulerMixin:
         """A diffusers scheduler that samples exactly this schedule: see
         :func:`sdxl_fixes.schedulers.scheduler`."""
         from sdxl_fixes import schedulers

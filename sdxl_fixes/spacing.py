@@ -38,7 +38,7 @@ def timesteps(schedule: NoiseSchedule, steps: int, spacing: str = "log_sigma", o
     if spacing == "log_sigma":
         return _distinct(last - _even(_widths(schedule), steps))
     if spacing == "karras":
-        log_sigmas = np.minimum(-schedule.log_snr / 2, 1e3)  # 1e3 for infinity
+        log_sigmas = np.minimum(schedule.log_sigmas, 1e3)  # 1e3 for infinity
         return _distinct(_nearest(log_sigmas, np.minimum(np.log(_karras(schedule, steps)), 1e3)))
     if spacing == "trailing":
         return np.round(len(schedule) * (1 - np.arange(steps) / steps)).astype(np.int64) - 1
@@ -54,7 +54,7 @@ def timesteps(schedule: NoiseSchedule, steps: int, spacing: str = "log_sigma", o
 def _widths(schedule: NoiseSchedule) -> Array:
     """How far log sigma falls after each timestep, from the last to the first. At both ends it falls for ever
     (from SNR 0, and to the clean image); such a gap counts as much as its neighbour."""
-    log_sigmas = -schedule.log_snr[::-1] / 2
+    log_sigmas = schedule.log_sigmas[::-1]
     widths = np.empty(len(schedule))
     widths[:-1] = log_sigmas[:-1] - log_sigmas[1:]
     if np.isinf(widths[0]):
