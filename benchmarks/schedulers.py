@@ -41,10 +41,11 @@ NOISY = ("ddpm", "euler_a", "dpmpp_2m_sde")
 
 def stock(name: str, schedule: NoiseSchedule, prediction_type: str, spacing: str = "trailing") -> Any:
     """diffusers' class, told the schedule as well as it can be."""
-    cls, settings = SAMPLERS[name]
-    config = {**config_for(cls._stock, schedule, prediction_type, settings), "timestep_spacing": spacing}
+    ours, settings = SAMPLERS[name]
+    cls = getattr(diffusers, ours.__name__)
+    config = {**config_for(cls, schedule, prediction_type, settings), "timestep_spacing": spacing}
     config |= {"steps_offset": 1} if spacing == "leading" else {}  # as SDXL's own config has them
-    return cls._stock.from_config(config)
+    return cls.from_config(config)
 
 
 def cell(

@@ -24,6 +24,24 @@ UNET = "model.diffusion_model."
 _OBJECT = "the object of a scheduler_config.json or a schedule record"
 # for samplers that cannot start at infinity; the largest power of 2 whose noise fits float16
 STAND_IN_SIGMA = 4096.0
+# diffusers' classes that noise and step by timestep, and know no sigma: of all, they can start at SNR 0 (not
+# with epsilon)
+TIMESTEP_CLASSES = ("DDPMScheduler", "DDIMScheduler")
+# diffusers' classes that a saved config may name: of any betas, of rectified flow; the first unless it does
+_FOLLOW = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", *TIMESTEP_CLASSES)
+_FOLLOW_FLOW = ("UniPCMultistepScheduler",)
+# settings by which diffusers' classes sample other noise levels than the betas', or change the predicted
+# image -> what they may be
+_OVERRULING: dict[str, Any] = {
+    **dict.fromkeys(("sigma_min", "sigma_max", "shift_terminal")),
+    **{f"use_{kind}": False for kind in ("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas")},
+    **dict.fromkeys(("use_flow_sigmas", "use_dynamic_shifting", "rescale_betas_zero_snr"), False),
+    **dict.fromkeys(("thresholding", "clip_sample"), False),
+    "timestep_type": "discrete",
+    "interpolation_type": "linear",
+    "flow_shift": 1.0,
+    "lambda_min_clipped": None,  # diffusers' default, minus infinity, is not JSON
+}
 
 
 @dataclass(frozen=True)
@@ -207,30 +225,50 @@ def samplable(schedule: NoiseSchedule) -> NoiseSchedule:
 
 
 def scheduler_config(
+    name: str,
     schedule: NoiseSchedule,
     prediction_type: str,
     base: Mapping[str, Any] | None = None,
-    knows_rescale: bool = True,
-    knows_infinity: bool = False,
+    settings: Collection[str] | None = None,
 ) -> dict[str, Any]:
-    """A config for ``SomeScheduler.from_config`` or a scheduler_config.json: ``base`` with the schedule in
-    place of its own, as far as a stock diffusers class can follow it; our drop-ins read the exact schedule
-    from it.
+    """The config that diffusers' class ``name`` should get, for its ``from_config`` or as a
+    scheduler_config.json: the schedule as far as that class can follow it, trailing spacing, and what
+    ``base`` (another config) says besides, but for what would overrule the schedule or change the predicted
+    image. Our drop-ins read the exact schedule from it.
 
-    ``knows_rescale``: the class has rescale_betas_zero_snr (one that has not would ignore it);
-    ``knows_infinity``: it can step from an infinite sigma. Others are told a finite stand-in, and the
-    drop-ins what it stands for.
+    ``settings`` are those that the class has; None means a recent diffusers'. One that it does not have it
+    would ignore, and a class that cannot step from an infinite sigma is told a finite stand-in, and the
+    drop-ins what that stands for.
     """
-    stock = NoiseSchedule.sdxl()
-    kept = {
-        key: value for key, value in (base or {}).items() if key not in ("_use_default_values", EXACT_KEY)
-    }
+    kept = {key: value for key, value in (base or {}).items() if _may_stay(key, value)}
+    kept |= {"_class_name": name, "clip_sample": False}  # some classes clip if it is not said
+    stock, shift = NoiseSchedule.sdxl(), flow_shift(schedule)
+    knows_rescale = settings is None or "rescale_betas_zero_snr" in settings
+    knows_flow = name in _FOLLOW_FLOW if settings is None else "use_flow_sigmas" in settings
+    infinite = schedule.zero_terminal and name not in TIMESTEP_CLASSES
     # named: stock classes and other readers know what the flag means
     if knows_rescale and schedule == stock.zero_terminal_snr():
         return kept | stock.to_config(prediction_type) | {"rescale_betas_zero_snr": True}
-    config = kept | (schedule if knows_infinity else samplable(schedule)).to_config(prediction_type)
+    told = (samplable(schedule) if infinite else schedule).to_config(prediction_type)
+    if knows_flow and shift is not None and prediction_type == "flow_prediction":
+        told |= {"use_flow_sigmas": True, "flow_shift": shift, "trained_betas": None}
     if not knows_rescale:
-        del config["rescale_betas_zero_snr"]
-    if schedule.zero_terminal and not knows_infinity:
-        config[EXACT_KEY] = {"zero_terminal_snr": True}
-    return config
+        del told["rescale_betas_zero_snr"]
+    return kept | told | ({EXACT_KEY: {"zero_terminal_snr": True}} if infinite else {})
+
+
+def _may_stay(key: str, value: Any) -> bool:
+    if key in _OVERRULING:
+        return bool(value == _OVERRULING[key])
+    return key not in ("_use_default_values", EXACT_KEY)
+
+
+def stock_config(sampling: Sampling, base: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """The scheduler_config.json by which stock diffusers samples that: :func:`scheduler_config` of ``base``'s
+    own class if that can, else of one that can. None where none can."""
+    flow = sampling.prediction_type == "flow_prediction"
+    if flow and flow_shift(sampling.schedule) is None:
+        return None
+    follow, had = _FOLLOW_FLOW if flow else _FOLLOW, (base or {}).get("_class_name")
+    name = next((name for name in follow if name == had), follow[0])
+    return scheduler_config(name, sampling.schedule, sampling.prediction_type, base)

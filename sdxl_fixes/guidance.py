@@ -17,21 +17,20 @@ import torch
 
 def rescale_guidance(guided: torch.Tensor, conditional: torch.Tensor, rescale: float = 0.7) -> torch.Tensor:
     """``guided`` with the standard deviation of ``conditional`` (both [B, C, H, W], any prediction type),
-    mixed with itself by
-    ``rescale``: 0 changes nothing, 0.7 is the paper's (equations 14 to 16). Arithmetic is float32 or
-        better."""
+    mixed with itself by ``rescale``: 0 changes nothing, 0.7 is the paper's (equations 14 to 16). A constant
+    ``guided`` has no deviation to rescale and stays as it is. Arithmetic is float32 or better."""
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale must lie in [0, 1], got {rescale}")
     precise = torch.promote_types(guided.dtype, torch.float32)
-    factor = conditional.to(precise).flatten(1).std(1) / guided.to(precise).flatten(1).std(1)
-    factor = rescale * factor + (1 - rescale)
+    wanted, spread = (one.to(precise).flatten(1).std(1) for one in (conditional, guided))
+    factor = torch.where(spread > 0, rescale * wanted / spread + (1 - rescale), 1.0)
     return (guided.to(precise) * factor.reshape(-1, *[1] * (guided.ndim - 1))).to(guided.dtype)
 
 
 @contextmanager
 def rescaled_guidance(pipe: Any, rescale: float = 0.7) -> Iterator[Any]:
     """Within it, ``pipe`` (any diffusers pipeline with a ``unet`` and a ``scheduler``) generates with
-    rescaled guidance.
+    rescaled guidance; afterwards its scheduler steps as before, also after an error and within another.
 
     The U-Net's last output holds [unconditional, conditional], as in diffusers' SDXL pipelines; without
     guidance nothing changes.
@@ -42,6 +41,7 @@ def rescaled_guidance(pipe: Any, rescale: float = 0.7) -> Iterator[Any]:
         last[:] = [output[0]]
 
     scheduler, step = pipe.scheduler, pipe.scheduler.step
+    own = vars(scheduler).get("step")  # what somebody set; None where it is the class's
 
     @functools.wraps(step)
     def rescaled(model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -62,3 +62,5 @@ def rescaled_guidance(pipe: Any, rescale: float = 0.7) -> Iterator[Any]:
     finally:
         hook.remove()
         del scheduler.step
+        if own is not None:
+            scheduler.step = own

@@ -12,12 +12,15 @@ import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sdxl_fixes.errors import shown as _shown
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 Array = npt.NDArray[np.float64]
 
@@ -594,7 +597,7 @@ class NoiseSchedule:
 
     def scheduler(
         self, name: str, prediction_type: str = "epsilon", timestep_spacing: str = "log_sigma", **options: Any
-    ) -> Any:
+    ) -> SchedulerMixin:
         """A diffusers scheduler that samples exactly this schedule: see
         :func:`sdxl_fixes.schedulers.scheduler`."""
         from sdxl_fixes import schedulers

@@ -1,9 +1,9 @@
 """Generation: diffusers' schedulers, made to sample exactly the schedule that was trained.
 
-Each class is a drop-in for diffusers' class of the same name. What plain diffusers can follow exactly (a
-named beta schedule with its own timestep spacings) runs diffusers' own code, bit for bit. Everything else
-runs ours (``exact`` is then true): ``log_sigma`` spacing, trained_betas, rescale_betas_zero_snr, a terminal
-sigma above 4096, flow_prediction. There
+Each class is a drop-in for diffusers' class of the same name, and chooses when an instance is made. What
+plain diffusers follows exactly (a named beta schedule with its own timestep spacings; of DDIM's, leading) is
+an instance of diffusers' own class. Everything else is an instance of ours: ``log_sigma`` spacing,
+trained_betas, rescale_betas_zero_snr, a terminal sigma above 4096, flow_prediction. There
 
 - latents stay at the scale of the training samples, x = alpha x0 + sigma noise, also in Euler and Heun, where
   diffusers divides by alpha: nothing is infinite at SNR 0, and nothing overflows in half precision;
@@ -22,28 +22,29 @@ schedule back.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import diffusers
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from sdxl_fixes import prediction
-from sdxl_fixes.checkpoint import STAND_IN_SIGMA, scheduler_config
+from sdxl_fixes.checkpoint import STAND_IN_SIGMA, TIMESTEP_CLASSES, scheduler_config
 from sdxl_fixes.schedule import EXACT_KEY, NoiseSchedule
 from sdxl_fixes.spacing import Timesteps, timesteps
 from sdxl_fixes.tensors import Table
 
-CLEAN = (1.0, 0.0)
-# diffusers' classes that are right at SNR 0, but for epsilon
-FOLLOW_INFINITY = ("DDPMScheduler", "DDIMScheduler")
+Fixed = TypeVar("Fixed")
+Level = tuple[float, float]  # what multiplies the image, what multiplies the noise
+
+CLEAN: Level = (1.0, 0.0)
 EPSILON = (
     "epsilon prediction cannot be sampled from SNR 0, where the sample is all noise and says nothing about "
     "the image: "
@@ -52,94 +53,65 @@ EPSILON = (
 
 
 class _Exact:
-    """What the drop-in classes share: the schedule, the plan of steps, and the choice between diffusers' code
-    and ours."""
+    """What the drop-in classes share: the choice of the class, the schedule, and the plan of steps."""
 
     config: Mapping[str, Any]
     timesteps: torch.Tensor
-    _stock: Any  # diffusers' class
+    noise_schedule: NoiseSchedule  # what the config describes
     _timesteps_dtype = torch.int64  # diffusers'
+    # until set_timesteps
+    _levels: Sequence[Level] = (CLEAN,)
+    _told: Sequence[float] = ()
 
-    def __init_subclass__(cls) -> None:
-        stock = next((base for base in cls.__mro__ if base.__module__.startswith("diffusers.")), None)
-        if stock is None:
-            return
-        cls._stock = stock
-        steps, step = inspect.signature(stock.set_timesteps), inspect.signature(stock.step)  # type: ignore[attr-defined]
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """An instance of diffusers' own class where that follows the schedule exactly, else of ours."""
+        stock = cls.__bases__[-1]
+        defaults = _settings(stock)
+        config = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
+        return stock(*args, **kwargs) if _stock_follows(cls.__name__, config) else super().__new__(cls)
 
-        @functools.wraps(stock.set_timesteps)  # type: ignore[attr-defined]
-        def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
-            # HeunDiscreteScheduler.__init__ calls this before it has any
-            if hasattr(self, "timesteps") and self.exact:
-                self._plan(
-                    **{k: v for k, v in steps.bind(self, *args, **kwargs).arguments.items() if k != "self"}
-                )
-            else:
-                stock.set_timesteps(self, *args, **kwargs)  # type: ignore[attr-defined]
+    def __reduce__(self) -> tuple[Any, ...]:
+        # by our name: __module__ is diffusers', below
+        return _blank, (type(self).__name__,), self.__dict__
 
-        @functools.wraps(stock.step)  # type: ignore[attr-defined]
-        def take(self: Any, *args: Any, **kwargs: Any) -> Any:
-            given = step.bind(self, *args, **kwargs).arguments
-            if not self._takes(given["timestep"]):
-                return stock.step(self, *args, **kwargs)  # type: ignore[attr-defined]
-            del given["self"]
-            return self._step(**given)
-
-        cls.set_timesteps, cls.step = set_timesteps, take  # type: ignore[attr-defined]
+    @classmethod
+    def extract_init_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> tuple[Any, ...]:
+        """As diffusers', but what only we know reaches the constructor, too. A spacing or betas given to
+        from_config as keywords replace the exact ones of the config."""
+        init, unused, hidden = super().extract_init_dict(config_dict, **kwargs)  # type: ignore[misc]
+        replaced = {"timestep_spacing": "timestep_spacing", "zero_terminal_snr": "trained_betas"}
+        known = (hidden.pop(EXACT_KEY, None) or {}).items()
+        kept = {key: value for key, value in known if replaced.get(key) not in kwargs}
+        return (init | {EXACT_KEY: kept} if kept else init), unused, hidden
 
     def register_to_config(self, **kwargs: Any) -> None:
         """As diffusers', except that log_sigma, which stock classes do not know, is kept beside a spacing
-        that they do."""
+        that they do. Reads the schedule anew."""
         if kwargs.get("timestep_spacing") == "log_sigma":
-            kwargs |= {"timestep_spacing": "trailing", EXACT_KEY: {"timestep_spacing": "log_sigma"}}
+            kept = {**(kwargs.get(EXACT_KEY) or {}), "timestep_spacing": "log_sigma"}
+            kwargs |= {"timestep_spacing": "trailing", EXACT_KEY: kept}
         super().register_to_config(**kwargs)  # type: ignore[misc]
-        self.__module__ = self._stock.__module__  # pipelines write an instance's module into model_index.json
-
-    @classmethod
-    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As diffusers'; a spacing or betas given as keywords replace the exact ones of ``config``."""
-        if isinstance(config, Mapping):
-            replaced = {"timestep_spacing": "timestep_spacing", "zero_terminal_snr": "trained_betas"}
-            kept = {
-                key: value
-                for key, value in (config.get(EXACT_KEY) or {}).items()
-                if replaced.get(key) not in kwargs
-            }
-            if kwargs.get("timestep_spacing") == "log_sigma":
-                kwargs["timestep_spacing"], kept["timestep_spacing"] = "trailing", "log_sigma"
-            config = (
-                {**config, EXACT_KEY: kept}
-                if kept
-                else {key: value for key, value in config.items() if key != EXACT_KEY}
-            )
-        return super().from_config(config, return_unused_kwargs, **kwargs)  # type: ignore[misc]
+        self.noise_schedule = NoiseSchedule.from_config(self.config)
+        self._tables = [Table(level) for level in self.noise_schedule.levels(self._flow)]
 
     @property
-    def noise_schedule(self) -> NoiseSchedule:
-        """The schedule that this scheduler's config describes."""
-        return self._reading()[0] or NoiseSchedule.from_config(self.config)
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the initial noise."""
+        return math.hypot(*self._levels[0])
 
-    @property
-    def exact(self) -> bool:
-        """Whether our code takes the steps; else diffusers' own."""
-        return self._reading()[1]
+    @init_noise_sigma.setter
+    def init_noise_sigma(self, value: Any) -> None:
+        """diffusers' constructors write 1; the first timestep decides."""
 
     def scale_model_input(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As diffusers'; where ``exact``, the sample is what the network expects already."""
-        if self.exact:
-            return sample
-        scaled: torch.Tensor = super().scale_model_input(sample, *args, **kwargs)  # type: ignore[misc]
-        return scaled
+        """The sample, which is what the network expects already."""
+        return sample
 
     def add_noise(
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
-        """As diffusers'; where ``exact``, at any trained timestep (shape [B]), with or without
-        set_timesteps."""
-        if not self.exact:
-            noisy: torch.Tensor = super().add_noise(original_samples, noise, timesteps)  # type: ignore[misc]
-            return noisy
-        alpha, sigma, told = self._reading()[2]
+        """As diffusers', at any trained timestep (shape [B]), with or without set_timesteps."""
+        alpha, sigma, told = self._tables
         timesteps = timesteps.to(original_samples.device)
         index = torch.searchsorted(told.on(timesteps.device), timesteps.float() - 1e-3).clamp(
             max=len(self.noise_schedule) - 1
@@ -149,41 +121,30 @@ class _Exact:
             original_samples.dtype
         )
 
-    # ---------------------------------------------------------------- ours
-
-    def _reading(self) -> tuple[NoiseSchedule | None, bool, list[Table]]:
-        config = self.config
-        read = self.__dict__.get("_read")
-        if read is None or read[0] is not config:
-            read = self._read = (config, self._read_config(config))
-        return read[1]
-
-    def _read_config(self, config: Mapping[str, Any]) -> tuple[NoiseSchedule | None, bool, list[Table]]:
-        asked = (
-            config.get(EXACT_KEY)
-            or config.get("trained_betas") is not None
-            or config.get("rescale_betas_zero_snr")
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Any = None, timesteps: Any = None
+    ) -> None:
+        """Plan ``num_inference_steps`` steps, or steps at the trained ``timesteps`` that are given, falling.
+        Raises ValueError for timesteps that are not trained ones, and for settings that overrule the
+        schedule."""
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("set_timesteps needs num_inference_steps or timesteps, and not both")
+        rows = (
+            self._rows(num_inference_steps) if num_inference_steps is not None else self._checked(timesteps)
         )
-        try:
-            schedule = NoiseSchedule.from_config(config)
-        except ValueError:
-            if asked:
-                raise
-            return None, False, []  # a beta schedule that only diffusers knows
-        theirs = config.get("use_flow_sigmas")  # at timesteps of their own
-        ours = asked or ((schedule.terminal_sigma > STAND_IN_SIGMA or self._flow) and not theirs)
-        if (
-            ours
-            and schedule.zero_terminal
-            and config["prediction_type"] == "epsilon"
-            and self._stock.__name__ not in FOLLOW_INFINITY
-        ):
-            warnings.warn(
-                f"{type(self).__name__}: {EPSILON}; going on as diffusers does, as if sigma ended at 4096",
-                stacklevel=4,
-            )
-            ours = False
-        return schedule, bool(ours), [Table(level) for level in schedule.levels(self._flow)]
+        alpha, sigma, told = self.noise_schedule.levels(self._flow)
+        rows = self._order(rows)
+        to_first = self._option("final_sigmas_type") == "sigma_min"  # not to the clean image
+        end = (float(alpha[0]), float(sigma[0])) if to_first else CLEAN
+        self._levels = [*zip(alpha[rows].tolist(), sigma[rows].tolist(), strict=True), end]
+        ratios = sigma if self._flow else self.noise_schedule.sigmas
+        self.sigmas = torch.from_numpy(np.append(ratios[rows], ratios[0] if to_first else 0.0)).float()
+        self.timesteps = torch.from_numpy(told[rows]).to(
+            device=device, dtype=torch.float32 if self._flow else self._timesteps_dtype
+        )
+        self._told = self.timesteps.tolist()
+        self.num_inference_steps = len(set(rows.tolist()))
+        self._reset()
 
     @property
     def _flow(self) -> bool:
@@ -191,7 +152,7 @@ class _Exact:
 
     def _option(self, name: str) -> Any:
         """A setting of this class; None for what it only carries along from another's config."""
-        return self.config.get(name) if name in inspect.signature(self._stock.__init__).parameters else None
+        return self.config.get(name) if name in _settings(type(self)) else None
 
     def _spacing(self) -> str:
         for name in ("use_beta_sigmas", "use_lu_lambdas", "sigma_min", "sigma_max"):
@@ -208,41 +169,6 @@ class _Exact:
             "timestep_spacing"
         ]
         return "log_sigma" if self._option("use_exponential_sigmas") else str(spacing)
-
-    def _plan(
-        self,
-        num_inference_steps: int | None = None,
-        device: Any = None,
-        timesteps: Any = None,
-        sigmas: Any = None,
-        **others: Any,
-    ) -> None:
-        if sigmas is not None or others.get("mu") is not None:
-            raise ValueError(
-                "sigmas and mu are not for models trained on discrete timesteps: pass "
-                "timesteps or num_inference_steps"
-            )
-        if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError("set_timesteps needs num_inference_steps or timesteps, and not both")
-        rows = (
-            self._rows(num_inference_steps) if num_inference_steps is not None else self._checked(timesteps)
-        )
-        alpha, sigma, told = self.noise_schedule.levels(self._flow)
-        rows = self._order(rows)
-        end = (
-            (float(alpha[0]), float(sigma[0])) if self._option("final_sigmas_type") == "sigma_min" else CLEAN
-        )
-        self._levels = [*zip(alpha[rows].tolist(), sigma[rows].tolist(), strict=True), end]
-        ratios = sigma if self._flow else self.noise_schedule.sigmas
-        self.sigmas = torch.from_numpy(np.append(ratios[rows], ratios[0] if end != CLEAN else 0.0)).float()
-        self.timesteps = torch.from_numpy(told[rows]).to(
-            device=device, dtype=torch.float32 if self._flow else self._timesteps_dtype
-        )
-        self._told = self.timesteps.tolist()
-        self.num_inference_steps = len(set(rows.tolist()))
-        if "init_noise_sigma" in self.__dict__:
-            self.__dict__["init_noise_sigma"] = math.hypot(*self._levels[0])
-        self._reset()
 
     def _rows(self, steps: int) -> Timesteps:
         return timesteps(self.noise_schedule, steps, self._spacing(), self._option("steps_offset") or 0)
@@ -263,9 +189,6 @@ class _Exact:
         self._step_index: int | None = None
         self._begin_index: int | None = None
 
-    def _takes(self, timestep: Any) -> bool:
-        return self.exact
-
     def _advance(self, timestep: Any) -> int:
         """The position of this step in the list, which is then passed."""
         if self._step_index is None:
@@ -274,9 +197,9 @@ class _Exact:
         return self._step_index - 1
 
     def _find(self, timestep: Any) -> int:
-        if not hasattr(self, "_told"):
+        if not self._told:
             # as diffusers' classes without set_timesteps: every trained timestep
-            self._plan(len(self.noise_schedule))
+            self.set_timesteps(len(self.noise_schedule))
         value = float(timestep)
         if value not in self._told:
             raise ValueError(
@@ -310,8 +233,8 @@ class _Exact:
     ) -> torch.Tensor:
         """DDIM's step (arXiv:2010.02502 eq. 12), which is Euler's; with eta 1 DDPM's and Euler
         ancestral's."""
-        (alpha, sigma), (alpha_next, sigma_next) = self._levels[at], self._levels[at + 1]
-        stays = alpha * sigma_next / (alpha_next * sigma)  # exp(-h)
+        alpha_next, sigma_next = self._levels[at + 1]
+        stays = _stays(self._levels[at], self._levels[at + 1])
         new = eta * sigma_next * math.sqrt(1 - stays**2)
         x: torch.Tensor = alpha_next * x0 + math.sqrt(sigma_next**2 - new**2) * noise
         if new > 0:
@@ -324,15 +247,57 @@ class _Exact:
         return x
 
 
+def _settings(cls: Any) -> dict[str, Any]:
+    """A scheduler class's own settings and their defaults."""
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    return {one.name: one.default for one in parameters if one.kind is not one.VAR_KEYWORD}
+
+
+def _stock_follows(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether diffusers' class of that name samples exactly the schedule of its whole ``config``. Where
+    nobody can (epsilon at SNR 0), it does as well as it can, with a warning."""
+    told = (config.get(key) for key in (EXACT_KEY, "rescale_betas_zero_snr"))
+    asked = any(told) or config["trained_betas"] is not None or config["timestep_spacing"] == "log_sigma"
+    try:
+        schedule = NoiseSchedule.from_config(config)
+    except ValueError:
+        if asked:
+            raise
+        return True  # a beta schedule that only diffusers knows
+    sigma_space = name not in TIMESTEP_CLASSES
+    if sigma_space and schedule.zero_terminal and config["prediction_type"] == "epsilon":
+        warnings.warn(
+            f"{name}: {EPSILON}; going on as diffusers does, as if sigma ended at 4096", stacklevel=4
+        )
+        return True
+    if asked:
+        return False
+    if config.get("use_flow_sigmas"):
+        return True  # at timesteps of its own
+    if name == "DDIMScheduler" and config["timestep_spacing"] != "leading":
+        return False  # it goes to t - T // steps, whatever the next timestep of the list
+    return schedule.terminal_sigma <= STAND_IN_SIGMA and config["prediction_type"] != "flow_prediction"
+
+
+def _blank(name: str) -> Any:
+    """An instance of ours without a state, for copy and pickle."""
+    return object.__new__(CLASSES[name])
+
+
+def _stays(level: Level, after: Level) -> float:
+    """exp(-h), the share of the noise-to-signal ratio that a step leaves."""
+    return level[0] * after[1] / (after[0] * level[1])
+
+
 def _result(x: torch.Tensor, x0: torch.Tensor, sample: torch.Tensor, return_dict: bool) -> Any:
     x, x0 = x.to(sample.dtype), x0.to(sample.dtype)
     return DDIMSchedulerOutput(prev_sample=x, pred_original_sample=x0) if return_dict else (x, x0)
 
 
 class DDPMScheduler(_Exact, diffusers.DDPMScheduler):  # type: ignore[misc]
-    """diffusers' DDPMScheduler. Where ``exact``, the variance is fixed_small's."""
+    """diffusers' DDPMScheduler; the variance is fixed_small's."""
 
-    def _step(
+    def step(
         self,
         model_output: torch.Tensor,
         timestep: Any,
@@ -353,28 +318,10 @@ class DDPMScheduler(_Exact, diffusers.DDPMScheduler):  # type: ignore[misc]
 
 
 class DDIMScheduler(_Exact, diffusers.DDIMScheduler):  # type: ignore[misc]
-    """diffusers' DDIMScheduler, except that a step goes to the next timestep of the list. diffusers goes to
-    t - T // steps, which is another one unless the spacing is leading or the number of steps divides T. Where
-    ``exact``, the last step ends at the clean image whatever set_alpha_to_one says."""
+    """diffusers' DDIMScheduler, except that a step goes to the next timestep of the list, and the last one to
+    the clean image whatever set_alpha_to_one says."""
 
-    def _takes(self, timestep: Any) -> bool:
-        if self.exact:
-            return True
-        told = self._listed()
-        if int(timestep) not in told:
-            return False
-        at = told.index(int(timestep))
-        theirs = int(timestep) - self.config["num_train_timesteps"] // self.num_inference_steps
-        return at + 1 < len(told) and max(theirs, -1) != told[at + 1]
-
-    def _listed(self) -> list[int]:
-        """The timesteps, read from the device once."""
-        read = self.__dict__.get("_list")
-        if read is None or read[0] is not self.timesteps:
-            read = self._list = (self.timesteps, self.timesteps.tolist())
-        return read[1]
-
-    def _step(
+    def step(
         self,
         model_output: torch.Tensor,
         timestep: Any,
@@ -385,10 +332,6 @@ class DDIMScheduler(_Exact, diffusers.DDIMScheduler):  # type: ignore[misc]
         variance_noise: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        if not self.exact:
-            self._told = self._listed()
-            alpha_table, sigma_table, _ = self.noise_schedule.levels()
-            self._levels = [(float(alpha_table[t]), float(sigma_table[t])) for t in self._told] + [CLEAN]
         at = self._find(timestep)
         alpha, sigma = self._levels[at]
         x0, noise = self._predicted(model_output, sample, (alpha, sigma))
@@ -399,31 +342,22 @@ class DDIMScheduler(_Exact, diffusers.DDIMScheduler):  # type: ignore[misc]
         )
 
 
-class _SigmaSpace(_Exact):
-    """Of the classes whose samples diffusers keeps divided by alpha."""
+class EulerDiscreteScheduler(_Exact, diffusers.EulerDiscreteScheduler):  # type: ignore[misc]
+    """diffusers' EulerDiscreteScheduler, without churn."""
 
     _timesteps_dtype = torch.float32
 
-    @property
-    def init_noise_sigma(self) -> Any:
-        """Standard deviation of the initial noise."""
-        if not self.exact:
-            return super().init_noise_sigma  # type: ignore[misc]
-        return torch.tensor(math.hypot(*self._levels[0]) if hasattr(self, "_levels") else 1.0)
-
-
-class EulerDiscreteScheduler(_SigmaSpace, diffusers.EulerDiscreteScheduler):  # type: ignore[misc]
-    """diffusers' EulerDiscreteScheduler. Where ``exact``, without churn."""
-
-    def _step(
+    def step(
         self,
         model_output: torch.Tensor,
         timestep: Any,
         sample: torch.Tensor,
         s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = math.inf,
+        s_noise: float = 1.0,
         generator: Any = None,
         return_dict: bool = True,
-        **churn: Any,
     ) -> Any:
         if s_churn:
             raise ValueError(
@@ -435,10 +369,12 @@ class EulerDiscreteScheduler(_SigmaSpace, diffusers.EulerDiscreteScheduler):  # 
         return _result(self._first_order(at, x0, noise), x0, sample, return_dict)
 
 
-class EulerAncestralDiscreteScheduler(_SigmaSpace, diffusers.EulerAncestralDiscreteScheduler):  # type: ignore[misc]
+class EulerAncestralDiscreteScheduler(_Exact, diffusers.EulerAncestralDiscreteScheduler):  # type: ignore[misc]
     """diffusers' EulerAncestralDiscreteScheduler."""
 
-    def _step(
+    _timesteps_dtype = torch.float32
+
+    def step(
         self,
         model_output: torch.Tensor,
         timestep: Any,
@@ -451,10 +387,22 @@ class EulerAncestralDiscreteScheduler(_SigmaSpace, diffusers.EulerAncestralDiscr
         return _result(self._first_order(at, x0, noise, 1.0, generator), x0, sample, return_dict)
 
 
-class HeunDiscreteScheduler(_SigmaSpace, diffusers.HeunDiscreteScheduler):  # type: ignore[misc]
-    """diffusers' HeunDiscreteScheduler. Where ``exact``, the second evaluation corrects the predicted image
-    as linear in log SNR (the exponential form, arXiv:2211.01095 eq. 10) instead of the slope in sigma, which
+class HeunDiscreteScheduler(_Exact, diffusers.HeunDiscreteScheduler):  # type: ignore[misc]
+    """diffusers' HeunDiscreteScheduler, except that the second evaluation corrects the predicted image as
+    linear in log SNR (the exponential form, arXiv:2211.01095 eq. 10) instead of the slope in sigma, which
     explodes where sigmas lie far apart."""
+
+    _timesteps_dtype = torch.float32
+
+    def set_timesteps(  # type: ignore[override]
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        num_train_timesteps: int | None = None,
+        timesteps: Any = None,
+    ) -> None:
+        """As of the others; ``num_train_timesteps``, which diffusers' constructor passes, is the config's."""
+        super().set_timesteps(num_inference_steps, device, timesteps)
 
     def _order(self, rows: Timesteps) -> Timesteps:
         # each is first the end of a step, then the beginning of the next
@@ -468,15 +416,14 @@ class HeunDiscreteScheduler(_SigmaSpace, diffusers.HeunDiscreteScheduler):  # ty
     @property
     def state_in_first_order(self) -> bool:
         """Whether the next step is the first of the two."""
-        return self._first is None if self.exact else bool(super().state_in_first_order)
+        return self._first is None
 
-    def _step(
+    def step(
         self,
         model_output: torch.Tensor,
         timestep: Any,
         sample: torch.Tensor,
         return_dict: bool = True,
-        generator: Any = None,
     ) -> Any:
         at = self._advance(timestep)
         x0, noise = self._predicted(model_output, sample, self._levels[at])
@@ -485,8 +432,8 @@ class HeunDiscreteScheduler(_SigmaSpace, diffusers.HeunDiscreteScheduler):  # ty
                 self._first = x0, sample.float()
             return _result(self._first_order(at, x0, noise), x0, sample, return_dict)
         (before, x), self._first = self._first, None
-        (alpha, sigma), (alpha_next, sigma_next) = self._levels[at - 1], self._levels[at]
-        stays = alpha * sigma_next / (alpha_next * sigma)  # exp(-h)
+        (_, sigma), (alpha_next, sigma_next) = self._levels[at - 1], self._levels[at]
+        stays = _stays(self._levels[at - 1], self._levels[at])
         second = 1 - (1 - stays) / -math.log(stays) if stays > 0 else 1.0
         x = sigma_next / sigma * x + alpha_next * ((1 - stays) * before + second * (x0 - before))
         return _result(x, x0, sample, return_dict)
@@ -502,30 +449,28 @@ class _Multistep(_Exact):
         self.lower_order_nums = 0
 
     def _sigma_to_alpha_sigma_t(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.exact:
-            levels: tuple[torch.Tensor, torch.Tensor] = super()._sigma_to_alpha_sigma_t(sigma)  # type: ignore[misc]
-            return levels
         # right at 0 and infinity
         return (1 - sigma, sigma) if self._flow else ((1 + sigma**2) ** -0.5, (1 + sigma**-2) ** -0.5)
 
-    def _step(
+    def _in_float32(
         self,
         model_output: torch.Tensor,
         timestep: Any,
         sample: torch.Tensor,
-        return_dict: bool = True,
+        return_dict: bool,
         **options: Any,
     ) -> Any:
         at = self._step_index if self._step_index is not None else self._begin_index
         at = self._find(timestep) if at is None else at
         if self._levels[at][0] == 0:
             self._check_form()
-        x = self._stock.step(
-            self, model_output.float(), timestep, sample.float(), return_dict=False, **options
-        )[0].to(sample.dtype)
+        taken = super().step(  # type: ignore[misc]
+            model_output.float(), timestep, sample.float(), return_dict=False, **options
+        )
         if self._levels[at][0] == 0:
             self.lower_order_nums = 0  # nothing can be extrapolated from infinitely far away
-        return diffusers.schedulers.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)
+        x = taken[0].to(sample.dtype)
+        return SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
     def _check_form(self) -> None:
         """Raise ValueError for a form of the solver that divides by the signal."""
@@ -534,6 +479,19 @@ class _Multistep(_Exact):
 class DPMSolverMultistepScheduler(_Multistep, diffusers.DPMSolverMultistepScheduler):  # type: ignore[misc]
     """diffusers' DPMSolverMultistepScheduler: DPM++ 2M and, with algorithm_type sde-dpmsolver++, DPM++ 2M
     SDE."""
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: Any,
+        sample: torch.Tensor,
+        generator: Any = None,
+        variance_noise: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        # older releases know none
+        given = {} if variance_noise is None else {"variance_noise": variance_noise}
+        return self._in_float32(model_output, timestep, sample, return_dict, generator=generator, **given)
 
     def _check_form(self) -> None:
         if not self.config["algorithm_type"].endswith("++"):
@@ -545,6 +503,11 @@ class DPMSolverMultistepScheduler(_Multistep, diffusers.DPMSolverMultistepSchedu
 
 class UniPCMultistepScheduler(_Multistep, diffusers.UniPCMultistepScheduler):  # type: ignore[misc]
     """diffusers' UniPCMultistepScheduler."""
+
+    def step(
+        self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, return_dict: bool = True
+    ) -> Any:
+        return self._in_float32(model_output, timestep, sample, return_dict)
 
     def _reset(self) -> None:
         super()._reset()
@@ -561,8 +524,8 @@ class UniPCMultistepScheduler(_Multistep, diffusers.UniPCMultistepScheduler):  #
 
 # name -> class, its own settings
 SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "ddpm": (DDPMScheduler, {"clip_sample": False}),
-    "ddim": (DDIMScheduler, {"clip_sample": False}),
+    "ddpm": (DDPMScheduler, {}),
+    "ddim": (DDIMScheduler, {}),
     "euler": (EulerDiscreteScheduler, {}),
     "euler_a": (EulerAncestralDiscreteScheduler, {}),
     "dpmpp_2m": (DPMSolverMultistepScheduler, {}),
@@ -571,6 +534,9 @@ SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "heun": (HeunDiscreteScheduler, {}),
 }
 CLASSES = {cls.__name__: cls for cls, _ in SAMPLERS.values()}
+for _drop_in in CLASSES.values():
+    # pipelines write a scheduler's module and class into model_index.json, and a folder must load without us
+    _drop_in.__module__ = _drop_in.__bases__[-1].__module__
 
 
 def scheduler(
@@ -579,7 +545,7 @@ def scheduler(
     prediction_type: str = "epsilon",
     timestep_spacing: str = "log_sigma",
     **options: Any,
-) -> Any:
+) -> SchedulerMixin:
     """A scheduler for diffusers' pipelines that samples exactly ``schedule``.
 
     ``name`` is one of ddpm, ddim, euler, euler_a, dpmpp_2m, dpmpp_2m_sde, unipc, heun. ``timestep_spacing``
@@ -590,32 +556,32 @@ def scheduler(
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}: expected one of {', '.join(SAMPLERS)}")
     cls, settings = SAMPLERS[name]
-    known = inspect.signature(cls._stock.__init__).parameters
+    known = _settings(cls)
     for option in options:
         if option not in known:
-            raise ValueError(
-                f"{cls.__name__} has no setting {option!r}: expected some of {', '.join(list(known)[1:])}"
-            )
-    return _made(cls, settings | options, schedule, prediction_type, timestep_spacing)
+            raise ValueError(f"{cls.__name__} has no setting {option!r}: expected some of {', '.join(known)}")
+    return _made(cls, schedule, prediction_type, timestep_spacing, None, settings | options)
 
 
 def fix_scheduler(
-    fixed: Any,
+    fixed: Fixed,
     schedule: NoiseSchedule | None = None,
     prediction_type: str | None = None,
     timestep_spacing: str = "log_sigma",
     **options: Any,
-) -> Any:
+) -> Fixed:
     """``fixed``, a scheduler of diffusers or a pipeline that has one, made to sample its own schedule
     exactly.
 
     A pipeline gets the new scheduler and is returned; a scheduler stays as it is, and a new one of the same
-    name and settings is returned. ``schedule`` and ``prediction_type`` are for a config that does not say
+    name and settings is returned, without those that overrule the schedule or the image (Karras' sigmas,
+    sigma_max, clip_sample, ...). ``schedule`` and ``prediction_type`` are for a config that does not say
     what was trained: a model trained with v-prediction and zero terminal SNR that was loaded as epsilon.
-    ``options`` are more settings of the class. Raises ValueError for a class without a drop-in, and as
-    :func:`scheduler`.
+    ``options`` are more settings of the class, of those, too. Raises ValueError for a class without a
+    drop-in, and as :func:`scheduler`.
     """
-    theirs = getattr(fixed, "scheduler", fixed)
+    pipe: Any = fixed
+    theirs = getattr(pipe, "scheduler", pipe)
     name = type(theirs).__name__
     if name not in CLASSES:
         raise ValueError(
@@ -623,25 +589,28 @@ def fix_scheduler(
             "schedule.scheduler('euler', ...)"
         )
     trained = NoiseSchedule.from_config(theirs.config) if schedule is None else schedule
-    settings = {key: value for key, value in theirs.config.items() if key != "_use_default_values"} | options
-    ours = _made(
-        CLASSES[name], settings, trained, prediction_type or settings["prediction_type"], timestep_spacing
-    )
-    if theirs is fixed:
-        return ours
-    fixed.scheduler = ours
+    predicts = prediction_type or theirs.config["prediction_type"]
+    ours = _made(CLASSES[name], trained, predicts, timestep_spacing, theirs.config, options)
+    if theirs is pipe:
+        return cast(Fixed, ours)
+    pipe.scheduler = ours
     return fixed
 
 
 def _made(
-    cls: Any, settings: Mapping[str, Any], schedule: NoiseSchedule, prediction_type: str, spacing: str
+    cls: Any,
+    schedule: NoiseSchedule,
+    prediction_type: str,
+    spacing: str,
+    base: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
 ) -> Any:
     if prediction.check_prediction_type(prediction_type) == "epsilon" and schedule.zero_terminal:
         raise ValueError(EPSILON)
     made = cls.from_config(
-        config_for(cls._stock, schedule, prediction_type, settings), timestep_spacing=spacing
+        {**config_for(cls, schedule, prediction_type, base), **options}, timestep_spacing=spacing
     )
-    if made.exact:
+    if isinstance(made, _Exact):
         made._rows(1)  # refuse now what set_timesteps would
     return made
 
@@ -649,7 +618,6 @@ def _made(
 def config_for(
     cls: Any, schedule: NoiseSchedule, prediction_type: str, base: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """``base`` with the schedule, for diffusers' class ``cls``, which follows it as far as it can, or ours of
-    that name."""
-    knows_rescale = "rescale_betas_zero_snr" in inspect.signature(cls.__init__).parameters
-    return scheduler_config(schedule, prediction_type, base, knows_rescale, cls.__name__ in FOLLOW_INFINITY)
+    """:func:`sdxl_fixes.checkpoint.scheduler_config` of the class ``cls``, diffusers' or ours, of the release
+    that is installed."""
+    return scheduler_config(cls.__name__, schedule, prediction_type, base, _settings(cls))

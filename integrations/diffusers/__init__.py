@@ -1,5 +1,4 @@
-"""sdxl_fixes.diffusers: the fixes inside diffusers' SDXL example scripts, and a noise schedule for any
-diffusers scheduler.
+"""sdxl_fixes.diffusers: the fixes inside diffusers' SDXL example scripts.
 
     accelerate launch -m sdxl_fixes.diffusers train_text_to_image_sdxl.py --loss_type huber --terminal_sigma
     300 ...
@@ -10,6 +9,5 @@ or, at the top of your own copy of a script, ``install()``.
 from __future__ import annotations
 
 from .install import install, uninstall
-from .schedule import with_schedule
 
-__all__ = ["install", "uninstall", "with_schedule"]
+__all__ = ["install", "uninstall"]

@@ -3,12 +3,15 @@ trained schedule."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .run import SESSION
 
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
-def scheduler(made: Any) -> Any:
+
+def scheduler(made: SchedulerMixin) -> SchedulerMixin:
     """A scheduler of the same class with the trained schedule and prediction type: the exact drop-in where
     there is one, else diffusers' own with trailing spacing, which samples an infinite terminal sigma from
     4096. Saved, stock diffusers loads it.

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
-from sdxl_fixes.checkpoint import markers, metadata, scheduler_config
+from sdxl_fixes.checkpoint import Sampling, markers, metadata
 from sdxl_fixes.model_files.header import ROOM, ROOM_KEY
+from sdxl_fixes.model_files.model_file import SCHEDULER_CONFIG
+from sdxl_fixes.model_files.stamp import write_scheduler_config
 
 from .run import SESSION
 
@@ -43,12 +45,7 @@ def save_folder(original: Callable[..., Any], output_dir: str, *args: Any, **kwa
     """A diffusers folder whose scheduler is the trained one, of the class that upstream saved."""
     result = original(output_dir, *args, **kwargs)
     if run := SESSION.on("saving"):
-        import diffusers
-
-        folder = Path(output_dir) / "scheduler"
-        saved = diffusers.EulerDiscreteScheduler.from_pretrained(folder)
-        saved.from_config(scheduler_config(run.schedule, run.prediction_type, saved.config)).save_pretrained(
-            folder
-        )
+        file = Path(output_dir) / "scheduler" / SCHEDULER_CONFIG
+        write_scheduler_config(file, Sampling(run.schedule, run.prediction_type))
         SESSION.reached("saving")
     return result

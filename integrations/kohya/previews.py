@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdxl_fixes.checkpoint import samplable
-from sdxl_fixes.diffusers import with_schedule
 
 from .run import SESSION
 
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
-def scheduler(original: Callable[..., Any], **kwargs: Any) -> Any:
+
+def scheduler(original: Callable[..., SchedulerMixin], **kwargs: Any) -> SchedulerMixin:
     """Upstream's choice of class with the run's schedule and x0 not clipped (latents do not end at 1): the
     exact drop-in where there is one, else upstream's own with trailing spacing and a finite stand-in for an
     infinite terminal sigma."""
@@ -19,10 +21,10 @@ def scheduler(original: Callable[..., Any], **kwargs: Any) -> Any:
     run = SESSION.on("previews")
     if run is None:
         return made
-    from sdxl_fixes.schedulers import CLASSES, fix_scheduler
+    from sdxl_fixes.schedulers import CLASSES, config_for, fix_scheduler
 
-    options: dict[str, Any] = {"clip_sample": False} if "clip_sample" in made.config else {}
-    if type(made).__name__ in CLASSES:
-        schedule = samplable(run.schedule) if run.prediction_type == "epsilon" else run.schedule
-        return fix_scheduler(made, schedule, run.prediction_type, **options)
-    return with_schedule(made, samplable(run.schedule), run.prediction_type, **options)
+    schedule = samplable(run.schedule) if run.prediction_type == "epsilon" else run.schedule
+    cls = type(made)
+    if cls.__name__ in CLASSES:
+        return fix_scheduler(made, schedule, run.prediction_type)
+    return cls.from_config(config_for(cls, schedule, run.prediction_type, made.config))

@@ -7,33 +7,18 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from sdxl_fixes.atomic import replacing
 from sdxl_fixes.checkpoint import (
     Sampling,
-    flow_shift,
     markers,
     metadata,
     read_json,
-    scheduler_config,
+    stock_config,
 )
 from sdxl_fixes.model_files.header import ROOM_KEY, Header, encode_header
 from sdxl_fixes.model_files.model_file import KINDS, ModelFile, unet_files
 from sdxl_fixes.model_files.write import data_hash, longer, replace_header
-from sdxl_fixes.schedule import EXACT_KEY
-
-# what SDXL's own scheduler_config.json says beside the schedule
-_EULER = {
-    "_class_name": "EulerDiscreteScheduler",
-    "steps_offset": 1,
-    "interpolation_type": "linear",
-    "use_karras_sigmas": False,
-}
-
-
-# any of these may stay
-_FOLLOW = ("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 
 
 @dataclass(frozen=True)
@@ -113,37 +98,17 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def write_scheduler_config(file: Path, sampling: Sampling) -> str:
-    """A scheduler_config.json that stock diffusers reads; keys of an existing one that are not about the
-    schedule stay. Returns "written", "unchanged", or why there is none."""
-    new = stock_config(sampling)
+    """A scheduler_config.json by which stock diffusers samples that; what an existing one says of other
+    things stays. Returns "written", "unchanged", or why there is none."""
+    old = read_json(file) if file.is_file() else {}
+    new = stock_config(sampling, old)
     if new is None:
         return "not written: no stock diffusers scheduler samples that"
-    old = read_json(file) if file.is_file() else {}
-    if new["_class_name"] == _EULER["_class_name"] and old.get("_class_name") in _FOLLOW:
-        new["_class_name"] = old["_class_name"]
-    content = {**{key: value for key, value in old.items() if key != EXACT_KEY}, **new}
-    if content == old:
+    if new == old:
         return "unchanged"
     with replacing(file) as part:
-        part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(new, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return "written"
-
-
-def stock_config(sampling: Sampling) -> dict[str, Any] | None:
-    """The whole config, with a stock class that follows it; None where diffusers has none."""
-    if sampling.prediction_type != "flow_prediction":
-        return {**_EULER, **scheduler_config(sampling.schedule, sampling.prediction_type)}
-    shift = flow_shift(sampling.schedule)
-    if shift is None:
-        return None
-    return {
-        "_class_name": "UniPCMultistepScheduler",
-        "num_train_timesteps": len(sampling.schedule),
-        "prediction_type": "flow_prediction",
-        "use_flow_sigmas": True,
-        "flow_shift": shift,
-        "timestep_spacing": "trailing",
-    }
 
 
 def a1111_yaml(sampling: Sampling) -> str:

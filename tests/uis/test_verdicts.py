@@ -99,10 +99,10 @@ def case(name, changes):
     known = inspect.signature(getattr(diffusers, name).__init__).parameters
     if not all(key in known or key == "rescale_betas_zero_snr" for key in changes):
         return None
-    config = scheduler_config(LONG, "v_prediction", None, "rescale_betas_zero_snr" in known)
+    config = scheduler_config(name, LONG, "v_prediction", settings=known)
     if "clip_sample" in known:
         config["clip_sample"] = False
-    config |= {"_class_name": name} | changes
+    config |= changes
     return {k: v for k, v in config.items() if not (v is None and changes.get(k, 0) is None)}
 
 
