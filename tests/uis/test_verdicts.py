@@ -189,3 +189,20 @@ def test_inspect_says_what_overrules_a_folder_and_the_command_that_mends_it(tmp_
     del config["timestep_type"]
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     assert row(folder, "diffusers").right
+
+
+def test_zero_terminal_snr_ends_where_diffusers_class_ends_it(tmp_path):
+    config = {"_class_name": "EulerDiscreteScheduler", **SDXL.to_config("v_prediction")}
+    config["rescale_betas_zero_snr"] = True
+    folder, made = folder_of(tmp_path, config), diffusers.EulerDiscreteScheduler.from_config(config)
+    made.set_timesteps(10)
+    for ui in ("diffusers", "SD.Next", "InvokeAI"):
+        assert row(folder, ui).right
+        assert row(folder, ui).sigma_max == pytest.approx(float(made.sigmas[0]), rel=1e-3)
+
+
+def test_a_flow_matching_config_that_tells_no_shift_has_its_classs_own():
+    made = diffusers.FlowMatchEulerDiscreteScheduler()
+    says = sampling_of_config({"_class_name": "FlowMatchEulerDiscreteScheduler"})
+    assert says == Sampling(NoiseSchedule.flow(made.config.shift), "flow_prediction")
+    assert not says.zero_terminal and Sampling(SDXL.zero_terminal_snr(), "sample").zero_terminal
