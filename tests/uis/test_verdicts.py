@@ -12,7 +12,7 @@ import torch
 from models import KINDS, model, write
 
 from sdxl_fixes import NoiseSchedule
-from sdxl_fixes.checkpoint import Sampling, overruled, sampling_of_config, scheduler_config
+from sdxl_fixes.checkpoint import Sampling, overruled, sampling_of_config
 from sdxl_fixes.cli import main
 from sdxl_fixes.uis.verdicts import UIS, verdicts
 
@@ -99,7 +99,9 @@ def case(name, changes):
     known = inspect.signature(getattr(diffusers, name).__init__).parameters
     if not all(key in known or key == "rescale_betas_zero_snr" for key in changes):
         return None
-    config = scheduler_config(LONG, "v_prediction", None, "rescale_betas_zero_snr" in known)
+    config = LONG.to_config("v_prediction")
+    if "rescale_betas_zero_snr" not in known:
+        del config["rescale_betas_zero_snr"]
     if "clip_sample" in known:
         config["clip_sample"] = False
     config |= {"_class_name": name} | changes
