@@ -150,7 +150,7 @@ class ModelFile:
     @property
     def sampling(self) -> Sampling | None:
         """How the file says that it is sampled, as :func:`read_sampling`."""
-        return self.record or sampling_of_file(self.header.metadata, self.header.tensors)
+        return sampling_of_file(self.header.metadata, self.header.tensors)
 
     @property
     def is_sdxl(self) -> bool | None:

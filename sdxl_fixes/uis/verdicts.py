@@ -292,8 +292,8 @@ def _forge_neo(file: ModelFile) -> Reading:
 
 
 def _yaml_says_v(file: ModelFile) -> bool:
-    """Whether the YAML beside the file names v-prediction's scaling (a YAML parser would be one more
-    dependency)."""
+    """Whether the YAML beside the file names v-prediction's scaling (looked for as text, so that a YAML
+    that is broken elsewhere is A1111's to refuse)."""
     yaml = beside(file.path, ".yaml")
     return yaml.is_file() and "denoiser_scaling.VScaling" in yaml.read_text(
         encoding="utf-8", errors="replace"

@@ -12,7 +12,7 @@ import torch
 from models import KINDS, model, write
 
 from sdxl_fixes import NoiseSchedule
-from sdxl_fixes.checkpoint import Sampling, overruled, sampling_of_config, scheduler_config
+from sdxl_fixes.checkpoint import Sampling, overruled, sampling_of_config
 from sdxl_fixes.cli import main
 from sdxl_fixes.uis.verdicts import UIS, verdicts
 
@@ -99,10 +99,12 @@ def case(name, changes):
     known = inspect.signature(getattr(diffusers, name).__init__).parameters
     if not all(key in known or key == "rescale_betas_zero_snr" for key in changes):
         return None
-    config = scheduler_config(name, LONG, "v_prediction", settings=known)
+    config = LONG.to_config("v_prediction")
+    if "rescale_betas_zero_snr" not in known:
+        del config["rescale_betas_zero_snr"]
     if "clip_sample" in known:
         config["clip_sample"] = False
-    config |= changes
+    config |= {"_class_name": name} | changes
     return {k: v for k, v in config.items() if not (v is None and changes.get(k, 0) is None)}
 
 
@@ -189,3 +191,20 @@ def test_inspect_says_what_overrules_a_folder_and_the_command_that_mends_it(tmp_
     del config["timestep_type"]
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     assert row(folder, "diffusers").right
+
+
+def test_zero_terminal_snr_ends_where_diffusers_class_ends_it(tmp_path):
+    config = {"_class_name": "EulerDiscreteScheduler", **SDXL.to_config("v_prediction")}
+    config["rescale_betas_zero_snr"] = True
+    folder, made = folder_of(tmp_path, config), diffusers.EulerDiscreteScheduler.from_config(config)
+    made.set_timesteps(10)
+    for ui in ("diffusers", "SD.Next", "InvokeAI"):
+        assert row(folder, ui).right
+        assert row(folder, ui).sigma_max == pytest.approx(float(made.sigmas[0]), rel=1e-3)
+
+
+def test_a_flow_matching_config_that_tells_no_shift_has_its_classs_own():
+    made = diffusers.FlowMatchEulerDiscreteScheduler()
+    says = sampling_of_config({"_class_name": "FlowMatchEulerDiscreteScheduler"})
+    assert says == Sampling(NoiseSchedule.flow(made.config.shift), "flow_prediction")
+    assert not says.zero_terminal and Sampling(SDXL.zero_terminal_snr(), "sample").zero_terminal
