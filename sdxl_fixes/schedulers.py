@@ -189,12 +189,22 @@ class _Exact:
         self._step_index: int | None = None
         self._begin_index: int | None = None
 
-    def _advance(self, timestep: Any) -> int:
-        """The position of this step in the list, which is then passed."""
+    def _advance(self, timestep: Any) -> tuple[Level, Level]:
+        """The levels that this step goes from and to; its place in the list is then passed."""
         if self._step_index is None:
             self._step_index = self._find(timestep) if self._begin_index is None else self._begin_index
         self._step_index += 1
-        return self._step_index - 1
+        return self._levels[self._step_index - 1], self._levels[self._step_index]
+
+    def _around(self, timestep: Any) -> tuple[Level, Level]:
+        """The level of any trained timestep, and that of the next one of the list."""
+        if not self._told:
+            self.set_timesteps(len(self.noise_schedule))
+        t = float(timestep)
+        alpha, sigma, told = self.noise_schedule.levels(self._flow)
+        row = min(int(np.searchsorted(told, t - 1e-3)), len(told) - 1)
+        later = (level for at, level in zip(self._told, self._levels, strict=False) if at < t)
+        return (float(alpha[row]), float(sigma[row])), next(later, self._levels[-1])
 
     def _find(self, timestep: Any) -> int:
         if not self._told:
@@ -224,7 +234,8 @@ class _Exact:
 
     def _first_order(
         self,
-        at: int,
+        level: Level,
+        after: Level,
         x0: torch.Tensor,
         noise: torch.Tensor,
         eta: float = 0.0,
@@ -233,8 +244,8 @@ class _Exact:
     ) -> torch.Tensor:
         """DDIM's step (arXiv:2010.02502 eq. 12), which is Euler's; with eta 1 DDPM's and Euler
         ancestral's."""
-        alpha_next, sigma_next = self._levels[at + 1]
-        stays = _stays(self._levels[at], self._levels[at + 1])
+        alpha_next, sigma_next = after
+        stays = _stays(level, after)
         new = eta * sigma_next * math.sqrt(1 - stays**2)
         x: torch.Tensor = alpha_next * x0 + math.sqrt(sigma_next**2 - new**2) * noise
         if new > 0:
@@ -261,9 +272,9 @@ def _stock_follows(name: str, config: Mapping[str, Any]) -> bool:
     try:
         schedule = NoiseSchedule.from_config(config)
     except ValueError:
-        if asked:
+        if config.get(EXACT_KEY) or config["timestep_spacing"] == "log_sigma":
             raise
-        return True  # a beta schedule that only diffusers knows
+        return True  # only diffusers knows it
     sigma_space = name not in TIMESTEP_CLASSES
     if sigma_space and schedule.zero_terminal and config["prediction_type"] == "epsilon":
         warnings.warn(
@@ -310,10 +321,11 @@ class DDPMScheduler(_Exact, diffusers.DDPMScheduler):  # type: ignore[misc]
                 f"variance_type {self.config['variance_type']!r} does not go with "
                 f"{self.noise_schedule!r}: use 'fixed_small'"
             )
-        at = self._find(timestep)
-        alpha, sigma = self._levels[at]
+        (alpha, sigma), after = self._around(timestep)
         x0, _ = self._predicted(model_output, sample, (alpha, sigma))
-        x = self._first_order(at, x0, (sample.float() - alpha * x0) / sigma, 1.0, generator)
+        x = self._first_order(
+            (alpha, sigma), after, x0, (sample.float() - alpha * x0) / sigma, 1.0, generator
+        )
         return _result(x, x0, sample, return_dict)
 
 
@@ -332,14 +344,12 @@ class DDIMScheduler(_Exact, diffusers.DDIMScheduler):  # type: ignore[misc]
         variance_noise: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        at = self._find(timestep)
-        alpha, sigma = self._levels[at]
+        (alpha, sigma), after = self._around(timestep)
         x0, noise = self._predicted(model_output, sample, (alpha, sigma))
         if use_clipped_model_output:
             noise = (sample.float() - alpha * x0) / sigma
-        return _result(
-            self._first_order(at, x0, noise, eta, generator, variance_noise), x0, sample, return_dict
-        )
+        x = self._first_order((alpha, sigma), after, x0, noise, eta, generator, variance_noise)
+        return _result(x, x0, sample, return_dict)
 
 
 class EulerDiscreteScheduler(_Exact, diffusers.EulerDiscreteScheduler):  # type: ignore[misc]
@@ -364,9 +374,9 @@ class EulerDiscreteScheduler(_Exact, diffusers.EulerDiscreteScheduler):  # type:
                 f"s_churn {s_churn:g} does not go with {self.noise_schedule!r}: use euler_a "
                 "for noise at every step"
             )
-        at = self._advance(timestep)
-        x0, noise = self._predicted(model_output, sample, self._levels[at])
-        return _result(self._first_order(at, x0, noise), x0, sample, return_dict)
+        level, after = self._advance(timestep)
+        x0, noise = self._predicted(model_output, sample, level)
+        return _result(self._first_order(level, after, x0, noise), x0, sample, return_dict)
 
 
 class EulerAncestralDiscreteScheduler(_Exact, diffusers.EulerAncestralDiscreteScheduler):  # type: ignore[misc]
@@ -382,9 +392,9 @@ class EulerAncestralDiscreteScheduler(_Exact, diffusers.EulerAncestralDiscreteSc
         generator: Any = None,
         return_dict: bool = True,
     ) -> Any:
-        at = self._advance(timestep)
-        x0, noise = self._predicted(model_output, sample, self._levels[at])
-        return _result(self._first_order(at, x0, noise, 1.0, generator), x0, sample, return_dict)
+        level, after = self._advance(timestep)
+        x0, noise = self._predicted(model_output, sample, level)
+        return _result(self._first_order(level, after, x0, noise, 1.0, generator), x0, sample, return_dict)
 
 
 class HeunDiscreteScheduler(_Exact, diffusers.HeunDiscreteScheduler):  # type: ignore[misc]
@@ -410,8 +420,8 @@ class HeunDiscreteScheduler(_Exact, diffusers.HeunDiscreteScheduler):  # type: i
 
     def _reset(self) -> None:
         super()._reset()
-        # predicted image and sample, between the two evaluations
-        self._first: tuple[torch.Tensor, torch.Tensor] | None = None
+        # predicted image, sample and level of the first, between the two evaluations
+        self._first: tuple[torch.Tensor, torch.Tensor, Level] | None = None
 
     @property
     def state_in_first_order(self) -> bool:
@@ -425,17 +435,16 @@ class HeunDiscreteScheduler(_Exact, diffusers.HeunDiscreteScheduler):  # type: i
         sample: torch.Tensor,
         return_dict: bool = True,
     ) -> Any:
-        at = self._advance(timestep)
-        x0, noise = self._predicted(model_output, sample, self._levels[at])
+        level, after = self._advance(timestep)
+        x0, noise = self._predicted(model_output, sample, level)
         if self._first is None:
-            if at + 1 < len(self._told):
-                self._first = x0, sample.float()
-            return _result(self._first_order(at, x0, noise), x0, sample, return_dict)
-        (before, x), self._first = self._first, None
-        (_, sigma), (alpha_next, sigma_next) = self._levels[at - 1], self._levels[at]
-        stays = _stays(self._levels[at - 1], self._levels[at])
+            if after is not self._levels[-1]:
+                self._first = x0, sample.float(), level
+            return _result(self._first_order(level, after, x0, noise), x0, sample, return_dict)
+        (before, x, start), self._first = self._first, None
+        stays = _stays(start, level)
         second = 1 - (1 - stays) / -math.log(stays) if stays > 0 else 1.0
-        x = sigma_next / sigma * x + alpha_next * ((1 - stays) * before + second * (x0 - before))
+        x = level[1] / start[1] * x + level[0] * ((1 - stays) * before + second * (x0 - before))
         return _result(x, x0, sample, return_dict)
 
 
