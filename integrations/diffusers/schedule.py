@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sdxl_fixes.checkpoint import scheduler_config
-from sdxl_fixes.flags import FlagError
+from sdxl_fixes.errors import FlagError
 from sdxl_fixes.prediction import check_prediction_type
 from sdxl_fixes.schedule import EXACT_KEY, NoiseSchedule
 from sdxl_fixes.trainers.run import Run

@@ -1,8 +1,8 @@
 """The loss of one training step, computed here and nowhere else: for :class:`sdxl_fixes.Objective` and for
 every trainer.
 
-    loss[b, i] = rho(r[b, i]; delta_t) m[b, i] g[b] w_t u_t        r = prediction - target, t the timestep of
-    sample b
+    loss[b, i] = rho(r[b, i]; delta_t) m[b, i] g[b] w_t u_t        r = prediction - target
+                                                                   t = the timestep of sample b
 
     rho  l2, l1 or Huber with the delta of the timestep        m  the mask, 1 without one
     g    ScheduledHuber.l2_gradient's factor, else 1           w  the SNR weight (arXiv:2303.09556 and others)
@@ -74,10 +74,12 @@ class StepLoss:
         """The loss of ``prediction`` [B, ...] for ``target`` [B, ...].
 
         mask        broadcasts against the prediction, multiplies each element's loss, which is then averaged
-        over all elements importance  [B], from the timestep sampler, None for 1 later       [B], weights of
-        the trainer's own that it will apply to the result: l2_gradient="batch" must know them values      a
-        trainer's own loss of each element [B, ...] in place of rho reduction   mean or sum over all elements,
-        sample: means of the samples [B], none: [B, ...]
+                    over all elements
+        importance  [B], from the timestep sampler, None for 1
+        later       [B], weights of the trainer's own that it will apply to the result: l2_gradient="batch"
+                    must know them
+        values      a trainer's own loss of each element [B, ...] in place of rho
+        reduction   mean or sum over all elements, sample: means of the samples [B], none: [B, ...]
         """
         if reduction not in REDUCTIONS:
             raise ValueError(f"unknown reduction {reduction!r}: expected one of {', '.join(REDUCTIONS)}")
