@@ -22,7 +22,8 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 
-from sdxl_fixes.flags import Settings, add_flags
+from sdxl_fixes.command_line import add_flags
+from sdxl_fixes.flags import FLAGS, TrainingFlags
 from sdxl_fixes.validation import Validation
 
 PREDICTION_TYPE = "v_prediction"
@@ -41,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output_dir")
     parser.add_argument("--log_with", help="tensorboard, wandb, ...: a tracker that accelerate knows")
     # schedule, loss, weights, noise, timesteps, and the validation loss every --stable_loss_steps
-    add_flags(parser)
+    add_flags(parser, FLAGS)
     return parser.parse_args()
 
 
@@ -98,8 +99,8 @@ def main() -> None:
     args = parse_args()
     accelerator = Accelerator(log_with=args.log_with, project_dir=args.output_dir)
     accelerator.init_trackers("custom_loop")
-    settings = Settings.from_args(args)
-    objective = settings.objective(
+    flags = TrainingFlags.from_args(args)
+    objective = flags.objective(
         PREDICTION_TYPE, seed=args.seed, rank=accelerator.process_index, world_size=accelerator.num_processes
     )
     torch.manual_seed(args.seed)
@@ -108,7 +109,7 @@ def main() -> None:
     data = {name: tensor.to(accelerator.device) for name, tensor in make_data().items()}
     held_out = {
         name: tensor.to(accelerator.device)
-        for name, tensor in make_data(settings.stable_loss_images or 8, seed=1).items()
+        for name, tensor in make_data(flags.stable_loss_images or 8, seed=1).items()
     }
     validation, network = Validation(objective), accelerator.unwrap_model(unet)
 
@@ -140,7 +141,7 @@ def main() -> None:
         losses.append(accelerator.gather(loss.detach().reshape(1)).mean().item())
         accelerator.log({"loss": losses[-1]}, step=step + 1)
 
-        if settings.stable_loss_steps and (step + 1) % settings.stable_loss_steps == 0:
+        if flags.stable_loss_steps and (step + 1) % flags.stable_loss_steps == 0:
             # of the same images, noise and timesteps every time; the training's random numbers stay as they
             # are
             numbers = validation(

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sdxl_fixes.command_line import Parser, add_flags
 from sdxl_fixes.commands import samples, stamp
 from sdxl_fixes.commands.schedule import as_json, as_text, plot
 from sdxl_fixes.errors import shown
-from sdxl_fixes.flags import SCHEDULE_FLAGS, Settings, add_flags
+from sdxl_fixes.flags import SCHEDULE_FLAGS, TrainingFlags
 from sdxl_fixes.model_files.model_file import read_sampling
 from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.uis import install
@@ -20,7 +21,17 @@ from sdxl_fixes.version import __version__
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status. Wrong input is one sentence on standard error and status
     2."""
-    parser = argparse.ArgumentParser(prog="sdxl-fixes", description="One noise schedule for SDXL training.")
+    args = make_parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except (ValueError, OSError) as error:
+        print(f"sdxl-fixes {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def make_parser() -> Parser:
+    """The command line."""
+    parser = Parser(prog="sdxl-fixes", description="One noise schedule for SDXL training.")
     parser.add_argument("--version", action="version", version=f"sdxl-fixes {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_schedule(commands)
@@ -30,17 +41,12 @@ def main(argv: list[str] | None = None) -> int:
     samples.add_commands(commands)
     _add_demo(commands)
     _add_buckets(commands)
-    args = parser.parse_args(argv)
-    try:
-        return int(args.run(args))
-    except (ValueError, OSError) as error:
-        print(f"sdxl-fixes {args.command}: {error}", file=sys.stderr)
-        return 2
+    return parser
 
 
 def _add_schedule(commands: Any) -> None:
     parser = commands.add_parser("schedule", help="table and plot of a noise schedule beside SDXL's own")
-    add_flags(parser, tuple(SCHEDULE_FLAGS))
+    add_flags(parser, SCHEDULE_FLAGS)
     parser.add_argument(
         "--base", choices=("sdxl", "linear", "cosine", "flow"), default="sdxl", help="schedule to start from"
     )
@@ -80,9 +86,9 @@ def _schedule(args: argparse.Namespace) -> int:
         "flow": NoiseSchedule.flow,
     }
     base = makers[args.base]() if args.file is None else _read_schedule(args.file)
-    schedule = Settings.from_args(args).schedule(base)
+    schedule = TrainingFlags.from_args(args).schedule(base)
     if args.width is not None:
-        schedule = _for_canvas(schedule, args.width, args.height, args.terminal_sigma_method or "rescale")
+        schedule = _for_canvas(schedule, args.width, args.height, args.terminal_sigma_method)
     if args.plot is not None:
         plot(schedule, args.plot)
     print(as_json(schedule) if args.json else as_text(schedule))
@@ -96,8 +102,10 @@ def _read_schedule(file: Path) -> NoiseSchedule:
     return said.schedule
 
 
-def _for_canvas(schedule: NoiseSchedule, width: int, height: int, method: str) -> NoiseSchedule:
+def _for_canvas(schedule: NoiseSchedule, width: int, height: int, method: str | None) -> NoiseSchedule:
     try:
+        if method is None:
+            return schedule.for_resolution(width, height)
         return schedule.for_resolution(width, height, method=method)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"--width {shown(width)} --height {shown(height)}: {error}") from error

@@ -1,5 +1,5 @@
-"""The one kind of error that this package raises for a training that must not go on, and how errors show what
-they found."""
+"""The two kinds of error that this package raises for a training that must not go on, and how errors show
+what they found."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from typing import Any
 class FixError(RuntimeError):
     """A fix that was asked for cannot do its work, or would do it wrongly; the message is one sentence for
     the user."""
+
+
+class FlagError(ValueError):
+    """A flag's value is wrong, or two flags contradict each other; the message is one sentence for the
+    user."""
 
 
 def shown(value: Any) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import NoReturn
 
 logger = logging.getLogger("sdxl_fixes")
 
@@ -16,7 +17,7 @@ class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        word = "WARNING: " if record.levelno >= logging.WARNING else ""
+        word = "WARNING: " if record.levelno == logging.WARNING else ""
         tqdm.write(f"sdxl-fixes: {word}{record.getMessage()}", file=sys.stderr)
 
 
@@ -40,6 +41,12 @@ def say(line: str) -> None:
     """Tell the user, once for all processes."""
     if rank() == 0:
         logger.info(line)
+
+
+def stop(line: str, status: int = 1) -> NoReturn:
+    """End this process with a sentence. Every process that stops says why: another may go on."""
+    logger.error(line)
+    sys.exit(status)
 
 
 def warn(line: str) -> None:

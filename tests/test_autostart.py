@@ -190,6 +190,7 @@ def test_flags_of_the_command_line_count_too(launched, checkout):
         "1",
         "--chunk_buckets",
     )
+    launched(said(line, "terminal_sigma"), "sdxl_train.py", "--terminal-sigma", "300")
     both = said("the command line and my.toml use", "fixes, terminal_sigma")
     launched(both, "sdxl_train.py", "--config_file", "my", "--fixes", "all")
 

@@ -15,20 +15,22 @@ from sdxl_fixes import (
     ScheduledHuber,
     SoftMinSNR,
 )
-from sdxl_fixes.flags import FLAGS, FlagError, Settings, add_flags
+from sdxl_fixes.command_line import add_flags
+from sdxl_fixes.errors import FlagError
+from sdxl_fixes.flags import FLAGS, TrainingFlags
 
 
 def parse(*words):
     parser = argparse.ArgumentParser()
-    add_flags(parser)
-    return Settings.from_args(parser.parse_args(words))
+    add_flags(parser, FLAGS)
+    return TrainingFlags.from_args(parser.parse_args(words))
 
 
 def test_no_flag_is_stock_sdxl():
-    settings = parse()
-    assert settings == Settings() and not settings.changes_schedule
-    assert settings.schedule() == NoiseSchedule.sdxl() and settings.loss() == Loss("l2")
-    assert settings.weighting() is settings.perturbation() is settings.offset() is None
+    flags = parse()
+    assert flags == TrainingFlags() and not flags.changes_schedule
+    assert flags.schedule() == NoiseSchedule.sdxl() and flags.loss == Loss("l2")
+    assert flags.weighting() is flags.perturbation is flags.offset is None
 
 
 @pytest.mark.parametrize(
@@ -62,16 +64,16 @@ def test_the_other_flags_reach_the_core():
         "--huber_scale",
         "3",
     ]
-    settings = parse(
+    flags = parse(
         *huber, "--huber_l2_gradient", "batch", "--ip_noise_gamma", "0.1", "--ip_noise_gamma_random_strength"
     )
-    assert settings.loss() == ScheduledHuber("smooth_l1", "exponential", 0.2, 3.0, "batch")
-    assert settings.perturbation() == InputPerturbation(0.1, random=True)
-    assert parse("--noise_offset", "0.05").offset() == OffsetNoise(0.05)
+    assert flags.loss == ScheduledHuber("smooth_l1", "exponential", 0.2, 3.0, "batch")
+    assert flags.perturbation == InputPerturbation(0.1, random=True)
+    assert parse("--noise_offset", "0.05").offset == OffsetNoise(0.05)
     assert parse("--min_snr_gamma", "5", "--min_snr_floor").weighting() == MinSNR(5, floor=True)
     assert parse("--soft_min_snr_gamma", "4").weighting() == SoftMinSNR(4)
     assert parse("--debiased_estimation_loss").weighting() == Debiased()
-    assert settings.objective("v_prediction").loss_function == settings.loss()
+    assert flags.objective("v_prediction").loss_function == flags.loss
 
 
 @pytest.mark.parametrize(
@@ -111,6 +113,6 @@ def test_two_weightings_are_refused():
 def test_a_trainers_own_flag_keeps_its_help_and_default():
     parser = argparse.ArgumentParser()
     parser.add_argument("--loss_type", default="l1", help="theirs")
-    add_flags(parser)
+    add_flags(parser, FLAGS)
     assert parser.parse_args([]).loss_type == "l1" and "theirs" in parser.format_help()
     assert all(f"--{name}" in parser.format_help() for name in FLAGS)

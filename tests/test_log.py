@@ -31,6 +31,13 @@ def test_lines_are_prefixed_and_warnings_marked(capsys):
     assert said.err == "sdxl-fixes: one\n  two\nsdxl-fixes: WARNING: three, 100 % of it\n" and said.out == ""
 
 
+def test_who_stops_says_why_from_every_process(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stopped:
+        log.stop("--x: wrong", 2)
+    assert stopped.value.code == 2 and capsys.readouterr().err == "sdxl-fixes: --x: wrong\n"
+
+
 @pytest.mark.parametrize("rank", ["1", "7"])
 def test_only_the_main_process_speaks(rank, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")

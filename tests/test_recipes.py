@@ -13,7 +13,8 @@ import recipes
 from recipes import ADAFACTOR, FULL, KEPT, LORA, LORA_32, RECOMPUTED, TEXT_ENCODERS, UNET
 
 from sdxl_fixes import NoiseSchedule
-from sdxl_fixes.flags import FLAGS, Settings, add_flags
+from sdxl_fixes.command_line import add_flags
+from sdxl_fixes.flags import FLAGS, TrainingFlags
 from sdxl_fixes.kohya import chunk_flags
 from sdxl_fixes.kohya.flags import add_arguments
 
@@ -73,18 +74,20 @@ def test_the_pages_estimates_follow_from_its_formulas(make):
 @pytest.mark.parametrize("recipe", recipes.KOHYA)
 def test_our_flags_in_a_recipe_are_flags_of_ours_that_make_sense_together(recipe):
     parser = argparse.ArgumentParser()
-    add_flags(parser)  # with those that upstream has too
+    add_flags(parser, FLAGS)  # with those that upstream has too
     add_arguments(lambda parser: None, parser)
     ours = {
-        key: value for key, value in recipes.keys(recipe).items() if key in {**FLAGS, **chunk_flags.FLAGS}
+        key: value
+        for key, value in recipes.keys(recipe).items()
+        if key in {**FLAGS, **chunk_flags.CHUNK_FLAGS}
     }
     arguments = [f"--{key}" if value is True else f"--{key}={value}" for key, value in ours.items()]
     args = parser.parse_args(arguments)
     assert {key: getattr(args, key) for key in ours} == ours
-    settings, v = Settings.from_args(args), recipe != "epsilon"
-    assert settings.schedule() == (NoiseSchedule.sdxl().zero_terminal_snr() if v else NoiseSchedule.sdxl())
+    flags, v = TrainingFlags.from_args(args), recipe != "epsilon"
+    assert flags.schedule() == (NoiseSchedule.sdxl().zero_terminal_snr() if v else NoiseSchedule.sdxl())
     assert recipes.keys(recipe).get("v_parameterization", False) == v
-    assert settings.stratified_timesteps and settings.min_snr_gamma == 5 and args.chunk_buckets
+    assert flags.stratified_timesteps and flags.min_snr_gamma == 5 and args.chunk_buckets
     chunk_flags.Options.from_args(argparse.Namespace(**{**recipes.keys(recipe), **vars(args)}))
 
 

@@ -21,22 +21,9 @@ SCRIPTS = (
     *("sdxl_train_control_net.py", "sdxl_train_control_net_lllite.py"),
 )
 FLAGS = (  # what sdxl_fixes.kohya adds to upstream's own; tests/test_autostart.py compares
-    *(
-        "fixes",
-        "terminal_sigma",
-        "terminal_sigma_method",
-        "terminal_sigma_start",
-        "huber_l2_gradient",
-        "min_snr_floor",
-    ),
-    *(
-        "stratified_timesteps",
-        "terminal_timestep_share",
-        "stable_loss_steps",
-        "stable_loss_images",
-        "chunk_buckets",
-        "chunk_layout",
-    ),
+    *("fixes", "terminal_sigma", "terminal_sigma_method", "terminal_sigma_start"),
+    *("huber_l2_gradient", "min_snr_floor", "stratified_timesteps", "terminal_timestep_share"),
+    *("stable_loss_steps", "stable_loss_images", "chunk_buckets", "chunk_layout"),
 )
 
 
@@ -59,20 +46,22 @@ def start() -> None:
     if not names:
         return
     places = [str(place) for place, found in used.items() if found.intersection(FLAGS)]
-    said = (
+    sentence = (
         f"sdxl-fixes: {' and '.join(places)} {'use' if places[1:] else 'uses'} flags of ours "
         f"({', '.join(names)})"
     )
     if not _launcher_exists():
         print(
-            f"{said}, but sdxl_fixes is not installed here: install it again, or leave them out",
+            f"{sentence}, but sdxl_fixes is not installed here: install it again, or leave them out",
             file=sys.stderr,
             flush=True,
         )
         os._exit(2)  # here SystemExit would be a fatal error of Python's with a traceback
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0":  # as sdxl_fixes.log, which would import the package
         name = os.path.basename(script)
-        print(f"{said}: {name} is started as python -m sdxl_fixes.kohya does", file=sys.stderr, flush=True)
+        print(
+            f"{sentence}: {name} is started as python -m sdxl_fixes.kohya does", file=sys.stderr, flush=True
+        )
     _become([sys.executable, *_options(), "-m", "sdxl_fixes.kohya", script, *words])
 
 
@@ -97,7 +86,8 @@ def _is_kohyas(script: Path) -> bool:
 
 
 def _flags(words: list[str]) -> set[str]:
-    return {word.partition("=")[0][2:] for word in words if word.startswith("--")}
+    # the launcher takes hyphens, too
+    return {word.partition("=")[0][2:].replace("-", "_") for word in words if word.startswith("--")}
 
 
 def _config(words: list[str]) -> str | None:

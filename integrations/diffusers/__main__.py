@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from sdxl_fixes.diffusers.anchors import is_sdxl_script, refused
+from sdxl_fixes.diffusers.flags import FLAGS_HERE
 from sdxl_fixes.diffusers.install import install
 from sdxl_fixes.diffusers.run import SESSION
 from sdxl_fixes.trainers.session import run_script
@@ -33,7 +34,7 @@ def main() -> None:
         )
     if why := refused(source):
         sys.exit(f"sdxl-fixes: {script.name} cannot be fixed: {why}; start it with plain python")
-    run_script(script, install, SESSION)
+    run_script(script, install, SESSION, FLAGS_HERE)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from sdxl_fixes.trainers.patching import PatchSet
 
 from .anchors import is_sdxl_script, missing, refused
+from .install import ARGUMENTS
 from .patches import for_script
 from .run import FIXES
 from .scripts import version
@@ -24,7 +25,7 @@ def examine(path: Path) -> tuple[str, bool]:
     source = path.read_text(encoding="utf-8")
     if why_not := refused(source):
         return f"huggingface/diffusers example {path}: refused, {why_not}", False
-    problems = PatchSet(for_script(source, {"__name__": "__main__"})).check()
+    problems = PatchSet((ARGUMENTS, *for_script(source, {"__name__": "__main__"}))).check()
     why = missing(source)
     lines = [f"huggingface/diffusers example {path}: {version(path)}"]
     for fix in ("run", *FIXES):

@@ -1,12 +1,78 @@
-"""Apply the patches to the libraries that the example scripts call, and take them back."""
+"""Apply the patches to the libraries that the example scripts call, and take them back. The first waits for
+the script's arguments, and then applies those that its flags ask for."""
 
 from __future__ import annotations
 
-from sdxl_fixes.errors import FixError
-from sdxl_fixes.trainers.patching import PatchSet
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
-from .patches import PATCHES
-from .run import SESSION
+from sdxl_fixes.command_line import Flag
+from sdxl_fixes.errors import FixError, FlagError
+from sdxl_fixes.trainers.patching import Patch, PatchSet
+
+from .anchors import in_sigma_space, missing, refused
+from .flags import add_arguments
+from .patches import PATCHES, for_script
+from .run import FIXES, SESSION, caller, start
+
+# the parser that has one is the script's
+MARKS = {"--pretrained_model_name_or_path", "--pretrained_teacher_model"}
+
+
+def parse_args(
+    original: Callable[..., Any], parser: argparse.ArgumentParser, *args: Any, **kwargs: Any
+) -> Any:
+    """Upstream's arguments and ours; other parsers of the process are left alone."""
+    if not MARKS & set(parser._option_string_actions):
+        return original(parser, *args, **kwargs)
+    ours = add_arguments(parser)
+    parsed = original(parser, *args, **kwargs)
+    begin(parsed, caller(), ours)
+    return parsed
+
+
+ARGUMENTS = Patch(
+    ("run",),
+    "argparse:ArgumentParser.parse_args",
+    ("self", "args"),
+    parse_args,
+    "adds the flags, and checks them before any model is loaded",
+)
+
+
+def begin(args: argparse.Namespace, script: dict[str, Any], ours: Mapping[str, Flag]) -> None:
+    """Nothing is loaded yet: decide which fixes are on, replace what they need, and take their flags away
+    from the script."""
+    SESSION.script, SESSION.training = script, False
+    # a notebook has no file to check
+    source = Path(script["__file__"]).read_text(encoding="utf-8") if "__file__" in script else ""
+    if why_not := refused(source):
+        raise FlagError(
+            f"{Path(script['__file__']).name} cannot be fixed: {why_not}; start it without sdxl-fixes"
+        )
+    patches = SESSION.patches
+    # the others act if and when they can
+    no_place = {fix: why for fix, why in missing(source).items() if FIXES[fix].due != "later"}
+    table = PatchSet((ARGUMENTS, *for_script(source, script)), calls=SESSION.called)
+    table.refused = {**patches.refused, **no_place}
+    table.refused |= {
+        fix: why for patch, why in table.check().items() if why is not None for fix in patch.fixes
+    }
+    try:
+        run = start(args, table, ours, in_sigma_space(source))
+    except FlagError as error:
+        raise FlagError(str(error).replace("--min_snr_gamma", "--snr_gamma")) from error
+    patches.undo()
+    table.apply({"run", *run.on})
+    SESSION.patches = table
+    SESSION.begin(run)
+    if "weighting" in run.on:
+        args.snr_gamma = None  # the script must not weight again
+    if "caches" in run.on and getattr(args, "cache_latents", False):
+        args.cache_latents = False
+        SESSION.reached("caches")
 
 
 def install() -> None:
@@ -18,7 +84,7 @@ def install() -> None:
     do not know.
     """
     uninstall()
-    patches = PatchSet(PATCHES, calls=SESSION.called)
+    patches = PatchSet((ARGUMENTS, *PATCHES), calls=SESSION.called)
     patches.apply({"run"})
     if "run" in patches.refused:
         patches.undo()

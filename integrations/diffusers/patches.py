@@ -1,5 +1,6 @@
 """Every patch of what diffusers' example scripts call, in one table (scripts of 0.32 to main). ``run`` is
-applied before the script starts; of the others, only those of the fixes that its flags switch on."""
+applied before the script starts; of the others, only those of the fixes that its flags switch on. The one
+that adds the flags is in ``install``, which reads this table."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 
 from sdxl_fixes.trainers.patching import Patch
 
-from . import buckets, caches, checkpoint, crops, flags, loss, prompts, schedule, timesteps, validation
+from . import buckets, caches, checkpoint, crops, loss, prompts, schedule, timesteps, validation
 from .run import SESSION
 
 _FROM = ("pretrained_model_name_or_path", "subfolder")
@@ -17,8 +18,6 @@ _CLIP = ("self", "input_ids")
 
 # fmt: off
 PATCHES = (
-    Patch(("run",), "argparse:ArgumentParser.parse_args", ("self", "args"), flags.parse_args,
-          "adds the flags, and checks them before any model is loaded"),
     Patch(("run",), "diffusers.schedulers.scheduling_utils:SchedulerMixin.from_pretrained", _FROM,
           schedule.load, "training scheduler and pipeline schedulers of one schedule"),
     Patch(("run",), "accelerate:Accelerator.backward", ("self", "loss"), SESSION.backward,

@@ -1,17 +1,19 @@
-"""The training run that the patches serve: the fixes for diffusers' scripts, and their arguments as
-settings."""
+"""The training run that the patches serve: the fixes for diffusers' scripts, and what their arguments make of
+them."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sdxl_fixes.checkpoint import Sampling, sampling_of_config
-from sdxl_fixes.flags import FlagError, Settings
+from sdxl_fixes.command_line import Flag
+from sdxl_fixes.errors import FlagError
+from sdxl_fixes.flags import TrainingFlags
 from sdxl_fixes.log import warn
 from sdxl_fixes.model_files.header import FormatError
 from sdxl_fixes.model_files.model_file import read_sampling
@@ -114,7 +116,10 @@ SESSION = ScriptSession()
 
 
 def start(
-    args: argparse.Namespace, patches: PatchSet, ours: Collection[str] = (), sigma_space: bool = False
+    args: argparse.Namespace,
+    patches: PatchSet,
+    ours: Mapping[str, Flag] | None = None,
+    sigma_space: bool = False,
 ) -> Run:
     """The run that a script's parsed arguments describe, after it was reported. ``ours`` are flags that the
     script does not have itself, ``sigma_space`` is whether it noises by sigma and knows no other way. Raises
@@ -124,9 +129,9 @@ def start(
     flags change.
     """
     may_act = allowed(args.fixes, FIXES)
-    dropped = switch_off(FIXES, may_act, ours, args)
+    dropped = switch_off(FIXES, may_act, ours or {}, args)
     known = argparse.Namespace(**{**vars(args), "min_snr_gamma": args.snr_gamma})
-    settings = Settings.from_args(known) if may_act else Settings()
+    flags = TrainingFlags.from_args(known) if may_act else TrainingFlags()
     known.base_prediction_type = "epsilon"
     maybe = frozenset(name for name in may_act if FIXES[name].asked(known))
     base, known.base_prediction_type, edm = _base(args) if maybe else (None, "epsilon", False)
@@ -139,17 +144,17 @@ def start(
     if edm or getattr(args, "do_edm_style_training", False):
         refuse_edm(on)
     prediction_type = args.prediction_type or known.base_prediction_type
-    _check(known, on, settings, prediction_type)
-    schedule = settings.schedule(base)
+    _check(known, on, prediction_type)
+    schedule = flags.schedule(base)
     if sigma_space and "schedule" in on:
         _check_sigma_space(schedule, prediction_type)
-    weighting = settings.weighting() if may_act else None
+    weighting = flags.weighting() if may_act else None
     run = prepare(
         replace(DIFFUSERS, v_flag="v_prediction, in a script that trains it,") if sigma_space else DIFFUSERS,
         known,
         on,
         patches.refused,
-        settings,
+        flags,
         schedule,
         prediction_type,
         () if weighting is None else (weighting,),
@@ -159,7 +164,7 @@ def start(
     return run
 
 
-def _check(args: argparse.Namespace, on: frozenset[str], settings: Settings, prediction_type: str) -> None:
+def _check(args: argparse.Namespace, on: frozenset[str], prediction_type: str) -> None:
     if "prompts" in on and args.max_token_length <= 75:
         raise FlagError(
             f"--max_token_length {args.max_token_length}: expected more than the 75 tokens that "

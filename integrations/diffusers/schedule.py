@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sdxl_fixes.checkpoint import TIMESTEP_CLASSES
-from sdxl_fixes.flags import FlagError
+from sdxl_fixes.errors import FlagError
 from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.trainers.run import Run
 

@@ -4,15 +4,23 @@ from ``schedule``)."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .run import SESSION
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 
 def called(
-    original: Callable[..., Any], self: Any, sample: torch.Tensor, timestep: Any, *args: Any, **kwargs: Any
+    original: Callable[..., Any],
+    self: torch.nn.Module,
+    sample: torch.Tensor,
+    timestep: Any,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """The U-Net's call; what follows the timestep is its conditioning."""
     if SESSION.run is not None and SESSION.run.stable_loss is not None:
@@ -22,7 +30,12 @@ def called(
 
 
 def log(
-    original: Callable[..., Any], self: Any, values: Any, step: int | None = None, *args: Any, **kwargs: Any
+    original: Callable[..., Any],
+    self: Accelerator,
+    values: Any,
+    step: int | None = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """The script's log, which every process comes to after an optimizer step (and in some scripts after each
     micro-step, too)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from sdxl_fixes.kohya.flags import OURS
 from sdxl_fixes.kohya.install import install
 from sdxl_fixes.kohya.run import SESSION
 from sdxl_fixes.kohya.scripts import REFUSED, SCRIPTS
@@ -34,7 +35,7 @@ def main() -> None:
         sys.exit(
             f"sdxl-fixes: there is no {script}: give the path of {script.name} in your sd-scripts folder"
         )
-    run_script(script, install, SESSION)
+    run_script(script, install, SESSION, OURS)
 
 
 if __name__ == "__main__":

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from typing import Any
 
-from sdxl_fixes.flags import FlagError, read_values
+from sdxl_fixes.command_line import Flag, flag, flags_of, read_values
+from sdxl_fixes.errors import FlagError
 from sdxl_fixes.prompts import CHUNK
 
 LAYOUTS = ("75n+2", "77n")
-FLAGS: dict[str, dict[str, Any]] = {
-    "chunk_buckets": dict(
-        action="store_true",
-        help="batch prompts of equal length (in chunks of 75 tokens) and pad none to --max_token_length, "
-        "which stays the limit",
-    ),
-    "chunk_layout": dict(
+
+
+@dataclass(frozen=True)
+class ChunkFlags:
+    """The flags' values."""
+
+    chunk_buckets: bool = flag(
+        False,
+        "batch prompts of equal length (in chunks of 75 tokens) and pad none to --max_token_length, which "
+        "stays the limit",
+        group="buckets",
+    )
+    chunk_layout: str | None = flag(
+        None,
+        "what the U-Net is given for n chunks: 75n+2 vectors (kohya's own), or 77n, BOS and EOS in every "
+        "chunk (the UIs')",
         choices=LAYOUTS,
-        help="what the U-Net is given for n chunks: 75n+2 vectors (kohya's own, default), or 77n, BOS and "
-        "EOS in every chunk (the UIs')",
-    ),
-}
+        group="buckets",
+        unset=LAYOUTS[0],
+    )
+
+
+CHUNK_FLAGS = flags_of(ChunkFlags)
 
 
 @dataclass(frozen=True)
@@ -36,10 +47,11 @@ class Options:
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Options | None:
         """None without ``--chunk_buckets``. Raises FlagError for flags that leave nothing to do."""
-        given = read_values(args, {**FLAGS, "max_token_length": dict(type=int)})
-        layout, length = given.get("chunk_layout"), given.get("max_token_length", CHUNK)
-        if not given.get("chunk_buckets"):
-            if layout is not None:
+        flags = ChunkFlags(**read_values(args, CHUNK_FLAGS))
+        given = read_values(args, {"max_token_length": Flag("max_token_length", int)})  # kohya's own
+        length = given.get("max_token_length", CHUNK)
+        if not flags.chunk_buckets:
+            if flags.chunk_layout is not None:
                 raise FlagError("--chunk_layout needs --chunk_buckets: give both, or leave it out")
             return None
         if getattr(args, "dataset_class", None):
@@ -50,11 +62,8 @@ class Options:
         if length <= CHUNK or length % CHUNK:
             raise FlagError(
                 "--chunk_buckets needs --max_token_length 150 or 225, the most that a prompt may have, got "
-                f"{length}: "
-                f"at {CHUNK} every prompt is one chunk already"
+                f"{length}: at {CHUNK} every prompt is one chunk already"
             )
-        cached, weighted = (
-            bool(getattr(args, "cache_text_encoder_outputs", False)),
-            bool(getattr(args, "weighted_captions", False)),
-        )
-        return cls(length // CHUNK, layout or LAYOUTS[0], cached, weighted)
+        cached = bool(getattr(args, "cache_text_encoder_outputs", False))
+        weighted = bool(getattr(args, "weighted_captions", False))
+        return cls(length // CHUNK, flags.chunk_layout or LAYOUTS[0], cached, weighted)

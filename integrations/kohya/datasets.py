@@ -22,7 +22,7 @@ except ImportError:
     from library.train_util import BucketBatchIndex, DreamBoothDataset, FineTuningDataset
 
 from sdxl_fixes.buckets import ChunkBucketBatchSampler
-from sdxl_fixes.flags import FlagError
+from sdxl_fixes.errors import FlagError
 from sdxl_fixes.log import warn
 from sdxl_fixes.prompts import count_chunks, too_long
 

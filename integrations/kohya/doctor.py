@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sdxl_fixes.trainers.source import called, check_source
+from sdxl_fixes.trainers.patching import check_source
+from sdxl_fixes.trainers.source import called
 
 from .patches import NEEDED, PATCHES
 from .run import FIXES

@@ -4,53 +4,35 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from sdxl_fixes.flags import (
-    FLAGS,
-    TIMESTEP_FLAGS,
-    VALIDATION_FLAGS,
-    FlagError,
-    add_flags,
-    declared,
-    read_values,
-)
+from sdxl_fixes.command_line import Flag, add_flags, declared, read_values
+from sdxl_fixes.errors import FlagError
+from sdxl_fixes.flags import FLAGS, grouped
 from sdxl_fixes.log import warn
-from sdxl_fixes.trainers.fixes import add_fixes_flag
+from sdxl_fixes.trainers.fixes import fixes_flag
 
-from . import chunk_flags
+from .chunk_flags import CHUNK_FLAGS
 from .run import FIXES, SESSION, start
 
-OURS = (
-    *(
-        "terminal_sigma",
-        "terminal_sigma_method",
-        "terminal_sigma_start",
-        "huber_l2_gradient",
-        "min_snr_floor",
-    ),
-    *(*TIMESTEP_FLAGS, *VALIDATION_FLAGS),
+_NOT_KOHYAS = (
+    *("terminal_sigma", "terminal_sigma_method", "terminal_sigma_start"),
+    *("huber_l2_gradient", "min_snr_floor", *grouped("timesteps", "validation")),
 )
-ALL_OURS = (*OURS, *chunk_flags.FLAGS)
-NAMES = (*FLAGS, *chunk_flags.FLAGS, "fixes")  # what a misspelt key may have meant
-READ = (  # kohya's own that we read beside them
-    *(
-        "v_parameterization",
-        "v_pred_like_loss",
-        "scale_v_pred_loss_like_noise_pred",
-        "cache_text_encoder_outputs",
-        "weighted_captions",
-    ),
+OURS: Mapping[str, Flag] = {
+    **{name: FLAGS[name] for name in _NOT_KOHYAS},
+    **CHUNK_FLAGS,
+    "fixes": fixes_flag(FIXES),
+}
+NAMES = (*FLAGS, *CHUNK_FLAGS, "fixes")  # what a misspelt key may have meant
+READ = (  # kohya's own that we read with them
+    *("v_parameterization", "v_pred_like_loss", "scale_v_pred_loss_like_noise_pred"),
+    *("cache_text_encoder_outputs", "weighted_captions"),
     *("max_token_length", "min_timestep", "max_timestep", "seed", "gradient_accumulation_steps"),
-    *(
-        "dataset_class",
-        "pretrained_model_name_or_path",
-        "output_dir",
-        "resume",
-        "masked_loss",
-        "prior_loss_weight",
-    ),
+    *("dataset_class", "pretrained_model_name_or_path", "output_dir", "resume"),
+    *("masked_loss", "prior_loss_weight"),
     *("train_text_encoder", "network_module", "network_train_unet_only", "network_weights", "save_model_as"),
 )
 # difflib's ratio; noise_offset_type, which kohya_ss writes and sd-scripts ignores, has 0.83 with noise_offset
@@ -64,10 +46,6 @@ def add_arguments(
     too."""
     result = original(parser, *args, **kwargs)
     add_flags(parser, OURS)
-    group = parser.add_argument_group("sdxl-fixes, prompts")
-    for name, options in chunk_flags.FLAGS.items():
-        group.add_argument(f"--{name}", **options)
-    add_fixes_flag(parser, FIXES)
     return result
 
 
@@ -84,7 +62,7 @@ def read_config(
     if file:
         # not its choices: from a file upstream takes a max_token_length of 75 or 300 as well, and kohya_ss
         # writes 75
-        theirs = {name: {**flag, "choices": None} for name, flag in declared(parser, READ).items()}
+        theirs = {name: replace(flag, choices=()) for name, flag in declared(parser, READ).items()}
         try:
             values = read_values(args, {**declared(parser, NAMES), **theirs})
         except FlagError as error:
@@ -111,5 +89,5 @@ def _warn_of_misspelt(file: str, args: argparse.Namespace, parser: argparse.Argu
 
 def verify(original: Callable[..., Any], args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
     """The first call of every trainer's train(): nothing is loaded yet."""
-    SESSION.begin(start(args, ALL_OURS))
+    SESSION.begin(start(args, OURS))
     return original(args, *rest, **kwargs)

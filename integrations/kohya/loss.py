@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,9 @@ from sdxl_fixes.errors import FixError
 from sdxl_fixes.trainers.run import Run
 
 from .run import SESSION
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 ACTS = frozenset(("loss", "weighting", "timesteps"))
 
@@ -34,7 +37,7 @@ def threshold(
     original: Callable[..., torch.Tensor | None],
     args: argparse.Namespace,
     timesteps: torch.Tensor,
-    noise_scheduler: Any,
+    noise_scheduler: SchedulerMixin,
     **kwargs: Any,
 ) -> torch.Tensor | None:
     """Delta of each sample, float32, [B], on the timesteps' device; our loss looks it up by itself.
@@ -64,10 +67,10 @@ def conditional_loss(
     values = None
     if "loss" not in run.on:
         values = original(model_pred, target, loss_type, "none", huber_c, **kwargs)
-    elif loss_type != run.settings.loss_type:
+    elif loss_type != run.flags.loss_type:
         raise FixError(
             f"the trainer asks for the loss {loss_type!r}, --loss_type is "
-            f"{run.settings.loss_type}: give --fixes all,-loss"
+            f"{run.flags.loss_type}: give --fixes all,-loss"
         )
     SESSION.step.residual = (model_pred, target, values)
     for mark in ("loss", "weighting", "conditional_loss"):
@@ -94,7 +97,7 @@ def weighted(
     original: Callable[..., torch.Tensor],
     loss: torch.Tensor,
     timesteps: torch.Tensor,
-    noise_scheduler: Any,
+    noise_scheduler: SchedulerMixin,
     *args: Any,
     **kwargs: Any,
 ) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,11 +13,14 @@ from sdxl_fixes.noise import InputPerturbation
 
 from .run import SESSION
 
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
 
 def noised(
     original: Callable[..., Any],
     args: argparse.Namespace,
-    noise_scheduler: Any,
+    noise_scheduler: SchedulerMixin,
     latents: torch.Tensor,
     *rest: Any,
     **kwargs: Any,
@@ -43,7 +46,7 @@ def noised(
 class _Perturbing:
     """A scheduler whose ``add_noise`` perturbs the noise; everything else is the scheduler's own."""
 
-    def __init__(self, scheduler: Any, perturbation: InputPerturbation) -> None:
+    def __init__(self, scheduler: SchedulerMixin, perturbation: InputPerturbation) -> None:
         self.__dict__.update(_scheduler=scheduler, _perturbation=perturbation)
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> Any:

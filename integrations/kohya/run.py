@@ -1,12 +1,14 @@
-"""The training run that the patches serve: kohya's fixes, and kohya's arguments as settings."""
+"""The training run that the patches serve: kohya's fixes, and what kohya's arguments make of them."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 from sdxl_fixes.checkpoint import Sampling, markers, metadata
-from sdxl_fixes.flags import Settings
+from sdxl_fixes.command_line import Flag
+from sdxl_fixes.flags import TrainingFlags
 from sdxl_fixes.log import warn
 from sdxl_fixes.loss import HUBER_KINDS, HUBER_SCHEDULES, LOSS_TYPES
 from sdxl_fixes.model_files.header import FormatError
@@ -63,9 +65,9 @@ KOHYA = Trainer(name="kohya-ss/sd-scripts", v_flag="--v_parameterization", fixes
 SESSION = Session("sd-scripts")
 
 
-def weightings(args: argparse.Namespace, settings: Settings) -> tuple[Weighting, ...]:
+def weightings(args: argparse.Namespace, flags: TrainingFlags) -> tuple[Weighting, ...]:
     """Every weighting of the loss that kohya's flags ask for; it multiplies them."""
-    found = list(settings.weightings().values())
+    found = list(flags.weightings.values())
     if getattr(args, "scale_v_pred_loss_like_noise_pred", False):
         found.append(EpsilonLike())
     if amount := getattr(args, "v_pred_like_loss", None):
@@ -109,13 +111,13 @@ def trains_text(args: argparse.Namespace) -> bool:
     return bool(getattr(args, "train_text_encoder", False))
 
 
-def start(args: argparse.Namespace, ours: tuple[str, ...] = ()) -> Run:
+def start(args: argparse.Namespace, ours: Mapping[str, Flag] | None = None) -> Run:
     """The run that kohya's parsed arguments describe, after it was reported. ``ours`` are flags of the
     plugin's own. Raises FlagError, before any model is loaded, for flags that make no sense and for fixes
     that cannot work here."""
     may_act = allowed(getattr(args, "fixes", None), FIXES)
-    dropped = switch_off(FIXES, may_act, ours, args)
-    settings = Settings.from_args(_known(args)) if may_act else Settings()
+    dropped = switch_off(FIXES, may_act, ours or {}, args)
+    flags = TrainingFlags.from_args(_known(args)) if may_act else TrainingFlags()
     script = SESSION.script_name()
     # nobody asks for these by a flag of their own
     without = {fix for fix in SCRIPTS.get(script or "", {}) if FIXES[fix].due == "later"}
@@ -128,10 +130,10 @@ def start(args: argparse.Namespace, ours: tuple[str, ...] = ()) -> Run:
         args,
         asked,
         refused,
-        settings,
-        settings.schedule(),
+        flags,
+        flags.schedule(),
         "v_prediction" if v else "epsilon",
-        weightings(args, settings) if may_act else (),
+        weightings(args, flags) if may_act else (),
         resumed=bool(getattr(args, "resume", None)),
         options=options,
         timestep_range=(getattr(args, "min_timestep", None) or 0, getattr(args, "max_timestep", None)),
@@ -177,12 +179,12 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
         full = SESSION.script_name() in (None, "sdxl_train.py") and not hasattr(args, "network_module")
         names = markers(run.schedule, run.prediction_type) if full else ()
         spec = metadata(run.schedule, run.prediction_type)["modelspec.prediction_type"]
-        said = [f"markers {' '.join(names)}"] if names else []
+        tensors = [f"markers {' '.join(names)}"] if names else []
         folder = str(getattr(args, "save_model_as", None)).startswith("diffusers")
         files.append(
             "its scheduler"
             if folder
-            else ", ".join(["schedule record", *said, *([f"modelspec {spec}"] if spec else [])])
+            else ", ".join(["schedule record", *tensors, *([f"modelspec {spec}"] if spec else [])])
         )
     if "previews" in run.on:
         files.append("previews sample the same")

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .run import SESSION
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 
 def called(
-    original: Callable[..., Any], self: Any, x: torch.Tensor, timesteps: Any = None, *args: Any, **kwargs: Any
+    original: Callable[..., Any],
+    self: torch.nn.Module,
+    x: torch.Tensor,
+    timesteps: Any = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """The U-Net's call; what follows the timesteps is its conditioning."""
     if SESSION.run is not None and SESSION.run.stable_loss is not None:
@@ -24,7 +32,7 @@ def called(
 def step_done(
     original: Callable[..., Any],
     pipe_class: Any,
-    accelerator: Any,
+    accelerator: Accelerator,
     args: argparse.Namespace,
     epoch: int | None,
     steps: int,
@@ -39,7 +47,7 @@ def step_done(
     return original(pipe_class, accelerator, args, epoch, steps, *rest, **kwargs)
 
 
-def _log(accelerator: Any, args: argparse.Namespace, numbers: dict[str, float], step: int) -> None:
+def _log(accelerator: Accelerator, args: argparse.Namespace, numbers: dict[str, float], step: int) -> None:
     """To the trackers as the script writes its own loss: the network trainer counts wandb's steps by calls,
     and tells the step beside."""
     if not hasattr(args, "network_module"):

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_fixes.checkpoint import Sampling
-from sdxl_fixes.flags import SCHEDULE_FLAGS, Settings, add_flags
+from sdxl_fixes.command_line import add_flags
+from sdxl_fixes.flags import SCHEDULE_FLAGS, TrainingFlags
 from sdxl_fixes.model_files.model_file import KINDS, SCHEDULER_CONFIG, ModelFile, read_sampling
 from sdxl_fixes.model_files.stamp import (
     Stamped,
@@ -39,7 +40,7 @@ def add_commands(commands: Any) -> None:
         help="a .safetensors file (checkpoint, U-Net, LoRA), or a diffusers or sharded folder",
     )
     parser.add_argument("--prediction_type", choices=PREDICTION_TYPES, help="what the model predicts")
-    add_flags(parser, tuple(SCHEDULE_FLAGS))
+    add_flags(parser, SCHEDULE_FLAGS)
     parser.add_argument(
         "--base",
         choices=("sdxl", "linear", "cosine", "flow"),
@@ -67,7 +68,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--yaml", action="store_true", help="also write the YAML that tells A1111 up to 1.10 v-prediction"
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done")
+    parser.add_argument("--dry_run", action="store_true", help="say what would be done")
     parser.set_defaults(run=stamp)
     parser = commands.add_parser("inspect", help="what a model file is, and what each UI will make of it")
     parser.add_argument("path", type=Path, help="a .safetensors file or a folder")
@@ -141,7 +142,7 @@ def sampling_from_args(args: argparse.Namespace) -> Sampling:
         )
         makers = {"linear": NoiseSchedule.linear, "cosine": NoiseSchedule.cosine}
         base = _flow(args.shift) if flow else makers.get(args.base, NoiseSchedule.sdxl)()
-        return Sampling(Settings.from_args(args).schedule(base), args.prediction_type)
+        return Sampling(TrainingFlags.from_args(args).schedule(base), args.prediction_type)
     if flags:
         raise ValueError(f"--from and --{flags[0]} are two sources for one schedule: give one of them")
     source = args.source or args.path

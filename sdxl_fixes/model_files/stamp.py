@@ -68,7 +68,7 @@ def stamp_file(
     if entries == had and tensors == file.header.tensors and output is None:
         return Stamped(path, file.kind, "unchanged", placed, tuple(notes))
     if dry_run:
-        return Stamped(path, file.kind, "not written (--dry-run)", placed, tuple(notes))
+        return Stamped(path, file.kind, "not written (--dry_run)", placed, tuple(notes))
     before = data_hash(path) if check else None
     text = encode_header(entries, tensors, partial(longer, file.header))
     way = replace_header(path, file.header, text, in_place, output)

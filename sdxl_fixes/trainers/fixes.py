@@ -8,7 +8,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sdxl_fixes.flags import FLAGS, FlagError
+from sdxl_fixes.command_line import Flag
+from sdxl_fixes.errors import FlagError
+from sdxl_fixes.flags import FLAGS
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Fix:
              first, "later" at no fixed time
     parts    further work that is due with it: flag -> name of the function that must have been reached if the
              flag is given
-    wanted   decides in place of ``flags`` where more than flags decides; told the arguments
+    wanted   decides by the arguments, in place of ``flags``, where more than flags decides
     """
 
     flags: Mapping[str, tuple[Any, ...] | None] = field(default_factory=dict)
@@ -58,7 +60,7 @@ class Fix:
 def given(args: argparse.Namespace, flag: str) -> bool:
     """Whether a flag was given another value than its default; 0 is off, as trainers' own ``if`` takes it."""
     value = getattr(args, flag, None)
-    return bool(value) and value != FLAGS.get(flag, {}).get("default")
+    return bool(value) and (flag not in FLAGS or value != FLAGS[flag].default)
 
 
 def without_effect(fixes: Mapping[str, Fix], args: argparse.Namespace) -> list[str]:
@@ -87,18 +89,14 @@ def allowed(text: str | None, known: Collection[str]) -> frozenset[str]:
     return frozenset(chosen)
 
 
-def add_fixes_flag(parser: Any, known: Collection[str]) -> None:
-    """Add ``--fixes``."""
-    parser.add_argument(
-        "--fixes",
-        default=None,
-        help=f"which sdxl-fixes may act: all (default), none, or a list of {', '.join(known)}; -name "
-        "leaves one out",
-    )
+def fixes_flag(known: Collection[str]) -> Flag:
+    """``--fixes``, for a trainer whose fixes are ``known``."""
+    help = f"which sdxl-fixes may act: all, none, or a list of {', '.join(known)}; -name leaves one out"
+    return Flag("fixes", str, None, help, unset="all")
 
 
 def switch_off(
-    fixes: Mapping[str, Fix], may_act: Collection[str], ours: Collection[str], args: argparse.Namespace
+    fixes: Mapping[str, Fix], may_act: Collection[str], ours: Mapping[str, Flag], args: argparse.Namespace
 ) -> list[str]:
     """Take the plugin's own flags (``ours``) of fixes that ``--fixes`` switches off out of ``args``, as if
     they had not been given: nothing may half-follow them. Returns their names; a trainer's own flags stay,
@@ -107,10 +105,6 @@ def switch_off(
     for name, fix in fixes.items():
         for flag in (*fix.flags, *fix.options):
             if name not in may_act and flag in ours and given(args, flag):
-                setattr(
-                    args,
-                    flag,
-                    FLAGS.get(flag, {}).get("default") or (False if getattr(args, flag) is True else None),
-                )
+                setattr(args, flag, ours[flag].default)
                 gone.append(flag)
     return gone

@@ -22,7 +22,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from sdxl_fixes.trainers.source import belongs, defines, defining
+from sdxl_fixes.errors import FixError
+from sdxl_fixes.trainers.source import belongs, defines, defining, has_package, parameters
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class PatchSet:
 
     root   the trainer's folder: modules of it that hold a target get the replacement, too, and unknown homes
            are searched there
-    calls  is told of every call of a replaced function, before the replacement runs
+    calls  called with the patch at every call of a replaced function, before the replacement runs
 
     Raises ValueError for two rows of one (target, replacement): each would wrap the other and do the work
     twice.
@@ -148,7 +149,7 @@ class PatchSet:
             raise
 
     def undo(self) -> None:
-        """Put every original back, newest first. Raises RuntimeError, naming the target, if somebody replaced
+        """Put every original back, newest first. Raises FixError, naming the target, if somebody replaced
         ours meanwhile."""
         wrappers = {
             id(entry.replacement): entry for entry in self._applied if isinstance(entry.owner, ModuleType)
@@ -156,10 +157,9 @@ class PatchSet:
         while self._applied:
             entry = self._applied[-1]
             if inspect.getattr_static(entry.owner, entry.name, None) is not entry.replacement:
-                raise RuntimeError(
+                raise FixError(
                     f"cannot undo the patch of {entry.name}: {_name(entry.owner)}.{entry.name} was replaced "
-                    "again by somebody else; "
-                    "undo theirs first"
+                    "again by somebody else; undo theirs first"
                 )
             if entry.inherited:
                 delattr(entry.owner, entry.name)
@@ -176,12 +176,8 @@ class PatchSet:
         try:
             owner, name = self._resolve(patch)
             found = _parameters(getattr(owner, name))
-        except (
-            ImportError,
-            AttributeError,
-            TypeError,
-            RuntimeError,
-        ) as error:  # RuntimeError: diffusers' failed lazy import
+        # RuntimeError: diffusers' failed lazy import
+        except (ImportError, AttributeError, TypeError, RuntimeError) as error:
             return patch.absent(error)
         return patch.mismatch(found)
 
@@ -254,6 +250,18 @@ class PatchSet:
     def _ours(self, module: ModuleType) -> bool:
         file = vars(module).get("__file__")  # not getattr: lazy modules would start importing
         return self._root is not None and isinstance(file, str) and belongs(file, self._root)
+
+
+def check_source(patch: Patch, root: Path) -> str | None:
+    """Why a patch's target does not fit a checkout at ``root``, or None: as PatchSet.check, without importing
+    anything. Of a library's own function the parameters are known only when it is imported."""
+    if not any(has_package(root, home) for home in patch.homes):
+        return None
+    try:
+        found = parameters(root, patch.homes, patch.path)
+    except LookupError as error:
+        return patch.absent(error.args[0])
+    return None if found is None else patch.mismatch(found)
 
 
 def _parameters(function: Any) -> tuple[str, ...]:

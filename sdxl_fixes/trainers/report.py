@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
-from sdxl_fixes.flags import Settings
+from sdxl_fixes.flags import TrainingFlags
 from sdxl_fixes.log import say, warn
 from sdxl_fixes.loss import ScheduledHuber
 from sdxl_fixes.objective import EPSILON_AT_ZERO_SNR
@@ -62,7 +62,7 @@ def report(run: Run, version: str, prompts: Iterable[str] = (), files: Iterable[
 
 def _objective(run: Run) -> list[str]:
     parts = [f"{run.prediction_type} on {_schedule(run)}", _loss(run)]
-    perturbation = run.settings.perturbation()
+    perturbation = run.flags.perturbation
     if perturbation is not None:
         parts.append(f"input perturbation {'0 to ' if perturbation.random else ''}{perturbation.gamma:g}")
     return parts
@@ -85,7 +85,7 @@ def _schedule(run: Run) -> str:
 def _loss(run: Run) -> str:
     loss = run.step_loss.function if "loss" in run.on else None
     if not isinstance(loss, ScheduledHuber):
-        return f"{run.settings.loss_type} loss"
+        return f"{run.flags.loss_type} loss"
     delta = loss.delta(run.schedule)
     gradient = f", l2's gradient per {loss.l2_gradient}" if loss.l2_gradient else ""
     return f"{loss.kind} loss, delta {delta.max():.3g} to {delta.min():.3g} ({loss.schedule}){gradient}"
@@ -118,7 +118,7 @@ def _timesteps(run: Run) -> str:
     sampler = run.timesteps
     if sampler is None:
         return "timesteps drawn uniformly"
-    share = run.settings.terminal_timestep_share or 0.0
+    share = run.flags.terminal_timestep_share or 0.0
     words = ["timesteps stratified over the optimizer step"] if sampler.stratified else ["timesteps"]
     return ", ".join(
         words + ([f"{100 * share:g} % above SDXL's last sigma, importance-weighted"] if share else [])
@@ -168,7 +168,7 @@ def schedule_flags(schedule: NoiseSchedule) -> str | None:
     method, start = ("beta_end", None) if last is None else (last.method, last.start)
     sigma = float(f"{schedule.terminal_sigma:.6g}")
     try:
-        made = Settings(
+        made = TrainingFlags(
             terminal_sigma=sigma, terminal_sigma_method=method, terminal_sigma_start=start
         ).schedule()
     except ValueError:

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sdxl_fixes.flags import FlagError, Settings
+from sdxl_fixes.errors import FlagError
+from sdxl_fixes.flags import STABLE_LOSS_IMAGES, TrainingFlags
 from sdxl_fixes.log import rank, world_size
 from sdxl_fixes.noise import InputPerturbation
 from sdxl_fixes.objective import Objective
@@ -17,7 +18,7 @@ from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.timesteps import TimestepSampler
 from sdxl_fixes.trainers.fixes import Fix
 from sdxl_fixes.trainers.noising import Noising
-from sdxl_fixes.trainers.stable_loss import IMAGES, StableLoss
+from sdxl_fixes.trainers.stable_loss import StableLoss
 from sdxl_fixes.trainers.step import StepLoss
 from sdxl_fixes.validation import Validation
 from sdxl_fixes.weighting import Product, Weighting
@@ -39,12 +40,12 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: the checked settings, the schedule they describe, the fixes that are on, and what
-    they work with."""
+    """One training run: the checked flags, the schedule they describe, the fixes that are on, and what they
+    work with."""
 
     trainer: Trainer
     args: argparse.Namespace
-    settings: Settings
+    flags: TrainingFlags
     schedule: NoiseSchedule
     prediction_type: str
     on: frozenset[str]
@@ -71,7 +72,7 @@ def prepare(
     args: argparse.Namespace,
     on: frozenset[str],
     refused: Mapping[str, str],
-    settings: Settings,
+    flags: TrainingFlags,
     schedule: NoiseSchedule,
     prediction_type: str,
     weightings: tuple[Weighting, ...] = (),
@@ -86,7 +87,7 @@ def prepare(
             f"the fix {fix!r}, which your flags ask for, does not fit this {trainer.name.rpartition('/')[2]} "
             f"({refused[fix]}): --fixes all,-{fix} trains with upstream's own behaviour"
         )
-    sampler = settings.timesteps(
+    sampler = flags.timesteps(
         schedule,
         seed=getattr(args, "seed", None) or 0,
         rank=rank(),
@@ -99,15 +100,15 @@ def prepare(
     if (
         {"loss", "weighting"} & on == {"loss"}
         and weighting is not None
-        and settings.huber_l2_gradient == "batch"
+        and flags.huber_l2_gradient == "batch"
     ):
         raise FlagError(
             "--huber_l2_gradient batch must know the weights of the loss, and --fixes leaves them to the "
             "trainer: switch weighting on, "
             "too, or take --huber_l2_gradient sample"
         )
-    perturbation = settings.perturbation() if "noise" in on else None
-    loss = settings.loss() if "loss" in on else None
+    perturbation = flags.perturbation if "noise" in on else None
+    loss = flags.loss if "loss" in on else None
     due: dict[str, frozenset[str]] = {
         when: frozenset(
             mark
@@ -120,7 +121,7 @@ def prepare(
     return Run(
         trainer=trainer,
         args=args,
-        settings=settings,
+        flags=flags,
         schedule=schedule,
         prediction_type=prediction_type,
         on=on,
@@ -129,7 +130,7 @@ def prepare(
         noising=Noising(schedule, perturbation),
         perturbation=perturbation,
         timesteps=sampler if "timesteps" in on else None,
-        stable_loss=_stable_loss(args, settings, schedule, prediction_type, weighting, resumed)
+        stable_loss=_stable_loss(args, flags, schedule, prediction_type, weighting, resumed)
         if "validation" in on
         else None,
         due=due,
@@ -138,8 +139,8 @@ def prepare(
 
 
 def _stable_loss(
-    args: Any,
-    settings: Settings,
+    args: argparse.Namespace,
+    flags: TrainingFlags,
     schedule: NoiseSchedule,
     prediction_type: str,
     weighting: Weighting | None,
@@ -147,11 +148,11 @@ def _stable_loss(
 ) -> StableLoss:
     with warnings.catch_warnings():  # of epsilon at zero SNR, which the report says
         warnings.simplefilter("ignore", UserWarning)
-        objective = Objective(schedule, prediction_type, settings.loss(), weighting)
+        objective = Objective(schedule, prediction_type, flags.loss, weighting)
     return StableLoss(
         Validation(objective),
-        settings.stable_loss_steps or 1,
-        settings.stable_loss_images or IMAGES,
+        flags.stable_loss_steps or 1,
+        flags.stable_loss_images or STABLE_LOSS_IMAGES,
         rank(),
         world_size(),
         getattr(args, "output_dir", None),

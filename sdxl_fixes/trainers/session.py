@@ -10,18 +10,23 @@ from __future__ import annotations
 
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sdxl_fixes.errors import FixError
-from sdxl_fixes.flags import FlagError
-from sdxl_fixes.log import rank
+from sdxl_fixes.command_line import underscored
+from sdxl_fixes.errors import FixError, FlagError
+from sdxl_fixes.log import rank, stop
 from sdxl_fixes.trainers.patching import Patch, PatchSet
 from sdxl_fixes.trainers.report import schedule_flags
 from sdxl_fixes.trainers.run import Run
 from sdxl_fixes.trainers.source import belongs
 from sdxl_fixes.trainers.step import StepState
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.optim import Optimizer
+    from torch.utils.hooks import RemovableHandle
 
 
 class Session:
@@ -30,7 +35,7 @@ class Session:
     def __init__(self, name: str) -> None:
         self.name = name
         self.launched = False  # by the launcher: then this process is a training for certain
-        self._hook: Any = None
+        self._hook: RemovableHandle | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -64,7 +69,9 @@ class Session:
         if self.run is None and "run" not in patch.fixes:
             self._early.setdefault(patch.path, patch)
 
-    def backward(self, original: Callable[..., Any], accelerator: Any, *args: Any, **kwargs: Any) -> Any:
+    def backward(
+        self, original: Callable[..., Any], accelerator: Accelerator, *args: Any, **kwargs: Any
+    ) -> Any:
         """In the place of accelerate's: by now every fix that is on must have done its work in this step."""
         self._guarded = True
         self.check()
@@ -91,7 +98,7 @@ class Session:
             self._hook.remove()
             self._hook = None
 
-    def _stepping(self, optimizer: Any, *_: Any) -> None:
+    def _stepping(self, optimizer: Optimizer, *_: Any) -> None:
         if self._guarded:
             return
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
@@ -107,10 +114,8 @@ class Session:
             if self.launched or self._training():
                 raise FixError(
                     f"training begins, and this {self.name} has not shown its arguments where we look for "
-                    "them, so no fix is on: "
-                    "nothing was trained. It may be newer than this plugin: update sdxl-fixes, or start the "
-                    "script without it "
-                    f"({self._look()})"
+                    "them, so no fix is on: nothing was trained. It may be newer than this plugin: update "
+                    f"sdxl-fixes, or start the script without it ({self._look()})"
                 )
             return
         early = (
@@ -164,18 +169,20 @@ class Session:
         return f"sdxl-fixes doctor {next(iter(reversed(self._scripts())), 'SCRIPT')} tells more"
 
 
-def run_script(script: Path, install: Callable[[], None], session: Session) -> None:
+def run_script(
+    script: Path, install: Callable[[], None], session: Session, flags: Collection[str] = ()
+) -> None:
     """Run an unmodified training script, whose path is the first argument of this process, with the adapter's
-    patches installed. What the user can put right ends the process with one sentence."""
+    patches installed; ``flags`` are those of ours, which may be written with hyphens. What the user can put
+    right ends the process with one sentence."""
     sys.path.insert(0, str(script.resolve().parent))  # what python itself does for a script; runpy does not
-    sys.argv = sys.argv[1:]
+    sys.argv = underscored(sys.argv[1:], {f"--{name}" for name in flags})
     try:
         install()
         session.launched = True
         runpy.run_path(str(script), run_name="__main__")
     except FlagError as error:
-        print(f"sdxl-fixes: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)  # argparse's own status for wrong flags
+        stop(str(error), 2)  # argparse's own status for wrong flags
     except FixError as error:
         sys.exit(f"sdxl-fixes: {error}")
     finally:

@@ -5,12 +5,8 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from sdxl_fixes.trainers.patching import Patch
 
 
 @functools.lru_cache(maxsize=16384)
@@ -65,31 +61,31 @@ def defines(root: Path, module: str, name: str) -> bool:
     return file.is_file() and _defined(parsed(file), name) is not None
 
 
-def check_source(patch: Patch, root: Path) -> str | None:
-    """Why a patch's target does not fit a checkout at ``root``, or None: as PatchSet.check, without importing
-    anything."""
-    if not any(
-        (root / home.split(".")[0]).exists() or (root / f"{home}.py").exists() for home in patch.homes
-    ):
-        return None  # a library's own function: its parameters are known when it is imported
-    outermost, *rest = patch.path.split(".")
-    homes = [home for home in patch.homes if root.joinpath(*home.split(".")).with_suffix(".py").is_file()]
-    reexported = False
-    for home in [*homes, *defining(root, outermost)]:
-        found: ast.AST | None = _defined(
-            parsed(root.joinpath(*home.split(".")).with_suffix(".py")), outermost
-        )
+def parameters(root: Path, homes: Sequence[str], path: str) -> list[str] | None:
+    """Names of the parameters of the function ``path`` (function or Class.method), which is looked for in the
+    modules ``homes``, then in all of the trainer; None for one that a module only imports from a library.
+    Raises LookupError if it is nowhere."""
+    outermost, *rest = path.split(".")
+    known = [home for home in homes if root.joinpath(*home.split(".")).with_suffix(".py").is_file()]
+    imported = False
+    for home in [*known, *defining(root, outermost)]:
+        file = root.joinpath(*home.split(".")).with_suffix(".py")
+        found: ast.AST | None = _defined(parsed(file), outermost)
         if isinstance(found, ast.ImportFrom):
-            reexported = True
-            # its definition comes later in the list, or is a library's own: its parameters are known when it
-            # is imported
+            imported = True  # where it is defined comes later in the list, or is a library's module
             continue
         for name in rest:
             found = _defined(found, name)
         if isinstance(found, ast.FunctionDef):
-            parameters = [a.arg for a in (*found.args.posonlyargs, *found.args.args, *found.args.kwonlyargs)]
-            return patch.mismatch(parameters)
-    return None if reexported else patch.absent(f"looked in {', '.join(patch.homes)} and all of {root.name}")
+            return [a.arg for a in (*found.args.posonlyargs, *found.args.args, *found.args.kwonlyargs)]
+    if imported:
+        return None
+    raise LookupError(f"looked in {', '.join(homes)} and all of {root.name}")
+
+
+def has_package(root: Path, module: str) -> bool:
+    """Whether ``module`` is of the trainer, by the name of its package."""
+    return (root / module.split(".")[0]).exists() or (root / f"{module}.py").exists()
 
 
 def _defined(tree: ast.AST | None, name: str) -> ast.AST | None:

@@ -3,7 +3,7 @@ optimizer steps.
 
 An adapter tells what passes by: the clean latents when they are noised, then the call of the network on what
 became of them. The first images are copied with the exact conditioning of that call, so no data set is read
-and no random number drawn. Their noise is told by their content: the same images give the same number in any
+and no random number drawn. Their noise is drawn by their content: the same images give the same number in any
 order, batch size and number of processes.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,7 +21,9 @@ from sdxl_fixes.errors import FixError
 from sdxl_fixes.log import say
 from sdxl_fixes.validation import Validation
 
-IMAGES = 16
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 # as many samples as this times the wanted images: who has not seen so many different ones by then has no more
 _PATIENCE = 4
 
@@ -40,7 +42,7 @@ class StableLoss:
         self,
         validation: Validation,
         every: int,
-        images: int = IMAGES,
+        images: int,
         rank: int = 0,
         processes: int = 1,
         folder: str | Path | None = None,
@@ -91,7 +93,7 @@ class StableLoss:
             )
         return True
 
-    def step(self, step: int, accelerator: Any) -> dict[str, float] | None:
+    def step(self, step: int, accelerator: Accelerator) -> dict[str, float] | None:
         """To be called by every process after optimizer step ``step``: every ``every`` steps, once every
         process has its images, prints and returns "stable_loss/loss" and the other numbers of Validation;
         else None. Training goes on as if nothing had happened."""
@@ -149,7 +151,7 @@ class StableLoss:
             for both, samples in zip(stacked, groups.values(), strict=True)
         ]
 
-    def _predict(self, conditioning: Any, accelerator: Any) -> Any:
+    def _predict(self, conditioning: Any, accelerator: Accelerator) -> Any:
         network = self._network
         assert network is not None
 
@@ -243,7 +245,7 @@ def _number(latents: torch.Tensor) -> int:
     )
 
 
-def _check_whole(accelerator: Any) -> None:
+def _check_whole(accelerator: Accelerator) -> None:
     """The U-Net is called outside its wrapper, which needs all of its weights here."""
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     plugin = getattr(getattr(accelerator, "state", None), "deepspeed_plugin", None)

@@ -13,7 +13,7 @@ from sdxl_fixes.diffusers.__main__ import main as launch
 from sdxl_fixes.diffusers.anchors import in_sigma_space, is_sdxl_script, missing, refused
 from sdxl_fixes.diffusers.run import caches_may_lie
 from sdxl_fixes.diffusers.scripts import TESTED, version
-from sdxl_fixes.flags import FlagError
+from sdxl_fixes.errors import FlagError
 
 SCRIPT = """
 import argparse, sys

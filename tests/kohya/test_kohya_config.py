@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_fixes.flags import FLAGS, FlagError, Settings, add_flags
+from sdxl_fixes.command_line import add_flags
+from sdxl_fixes.errors import FlagError
+from sdxl_fixes.flags import FLAGS, TrainingFlags
 from sdxl_fixes.kohya import chunk_flags, flags
 from sdxl_fixes.kohya import run as kohya_run
 from sdxl_fixes.trainers import run as core
@@ -32,7 +34,7 @@ def read(given, *words, config=CONFIG):
         "zero_terminal_snr",
         "noise_offset",
     ):
-        parser.add_argument(f"--{name}", **FLAGS[name])
+        FLAGS[name].add_to(parser)
     parser.add_argument("--v_parameterization", action="store_true")
     parser.add_argument("--max_token_length", type=int, choices=[None, 150, 225])
     for name in ("seed", "max_timestep", "gradient_accumulation_steps"):
@@ -117,7 +119,7 @@ def test_the_rest_is_refused_in_one_sentence(name, value, expected):
 def test_no_flag_is_forgotten(name):
     """Every flag that the adapter declares or reads, if the trainer has it: a list is right for none."""
     parser = argparse.ArgumentParser()
-    add_flags(parser)
+    add_flags(parser, FLAGS)
     for theirs in flags.READ:
         parser.add_argument(f"--{theirs}")
     flags.add_arguments(lambda parser: None, parser)
@@ -201,17 +203,17 @@ def test_other_keys_are_nobodys_business(key, capsys):
 
 
 def test_values_are_checked_without_the_trainers_parser_too():
-    assert set(FLAGS) == {f.name for f in fields(Settings)}
-    assert Settings.from_args(argparse.Namespace(terminal_sigma="300", min_snr_gamma=5)) == Settings(
-        terminal_sigma=300.0, min_snr_gamma=5
-    )
+    assert set(FLAGS) == {f.name for f in fields(TrainingFlags) if f.init}
+    assert TrainingFlags.from_args(
+        argparse.Namespace(terminal_sigma="300", min_snr_gamma=5)
+    ) == TrainingFlags(terminal_sigma=300.0, min_snr_gamma=5)
     for name in FLAGS:
         with pytest.raises(FlagError, match=f"--{name}: expected .*, got \\[1\\]"):
-            Settings.from_args(argparse.Namespace(**{name: [1]}))
+            TrainingFlags.from_args(argparse.Namespace(**{name: [1]}))
     with pytest.raises(
         FlagError, match="--stratified_timesteps: expected true or false, without quotes, got 'false'"
     ):
-        Settings.from_args(argparse.Namespace(stratified_timesteps="false"))
+        TrainingFlags.from_args(argparse.Namespace(stratified_timesteps="false"))
     options = chunk_flags.Options.from_args(argparse.Namespace(chunk_buckets=True, max_token_length="225"))
     assert options is not None and options.limit == 3
     with pytest.raises(FlagError, match="--chunk_buckets: expected true or false"):

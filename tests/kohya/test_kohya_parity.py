@@ -12,8 +12,8 @@ from diffusers import DDPMScheduler
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sdxl_fixes import Debiased, InputPerturbation, MinSNR, NoiseSchedule, Objective, ScheduledHuber
-from sdxl_fixes.errors import FixError
-from sdxl_fixes.flags import FlagError, Settings
+from sdxl_fixes.errors import FixError, FlagError
+from sdxl_fixes.flags import TrainingFlags
 from sdxl_fixes.kohya import loss as kohya_loss
 from sdxl_fixes.kohya import noise as kohya_noise
 from sdxl_fixes.kohya import previews as kohya_previews
@@ -303,7 +303,7 @@ def test_min_snr_floor_reaches_the_weight(run):
     flags = dict(zero_terminal_snr=True, v_parameterization=True, min_snr_gamma=5.0, min_snr_floor=True)
     run(timesteps=terminal, **flags)
     assert weights_of("apply_snr_weight", 1, 5.0, True).item() == 1
-    assert ScheduledHuber().delta(Settings(zero_terminal_snr=True).schedule())[999] == pytest.approx(0.1)
+    assert ScheduledHuber().delta(TrainingFlags(zero_terminal_snr=True).schedule())[999] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("later", [None, [1.0, 0.25, 1.0, 0.25]], ids=["", "regularisation"])

@@ -140,7 +140,7 @@ def test_what_has_no_place_in_a_script_is_refused_if_it_was_asked_for_and_left_o
 ):
     from argparse import Namespace
 
-    from sdxl_fixes.flags import FlagError
+    from sdxl_fixes.errors import FlagError
     from sdxl_fixes.kohya.run import SESSION, start
 
     monkeypatch.setattr(SESSION, "script_name", lambda: "sdxl_train_control_net_lllite.py")

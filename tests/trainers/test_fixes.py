@@ -4,8 +4,10 @@ from argparse import Namespace
 
 import pytest
 
-from sdxl_fixes.flags import FlagError
-from sdxl_fixes.trainers.fixes import Fix, add_fixes_flag, allowed, given, switch_off, without_effect
+from sdxl_fixes.command_line import add_flags
+from sdxl_fixes.errors import FlagError
+from sdxl_fixes.flags import FLAGS
+from sdxl_fixes.trainers.fixes import Fix, allowed, fixes_flag, given, switch_off, without_effect
 
 FIXES = {
     "loss": Fix(
@@ -87,21 +89,21 @@ def test_flags_that_do_nothing_are_named(args, said):
 def test_switching_off_takes_our_flags_and_leaves_the_trainers():
     theirs = dict(loss_type="huber", zero_terminal_snr=True, ip_noise_gamma=0.1)
     args = Namespace(huber_c=0.3, terminal_sigma=300.0, **theirs)
-    ours = {"huber_c", "terminal_sigma", "terminal_sigma_method"}
+    ours = {name: FLAGS[name] for name in ("huber_c", "terminal_sigma", "terminal_sigma_method")}
     assert switch_off(FIXES, {"noise", "saving"}, ours, args) == ["huber_c", "terminal_sigma"]
     assert args == Namespace(huber_c=0.1, terminal_sigma=None, **theirs)
 
 
 def test_what_is_switched_off_is_as_if_it_had_not_been_given():
     args = Namespace(zero_terminal_snr=True, loss_type="huber", huber_schedule="constant")
-    gone = switch_off(FIXES, (), {"zero_terminal_snr", "loss_type", "huber_schedule"}, args)
+    gone = switch_off(FIXES, (), FLAGS, args)
     assert sorted(gone) == ["huber_schedule", "loss_type", "zero_terminal_snr"]
     assert args == Namespace(zero_terminal_snr=False, loss_type="l2", huber_schedule="snr")
 
 
 def test_nothing_is_taken_from_fixes_that_may_act():
     args = Namespace(huber_c=0.3, zero_terminal_snr=True)
-    assert switch_off(FIXES, FIXES, {"huber_c", "zero_terminal_snr"}, args) == []
+    assert switch_off(FIXES, FIXES, FLAGS, args) == []
     assert args == Namespace(huber_c=0.3, zero_terminal_snr=True)
 
 
@@ -132,5 +134,6 @@ def test_the_flag_names_them():
     import argparse
 
     parser = argparse.ArgumentParser()
-    add_fixes_flag(parser, FIXES)
-    assert parser.parse_args([]).fixes is None and "loss, noise, schedule, saving" in parser.format_help()
+    add_flags(parser, {"fixes": fixes_flag(FIXES)})
+    help = " ".join(parser.format_help().split())
+    assert parser.parse_args([]).fixes is None and "loss, noise, schedule, saving; -name leaves" in help

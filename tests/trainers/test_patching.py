@@ -8,8 +8,9 @@ import types
 
 import pytest
 
-from sdxl_fixes.trainers.patching import Patch, PatchSet
-from sdxl_fixes.trainers.source import check_source, defining
+from sdxl_fixes.errors import FixError
+from sdxl_fixes.trainers.patching import Patch, PatchSet, check_source
+from sdxl_fixes.trainers.source import defining
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def test_undo_refuses_when_somebody_else_patched_on_top(trainer):
     patches = PatchSet((WEIGH,))
     patches.apply()
     ours, trainer.weigh = trainer.weigh, lambda loss, timesteps: 0
-    with pytest.raises(RuntimeError, match="replaced again by somebody else"):
+    with pytest.raises(FixError, match="replaced again by somebody else"):
         patches.undo()
     trainer.weigh = ours
     patches.undo()

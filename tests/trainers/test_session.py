@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sdxl_fixes import NoiseSchedule
-from sdxl_fixes.errors import FixError
-from sdxl_fixes.flags import FlagError, Settings
+from sdxl_fixes.errors import FixError, FlagError
+from sdxl_fixes.flags import TrainingFlags
 from sdxl_fixes.trainers.fixes import Fix
 from sdxl_fixes.trainers.patching import Patch, PatchSet
 from sdxl_fixes.trainers.run import Trainer, prepare
@@ -27,7 +27,7 @@ TRAINER = Trainer("somebody/some-trainer", "--v", FIXES)
 
 def run(*on, **args):
     """A run with the fixes ``on``."""
-    parts = argparse.Namespace(**args), frozenset(on), {}, Settings(), NoiseSchedule.sdxl(), "epsilon"
+    parts = argparse.Namespace(**args), frozenset(on), {}, TrainingFlags(), NoiseSchedule.sdxl(), "epsilon"
     return prepare(TRAINER, *parts)
 
 
@@ -274,6 +274,17 @@ def test_the_launcher_runs_a_script_as_python_would(launch, session, tmp_path, c
     launch("print(sys.argv[1:], sys.path[0], __name__, session.launched)\n")
     assert capsys.readouterr().out == f"['--flag'] {tmp_path.resolve()} __main__ True\n"
     assert not session.launched
+
+
+def test_flags_of_ours_may_have_hyphens(tmp_path, session, monkeypatch, capsys):
+    script = tmp_path / "script_of_a_test.py"
+    script.write_text("import sys\nprint(sys.argv[1:])\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(
+        sys, "argv", ["launcher", str(script), "--terminal-sigma", "300", "--their-own", "a-b"]
+    )
+    run_script(script, lambda: None, session, {"terminal_sigma"})
+    assert capsys.readouterr().out == "['--terminal_sigma', '300', '--their-own', 'a-b']\n"
 
 
 @pytest.mark.parametrize("during", ["install", "script"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sdxl_fixes.trainers.source import belongs, called, check_source, defines, defining, module_name, sources
+from sdxl_fixes.trainers.source import belongs, called, defines, defining, module_name, sources
 
 FILES = {
     "train.py": """
@@ -136,7 +136,7 @@ def test_an_environment_in_the_trainers_folder_is_not_the_trainers(root):
 
 
 def test_a_name_that_a_library_defines_is_left_to_the_import(root):
-    from sdxl_fixes.trainers.patching import Patch
+    from sdxl_fixes.trainers.patching import Patch, check_source
 
     (root / "library" / "saving.py").write_text("from safetensors.torch import save_file\n")
     patch = Patch(("saving",), "library.saving:save_file", ("anything",), print, "")

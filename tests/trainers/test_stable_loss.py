@@ -10,8 +10,8 @@ import torch
 from sdxl_fixes import Debiased, MinSNR, NoiseSchedule, Objective, ScheduledHuber
 from sdxl_fixes.diffusers import validation as diffusers_adapter
 from sdxl_fixes.diffusers.anchors import missing
-from sdxl_fixes.errors import FixError
-from sdxl_fixes.flags import FlagError, Settings
+from sdxl_fixes.errors import FixError, FlagError
+from sdxl_fixes.flags import TrainingFlags
 from sdxl_fixes.kohya import noise as kohya_noise
 from sdxl_fixes.kohya import validation as kohya_adapter
 from sdxl_fixes.kohya.run import SESSION, start
@@ -255,7 +255,7 @@ def test_wrong_flags_are_one_sentence():
         (dict(stable_loss_images=4), "--stable_loss_images needs --stable_loss_steps"),
     ):
         with pytest.raises(FlagError, match=sentence):
-            Settings(**options)
+            TrainingFlags(**options)
 
 
 def test_scripts_with_more_in_the_unet_s_call_have_no_place_for_it():

@@ -5,7 +5,6 @@ The adapter takes from the script what it serves itself (``snr_gamma`` is None t
 printed beside the Namespace.
 """
 
-import dataclasses
 import importlib
 import json
 import sys
@@ -15,6 +14,7 @@ if __name__ == "__main__":
     script, *flags = sys.argv[1:]
     import sdxl_fixes.diffusers
     from sdxl_fixes.diffusers.run import SESSION
+    from sdxl_fixes.flags import FLAGS
 
     sdxl_fixes.diffusers.install()
     sys.path.insert(0, str(Path(script).parent))
@@ -24,7 +24,7 @@ if __name__ == "__main__":
     answer = {
         "args": vars(args),
         "on": sorted(run.on),
-        "settings": dataclasses.asdict(run.settings),
+        "settings": {name: getattr(run.flags, name) for name in FLAGS},
         "prediction_type": run.prediction_type,
         "terminal_snr": float(run.schedule.snr[-1]),
     }

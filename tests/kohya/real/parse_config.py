@@ -24,7 +24,7 @@ def read(file):
 
 if __name__ == "__main__":
     import sdxl_fixes.kohya
-    from sdxl_fixes.flags import FlagError
+    from sdxl_fixes.errors import FlagError
 
     sdxl_fixes.kohya.install()
     setup_parser = runpy.run_path(str(checkouts.first() / "sdxl_train.py"), run_name="config")["setup_parser"]
