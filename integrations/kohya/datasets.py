@@ -24,7 +24,7 @@ except ImportError:
 from sdxl_fixes.buckets import ChunkBucketBatchSampler
 from sdxl_fixes.flags import FlagError
 from sdxl_fixes.log import warn
-from sdxl_fixes.prompts import count_chunks, too_long
+from sdxl_fixes.token_counts import count_chunks, too_long
 
 from .chunk_flags import Options
 

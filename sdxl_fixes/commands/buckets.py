@@ -19,7 +19,8 @@ from sdxl_fixes.buckets import LEFTOVERS, ChunkBucketBatchSampler
 from sdxl_fixes.commands.dataset import Dataset, read
 from sdxl_fixes.errors import printable, shown
 from sdxl_fixes.options import flag, whole
-from sdxl_fixes.prompts import CHUNK, SPLITS, count_chunks, token_ids, too_long
+from sdxl_fixes.prompts import CHUNK, SPLITS, token_ids
+from sdxl_fixes.token_counts import count_chunks, too_long
 
 TOKENIZER = "openai/clip-vit-large-patch14"
 # beyond is a slip, and may not fit into memory
