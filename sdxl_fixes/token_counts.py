@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from sdxl_fixes.atomic import replacing
-from sdxl_fixes.progress import bar
 from sdxl_fixes.prompts import CHUNK, check_text, comma_id, split_ids, token_ids
 
 _PROBE = (
@@ -33,7 +33,7 @@ def count_chunks(
     """Exact number of chunks of every caption, int32 from 1, shape [N].
 
     ``cache`` is a file that keeps the counts, of any number of tokenizers, so that millions of captions are
-    tokenized once; it is written as a whole or not at all. ``progress`` shows a bar where tqdm is installed.
+    tokenized once; it is written as a whole or not at all. ``progress`` shows a bar.
     Captions are looked up by a 64-bit hash: among ten million, one is wrong with a chance of 3 in a million,
     and costs one batch some padding.
     """
@@ -49,7 +49,7 @@ def count_chunks(
     if cache is None:
         counts = [
             measure(captions[first : first + _BATCH])
-            for first in bar(range(0, len(captions), _BATCH), "counting tokens", progress)
+            for first in tqdm(range(0, len(captions), _BATCH), "counting tokens", disable=not progress)
         ]
         return np.array([count for part in counts for count in part], dtype=np.int32)
     return _from_cache(Path(cache), _identity(tokenizer) + split.encode(), captions, measure, progress)
@@ -139,7 +139,7 @@ def _from_cache(
     counts[found] = known_counts[place[found]]
     new = np.flatnonzero(~found)
     try:
-        for first in bar(range(0, len(new), _BATCH), "counting tokens", progress):
+        for first in tqdm(range(0, len(new), _BATCH), "counting tokens", disable=not progress):
             part = new[first : first + _BATCH]
             counts[part] = measure([captions[k] for k in part])
     finally:  # what an interrupted run has counted is kept

@@ -6,11 +6,10 @@ import json
 import re
 
 import pytest
+from PIL import Image
 
 from sdxl_fixes.cli import main
 from sdxl_fixes.sample_table import SampleTable
-
-Image = pytest.importorskip("PIL.Image", reason="install Pillow (it comes with the demo extra) to run")
 
 
 def picture(grey):
