@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CHUNK = 75  # tokens; 77 with BOS and EOS
 SPLITS = ("none", "commas")
 COMMA_REACH = 20  # tokens that may move to the next chunk with their comma; A1111's default
 
 
-def token_ids(tokenizer: Any, captions: Sequence[str]) -> list[list[int]]:
+def token_ids(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> list[list[int]]:
     """Every caption's token ids, without BOS and EOS and never cut. Raises ValueError for a caption that is
     no text or, where the tokenizer does not mend it, has half a surrogate pair."""
     if not captions:
@@ -81,7 +84,7 @@ def layout(
 
 
 def tokenize(
-    tokenizer: Any, captions: Sequence[str], split: str = "none", count: int | None = None
+    tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], split: str = "none", count: int | None = None
 ) -> torch.Tensor:
     """Ids of a batch of captions, int64, shape [B, n, 77], n the most chunks among them (or ``count``). SDXL
     needs it twice: its first tokenizer pads with EOS, its second (CLIP-G) with 0, as their ``pad_token_id``
@@ -122,7 +125,7 @@ def encode(
     return torch.cat(states, dim=-1), pooled
 
 
-def comma_id(tokenizer: Any, split: str) -> int | None:
+def comma_id(tokenizer: PreTrainedTokenizerBase, split: str) -> int | None:
     """The id that ``split`` cuts at; None for ``"none"``. Raises ValueError for an unknown split."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")

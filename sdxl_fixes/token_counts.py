@@ -7,7 +7,7 @@ import math
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from tqdm import tqdm
 
 from sdxl_fixes.atomic import replacing
 from sdxl_fixes.prompts import CHUNK, check_text, comma_id, split_ids, token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _PROBE = (
     "a Photo, of 3 cats' (café:1.2) \t\N{CJK UNIFIED IDEOGRAPH-732B}! https://x.y/z_w--q [1girl] &amp; "
@@ -24,7 +27,7 @@ _BATCH = 4096  # captions per call of the tokenizer
 
 
 def count_chunks(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     captions: Sequence[str],
     split: str = "none",
     cache: Path | None = None,
@@ -76,7 +79,7 @@ class _Words:
     other texts it is given whole, and every text a tokenizer that fails the probe.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer, self._known = tokenizer, {"": 0}
         probe = _PROBE.replace("&", "+").encode("ascii", "replace").decode() if self._mends() else _PROBE
         probe = "".join(c for c in probe if c.isprintable())
@@ -109,7 +112,7 @@ class _Words:
         ]
 
 
-def _identity(tokenizer: Any) -> bytes:
+def _identity(tokenizer: PreTrainedTokenizerBase) -> bytes:
     """What tells tokenizers apart: the vocabulary, and what they make of a text full of special cases."""
     digest = hashlib.blake2b(digest_size=16)
     for token, number in sorted(tokenizer.get_vocab().items()):

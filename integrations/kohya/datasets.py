@@ -7,7 +7,7 @@ import hashlib
 import os
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from sdxl_fixes.log import warn
 from sdxl_fixes.token_counts import count_chunks, too_long
 
 from .chunk_flags import Options
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _DRAWN = (
     "shuffle_caption",
@@ -212,7 +215,7 @@ class _Chunked:
         return super().new_cache_text_encoder_outputs(models, accelerator)  # type: ignore[misc]
 
 
-def _fill(ids: torch.Tensor, tokenizer: Any) -> None:
+def _fill(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> None:
     """Upstream pads a caption to its batch mates with rows of zeros; an empty chunk is BOS, EOS, padding.
     ``ids``: [B, n, 77]."""
     if ids is None or ids.ndim != 3:
@@ -220,7 +223,7 @@ def _fill(ids: torch.Tensor, tokenizer: Any) -> None:
     ids[ids[:, :, 0] != tokenizer.bos_token_id] = _empty(tokenizer, ids)
 
 
-def _empty(tokenizer: Any, like: torch.Tensor) -> torch.Tensor:
+def _empty(tokenizer: PreTrainedTokenizerBase, like: torch.Tensor) -> torch.Tensor:
     """An empty chunk: BOS, EOS, padding, shape [77]."""
     empty = torch.full(like.shape[-1:], tokenizer.pad_token_id, dtype=like.dtype, device=like.device)
     empty[0], empty[1] = tokenizer.bos_token_id, tokenizer.eos_token_id
