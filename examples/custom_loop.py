@@ -88,6 +88,19 @@ def my_samples(step: int, count: int, args: argparse.Namespace, accelerator: Acc
     return order[first : first + args.batch_size]
 
 
+class Progress:
+    """How many optimizer steps are done; accelerate saves and loads it with a checkpoint."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+
 def predict(
     unet: torch.nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, batch: dict[str, torch.Tensor]
 ) -> torch.Tensor:
@@ -113,12 +126,12 @@ def main() -> None:
     }
     validation, network = Validation(objective), accelerator.unwrap_model(unet)
 
-    checkpoint, first_step = args.output_dir / "checkpoint", 0
+    progress, checkpoint = Progress(), args.output_dir / "checkpoint"
+    # also where the stratified draws stand
+    accelerator.register_for_checkpointing(progress, objective.timesteps)
     if args.resume:
         accelerator.load_state(str(checkpoint))
-        state = json.loads((checkpoint / "progress.json").read_text())
-        objective.timesteps.load_state_dict(state["timesteps"])  # where the stratified draws stand
-        first_step = state["step"]
+    first_step = progress.step
 
     losses, validated = [], {}
     for step in range(first_step, args.steps):
@@ -157,10 +170,8 @@ def main() -> None:
             accelerator.log({f"validation/{name}": number for name, number in numbers.items()}, step=step + 1)
 
         if (step + 1) % args.checkpoint_every == 0:
+            progress.step = step + 1
             accelerator.save_state(str(checkpoint))
-            if accelerator.is_main_process:
-                progress = {"step": step + 1, "timesteps": objective.timesteps.state_dict()}
-                (checkpoint / "progress.json").write_text(json.dumps(progress))
             accelerator.wait_for_everyone()
 
     accelerator.end_training()

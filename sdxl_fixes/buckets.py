@@ -1,17 +1,17 @@
 """Batches whose samples share the aspect bucket and the number of prompt chunks, so that no token is padding
 that a batch mate caused.
 
-The epoch is planned by one sort: a 64-bit key per sample holds (bucket, chunks) above random bits above the
-sample's index. What lies side by side after the sort is shuffled within its bucket; cut into batches, and the
-batches shuffled, it is the epoch. Only raw bits of Philox are used (numpy keeps those stable between
-versions, unlike ``permutation``), so a plan is a function of (seed, epoch) alone.
+The samples are sorted by bucket, chunks and random bits. What lies side by side then is shuffled within its
+bucket; cut into batches, and the batches shuffled, it is the epoch. Only raw bits of Philox are used (numpy
+keeps those stable between versions, unlike ``permutation``), so a plan is a function of (seed, epoch) alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,6 +93,80 @@ class _Plan(NamedTuple):
         return np.asarray(self.order[places])
 
 
+@dataclass(frozen=True)
+class _Epoch:
+    """What an epoch's plans are made of: the samples' buckets, chunks and repeats, each shape [N], and what
+    tells it from others."""
+
+    seed: int
+    number: int
+    buckets: NDArray[np.integer[Any]]
+    chunks: NDArray[np.integer[Any]]
+    repeats: NDArray[np.float64]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of the data."""
+        digest = hashlib.blake2b(digest_size=8)
+        for array, kind in ((self.buckets, "<i4"), (self.chunks, "<i4"), (self.repeats, "<f8")):
+            for first in range(0, len(array), 1 << 18):
+                digest.update(array[first : first + (1 << 18)].astype(kind).tobytes())
+            digest.update(b"|")
+        return digest.hexdigest()
+
+    def draws(self) -> Ints:
+        """The samples in order of index, each as often as it is to be seen."""
+        if (self.repeats == 1).all():
+            return np.arange(len(self.buckets))
+        # the same in every epoch: fractions add up
+        bits = _bits(self.seed, 0, 0, _REPEATS, len(self.buckets))
+        phase = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        before, after = (np.floor(self.repeats * n + phase) for n in (self.number, self.number + 1))
+        return np.repeat(np.arange(len(self.buckets)), (after - before).astype(np.int64))
+
+    def plan(self, samples: Ints, segment: int, settings: Settings) -> _Plan:
+        """Batches of ``samples`` in random order; the number is not yet even."""
+        longest = int(self.chunks.max(initial=1)) + 1
+        group = self.buckets[samples].astype(np.int64) * longest + self.chunks[samples]
+        counts = np.bincount(group, minlength=(int(self.buckets.max()) + 1) * longest)
+        order = samples[_argsort(group, _bits(self.seed, self.number, segment, _KEYS, len(samples)))]
+        starts, sizes = _cut(counts.reshape(-1, longest), settings)
+        alike = np.zeros(len(starts), np.int64)
+        turn = _argsort(alike, _bits(self.seed, self.number, segment, _ORDER, len(starts)))
+        return _dealt(_Plan(order, starts[turn], sizes[turn], alike != 0), settings)
+
+
+class _Part(NamedTuple):
+    """The beginning of an epoch, or what followed it, that was seen under other settings: the first ``done``
+    batches of a plan."""
+
+    plan: _Plan
+    settings: Settings
+    done: int
+
+    def samples(self) -> int:
+        """How many were seen."""
+        return int(self.plan.sizes[: self.done].sum())
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a sampler stands: in ``plan``, which follows the parts of the epoch that were seen under other
+    settings. ``done`` batches of it are drawn, ``first`` of them before this iteration, ``resumed`` before
+    this process."""
+
+    epoch: _Epoch
+    plan: _Plan
+    past: tuple[_Part, ...] = ()
+    resumed: int = 0
+    first: int = 0
+    done: int = 0
+
+    def finished(self) -> bool:
+        """Whether no batch is left."""
+        return self.done >= len(self.plan.starts)
+
+
 class ChunkBucketBatchSampler(Sampler[list[int]]):
     """Batches of indices in which all samples have the same bucket and number of chunks, every sample once
     per epoch.
@@ -163,16 +237,7 @@ class ChunkBucketBatchSampler(Sampler[list[int]]):
         self._settings = Settings(int(batch_size), int(world_size), leftovers, bool(aligned))
         self._seed, self._rank = int(seed), rank
         self._epoch = self._loaded_epoch = 0
-        # settings under which earlier parts of this epoch were seen, and how many batches
-        self._past: list[tuple[Settings, int]] = []
-        # these parts: a plan, and the first and last of its batches
-        self._replayed: list[tuple[_Plan, int, int, Settings]] = []
-        self._seen = 0  # samples in them
-        # batches of the plan: drawn, before this iteration, before this process
-        self._done = self._first = self._resumed = 0
-        self._plan: _Plan | None = None
-        self._counts: NDArray[np.integer[Any]] | None = None
-        self._fingerprint: str | None = None
+        self._place: _Place | None = None  # of this epoch, once it is needed
 
     # ------------------------------------------------------------------ the epoch and where it stands
 
@@ -194,46 +259,47 @@ class ChunkBucketBatchSampler(Sampler[list[int]]):
                 f"(accelerate: dataloader.iteration = sampler.epoch), or make a new sampler to train it again"
             )
         if epoch != self._epoch or self._finished():
-            self._epoch = int(epoch)
-            self._restart()
+            self._epoch, self._place = int(epoch), None
 
     def __len__(self) -> int:
         """Batches that an iteration yields from where the epoch began or was resumed, for this rank
         (rank=None: for all)."""
-        left = len(self._current().starts) - self._resumed
+        place = self._here()
+        left = len(place.plan.starts) - place.resumed
         return left if self._rank is None else left // self._settings.world_size
 
     def __iter__(self) -> Iterator[list[int]]:
         if self._finished():
-            self._epoch += 1
-            self._restart()
-        plan, world = self._current(), self._settings.world_size
-        self._done -= self._done % world  # rank=None may have stopped within a step
-        self._first = self._done
-        order, starts, sizes = plan.order, plan.starts, plan.sizes
-        for step in range(self._done, len(starts), world):
+            self._epoch, self._place = self._epoch + 1, None
+        place, world = self._here(), self._settings.world_size
+        done = place.done - place.done % world  # rank=None may have stopped within a step
+        place = self._place = replace(place, first=done, done=done)
+        order, starts, sizes, _ = place.plan
+        for step in range(done, len(starts), world):
             for k in range(step, step + world) if self._rank is None else (step + self._rank,):
-                self._done = k + 1 if self._rank is None else step + world
+                if self._place is place:  # else a newer iteration or another state has taken over
+                    done = k + 1 if self._rank is None else step + world
+                    place = self._place = replace(place, done=done)
                 yield order[starts[k] : starts[k] + sizes[k]].tolist()
 
     def state_dict(self, steps: int | None = None) -> dict[str, Any]:
         """Where this epoch stands, as plain JSON, equal on all ranks. ``steps`` is the number of batches that
         this rank has trained of the current iteration (``rank=None``: that each rank has); None means all
         that were drawn, which with a prefetching loader is more."""
-        done = self._done if steps is None else self._first + int(steps) * self._settings.world_size
-        plan = self._current()
-        if not self._first <= done <= len(plan.starts):
-            most = (len(plan.starts) - self._first) // self._settings.world_size
+        place, world = self._here(), self._settings.world_size
+        done = place.done if steps is None else place.first + int(steps) * world
+        if not place.first <= done <= len(place.plan.starts):
+            most = (len(place.plan.starts) - place.first) // world
             raise ValueError(f"steps must lie in [0, {most}], what this iteration has, got {steps}")
-        done -= done % self._settings.world_size  # within a step (rank=None) the step counts as not done
-        segments = [*self._past, (self._settings, done)]
+        done -= done % world  # within a step (rank=None) the step counts as not done
+        parts = [*place.past, _Part(place.plan, self._settings, done)]
         return {
             "format": FORMAT,
             "seed": self._seed,
             "epoch": self._epoch,
-            "samples": int(self._seen + plan.sizes[:done].sum()),
-            "segments": [{**asdict(settings), "batches": int(batches)} for settings, batches in segments],
-            "fingerprint": self.fingerprint(),
+            "samples": sum(part.samples() for part in parts),
+            "segments": [{**asdict(part.settings), "batches": int(part.done)} for part in parts],
+            "fingerprint": place.epoch.fingerprint,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -245,74 +311,40 @@ class ChunkBucketBatchSampler(Sampler[list[int]]):
             raise ValueError(
                 f"this is no state of a bucket sampler: expected format {FORMAT!r}, found {found!r}"
             )
-        before = self.__dict__.copy()
         try:
-            self._seed, self._epoch = int(state["seed"]), int(state["epoch"])
-            segments = []
-            for entry in state["segments"]:
-                values = dict(entry)
-                batches = int(values.pop("batches"))
-                segments.append((Settings(**values), batches))
-            self._restart()
-            if state["fingerprint"] != self.fingerprint():
-                raise ValueError(
-                    f"the state was saved with other data (fingerprint {state['fingerprint']}, this data "
-                    f"{self.fingerprint()}): the number "
-                    "of samples, their buckets, chunks or repeats have changed, so start the epoch anew or "
-                    "bring the old data back"
-                )
-            self._resume(segments)
-            if self._seen + int(self._current().sizes[: self._done].sum()) != int(state["samples"]):
-                raise ValueError(
-                    f"the state says that {state['samples']} samples were seen, which its own "
-                    "plan contradicts: it is damaged"
-                )
-        except BaseException as error:
-            self.__dict__.clear()
-            self.__dict__.update(before)
-            if isinstance(error, KeyError | TypeError | AttributeError):
-                raise ValueError(
-                    f"the state of the bucket sampler is damaged ({error!r}): start the epoch anew"
-                ) from error
-            raise
-        if self._finished():
-            self._epoch += 1
-            self._restart()
+            place = self._resumed(state)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"the state of the bucket sampler is damaged ({error!r}): start the epoch anew"
+            ) from error
+        self._seed, self._epoch, self._place = place.epoch.seed, place.epoch.number, place
+        if place.finished():
+            self._epoch, self._place = self._epoch + 1, None
         self._loaded_epoch = self._epoch
 
     def fingerprint(self) -> str:
         """16 hex digits of this epoch's data: buckets, chunks, repeats. Settings and seed are not in it."""
-        if self._fingerprint is None:
-            digest = hashlib.blake2b(digest_size=8)
-            for array, kind in (
-                (self._buckets, "<i4"),
-                (self._epoch_chunks(), "<i4"),
-                (self._repeats, "<f8"),
-            ):
-                for first in range(0, len(array), 1 << 18):
-                    digest.update(array[first : first + (1 << 18)].astype(kind).tobytes())
-                digest.update(b"|")
-            self._fingerprint = digest.hexdigest()
-        return self._fingerprint
+        return self._here().epoch.fingerprint
 
     def account(self) -> Account:
         """What this epoch loses and repeats, and how long its prompts are; with a resumed epoch, all of it
         from its start."""
-        chunks, wanted = self._epoch_chunks(), self._draws()
-        parts = [*self._replayed, (self._current(), 0, len(self._current().starts), self._settings)]
+        place = self._here()
+        chunks, wanted = place.epoch.chunks, place.epoch.draws()
+        parts = [*place.past, _Part(place.plan, self._settings, len(place.plan.starts))]
         seen = merged = batches = smaller = repeated = cost = 0
-        for plan, first, last, settings in parts:
-            sizes = plan.sizes[first:last]
+        for plan, settings, last in parts:
+            sizes = plan.sizes[:last]
             # a run is sorted by chunks
-            longest = chunks[plan.order[plan.starts[first:last] + sizes - 1]].astype(np.int64)
-            mine = chunks[plan.samples(first, last, extra=True)]
+            longest = chunks[plan.order[plan.starts[:last] + sizes - 1]].astype(np.int64)
+            mine = chunks[plan.samples(0, last, extra=True)]
             seen, batches, smaller = (
                 seen + len(mine),
                 batches + len(sizes),
                 smaller + int((sizes < settings.batch_size).sum()),
             )
             merged += int((mine < np.repeat(longest, sizes)).sum())
-            repeated += int(sizes[plan.extra[first:last]].sum())
+            repeated += int(sizes[plan.extra[:last]].sum())
             cost += int((longest * sizes).sum())
         return Account(
             epoch=self._epoch,
@@ -328,110 +360,92 @@ class ChunkBucketBatchSampler(Sampler[list[int]]):
 
     # ------------------------------------------------------------------ planning
 
-    def _restart(self) -> None:
-        """The start of the current epoch, not planned yet."""
-        self._past, self._replayed, self._seen = [], [], 0
-        self._done = self._first = self._resumed = 0
-        self._plan = self._counts = self._fingerprint = None
-
     def _finished(self) -> bool:
-        return self._plan is not None and self._done >= len(self._plan.starts) > 0
+        return self._place is not None and self._place.finished()
 
-    def _current(self) -> _Plan:
-        if self._plan is None:
-            self._plan = _even(self._planned(self._draws(), 0, self._settings), self._settings)
-            if not len(self._plan.starts):
+    def _here(self) -> _Place:
+        if self._place is None:
+            epoch = self._data(self._seed, self._epoch)
+            plan = _even(epoch.plan(epoch.draws(), 0, self._settings), self._settings)
+            if not len(plan.starts):
                 raise ValueError(
                     f"epoch {self._epoch} has no batch: no bucket holds a whole batch of "
                     f"{self._settings.batch_size} on "
                     f"{self._settings.world_size} rank(s) and leftovers are dropped, or all repeats are 0; "
                     "use leftovers='merge'"
                 )
-        return self._plan
+            self._place = _Place(epoch, plan)
+        return self._place
 
-    def _resume(self, segments: list[tuple[Settings, int]]) -> None:
-        """Replay ``segments`` of this epoch, and continue the last or plan what it left."""
+    def _data(self, seed: int, number: int) -> _Epoch:
+        """An epoch, with the chunk counts of its prompts."""
+        chunks = self._chunks
+        if callable(chunks):
+            chunks = _chunk_counts(chunks(number), len(self._buckets))
+        return _Epoch(seed, number, self._buckets, chunks, self._repeats)
+
+    def _resumed(self, state: Mapping[str, Any]) -> _Place:
+        """Replay the segments of a state, and continue the last or plan what it left."""
+        epoch = self._data(int(state["seed"]), int(state["epoch"]))
+        segments = [_segment(entry) for entry in state["segments"]]
+        if state["fingerprint"] != epoch.fingerprint:
+            raise ValueError(
+                f"the state was saved with other data (fingerprint {state['fingerprint']}, this data "
+                f"{epoch.fingerprint}): the number "
+                "of samples, their buckets, chunks or repeats have changed, so start the epoch anew or "
+                "bring the old data back"
+            )
         if not segments:
             raise ValueError("the state of the bucket sampler is damaged (no segments): start the epoch anew")
         if segments[-1][0] != self._settings:
             segments = [*segments, (self._settings, 0)]
-        plan, before = self._planned(self._draws(), 0, segments[0][0]), segments[0][0]
-        for number, (settings, batches) in enumerate(segments):
-            if number:
-                done = segments[number - 1][1]
-                self._past.append((before, done))
-                self._replayed.append((plan, 0, done, before))
-                self._seen += int(plan.sizes[:done].sum())
-                if settings.same_order(before):
-                    plan = plan.part(slice(done, None))
-                else:
-                    plan = self._planned(plan.samples(done), number, settings)
-            plan, before = _even(plan, settings), settings
-            if not 0 <= batches <= len(plan.starts) or batches % settings.world_size:
+        parts: list[_Part] = []
+        for number, (settings, done) in enumerate(segments):
+            if not parts:
+                plan = epoch.plan(epoch.draws(), 0, settings)
+            elif settings.same_order(parts[-1].settings):
+                plan = parts[-1].plan.part(slice(parts[-1].done, None))
+            else:
+                plan = epoch.plan(parts[-1].plan.samples(parts[-1].done), number, settings)
+            plan = _even(plan, settings)
+            if not 0 <= done <= len(plan.starts) or done % settings.world_size:
                 raise ValueError(
-                    f"the state says that {batches} batches were seen of {len(plan.starts)}: it is damaged"
+                    f"the state says that {done} batches were seen of {len(plan.starts)}: it is damaged"
                 )
-        self._plan, self._done = plan, segments[-1][1]
-        self._first = self._resumed = self._done
-
-    def _epoch_chunks(self) -> NDArray[np.integer[Any]]:
-        """Chunk counts of this epoch's prompts."""
-        if not callable(self._chunks):
-            return self._chunks
-        if self._counts is None:
-            self._counts = _chunk_counts(self._chunks(self._epoch), len(self._buckets))
-        return self._counts
-
-    def _draws(self) -> Ints:
-        """The samples of this epoch in order of index, each as often as it is to be seen."""
-        if (self._repeats == 1).all():
-            return np.arange(len(self._buckets))
-        phase = (self._bits(len(self._buckets), 0, 0, _REPEATS) >> np.uint64(11)).astype(
-            np.float64
-        ) * 2.0**-53
-        counts = np.floor(self._repeats * (self._epoch + 1) + phase) - np.floor(
-            self._repeats * self._epoch + phase
-        )
-        return np.repeat(np.arange(len(self._buckets)), counts.astype(np.int64))
-
-    def _bits(self, count: int, epoch: int, segment: int, purpose: int) -> Bits:
-        return np.random.Philox(key=[self._seed, epoch], counter=[0, 0, segment, purpose]).random_raw(count)
-
-    def _planned(self, samples: Ints, segment: int, settings: Settings) -> _Plan:
-        """Batches of ``samples`` in random order; the number is not yet even."""
-        chunks = self._epoch_chunks()
-        longest = int(chunks.max(initial=1)) + 1
-        groups = (int(self._buckets.max()) + 1) * longest
-        index_bits, group_bits = _bit_length(len(chunks)), _bit_length(groups)
-        if index_bits + group_bits > 48:
+            parts.append(_Part(plan, settings, done))
+        if sum(part.samples() for part in parts) != int(state["samples"]):
             raise ValueError(
-                f"{len(chunks)} samples in {groups} buckets x chunks are too many: fewer than 16 of 64 bits "
-                "are left to shuffle by"
+                f"the state says that {state['samples']} samples were seen, which its own "
+                "plan contradicts: it is damaged"
             )
-        group = self._buckets[samples].astype(np.uint64)
-        group *= np.uint64(longest)
-        group += chunks[samples].astype(np.uint64)
-        counts = np.bincount(group.astype(np.min_scalar_type(groups)), minlength=groups)
-        keys = self._bits(len(samples), self._epoch, segment, _KEYS)
-        keys >>= np.uint64(group_bits + index_bits)
-        keys <<= np.uint64(index_bits)
-        group <<= np.uint64(64 - group_bits)
-        keys |= group
-        del group
-        keys |= samples.view(np.uint64)
-        keys.sort()
-        keys &= np.uint64((1 << index_bits) - 1)
-        starts, sizes = _cut(counts.reshape(-1, longest), settings)
-        shuffled = self._bits(len(starts), self._epoch, segment, _ORDER)
-        batch_bits = np.uint64(_bit_length(len(starts)))
-        shuffled >>= batch_bits
-        shuffled <<= batch_bits
-        shuffled |= np.arange(len(starts), dtype=np.uint64)
-        shuffled.sort()
-        turn = (shuffled & np.uint64((1 << int(batch_bits)) - 1)).astype(np.int64)
-        return _dealt(
-            _Plan(keys.view(np.int64), starts[turn], sizes[turn], np.zeros(len(turn), bool)), settings
-        )
+        return _Place(epoch, plan, tuple(parts[:-1]), resumed=done, first=done, done=done)
+
+
+def _segment(entry: Mapping[str, Any]) -> tuple[Settings, int]:
+    """The settings of a part of an epoch in a state, and how many batches of it were seen."""
+    values = dict(entry)
+    done = int(values.pop("batches"))
+    return Settings(**values), done
+
+
+def _bits(seed: int, epoch: int, segment: int, purpose: int, count: int) -> Bits:
+    return np.random.Philox(key=[seed, epoch], counter=[0, 0, segment, purpose]).random_raw(count)
+
+
+def _argsort(group: Ints, bits: Bits) -> Ints:
+    """Indices in order of (group, bits, index), shape [N]; ``group`` from 0. One sort of 64-bit keys, of
+    which the random bits get what group and index leave: 4 times as fast as two stable argsorts, where
+    numpy's sort is vectorised."""
+    index_bits, group_bits = (max(1, int(n).bit_length()) for n in (len(bits) - 1, group.max(initial=0)))
+    if index_bits + group_bits > 48:  # too few are left to shuffle by
+        return np.lexsort((bits, group))
+    keys = bits >> np.uint64(group_bits + index_bits)
+    keys <<= np.uint64(index_bits)
+    keys |= group.view(np.uint64) << np.uint64(64 - group_bits)
+    keys |= np.arange(len(bits), dtype=np.uint64)
+    keys.sort()
+    keys &= np.uint64((1 << index_bits) - 1)
+    return np.asarray(keys.view(np.int64))
 
 
 def _cut(counts: Ints, settings: Settings) -> tuple[Ints, Ints]:
@@ -496,10 +510,6 @@ def _even(plan: _Plan, settings: Settings) -> _Plan:
         np.append(whole.sizes, sizes),
         np.append(whole.extra, extras),
     )
-
-
-def _bit_length(count: int) -> int:
-    return max(1, (count - 1).bit_length())
 
 
 def _integers(name: str, values: ArrayLike) -> NDArray[np.integer[Any]]:

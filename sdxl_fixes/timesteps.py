@@ -153,7 +153,10 @@ class TimestepSampler:
         step, micro = divmod(self._drawn, self._accumulation)
         self._drawn += 1
         count = batch_size * self._world_size * self._accumulation
-        rng = np.random.Generator(np.random.Philox(key=[self._seed, step]))
-        points = (rng.permutation(count) + rng.random(count)) / count
+        # raw bits, which numpy keeps stable between versions, unlike Generator.permutation
+        slices, places = np.random.Philox(key=[self._seed, step]).random_raw(2 * count).reshape(2, count)
+        points: np.ndarray[Any, np.dtype[np.float64]] = (
+            np.argsort(slices, kind="stable") + (places >> np.uint64(11)) * 2.0**-53
+        ) / count
         first = (micro * self._world_size + self._rank) * batch_size
         return points[first : first + batch_size]

@@ -11,8 +11,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import accelerate
 import numpy as np
 import pytest
+import torch
 from accelerate.data_loader import BatchSamplerShard
 
 from sdxl_fixes.buckets import ChunkBucketBatchSampler
@@ -86,6 +88,52 @@ def test_accelerates_shards_lose_mix_and_repeat_nothing(world_size):
         for r in range(world_size)
     ]
     assert epochs == own
+
+
+class Trained:
+    """A sampler and how many of its batches are trained, for accelerate's checkpoints."""
+
+    def __init__(self, sampler):
+        self.sampler, self.steps = sampler, 0
+
+    def state_dict(self):
+        return self.sampler.state_dict(self.steps)
+
+    def load_state_dict(self, state):
+        self.sampler.load_state_dict(state)
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+def test_accelerates_checkpoints_hold_what_was_trained_not_what_was_fetched(tmp_path, stateful, monkeypatch):
+    """accelerate's loader is a batch ahead: its own stateful one knows, otherwise the loop must count."""
+    if not hasattr(getattr(accelerate, "DataLoaderConfiguration", None), "use_stateful_dataloader"):
+        pytest.skip("accelerate before 0.34 has no stateful loader")
+    if stateful:
+        pytest.importorskip("torchdata.stateful_dataloader", reason="pip install torchdata to run")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    expected = list(ChunkBucketBatchSampler(*data(), batch_size=8))
+
+    def prepare():
+        config = accelerate.DataLoaderConfiguration(even_batches=False, use_stateful_dataloader=stateful)
+        accelerator = accelerate.Accelerator(dataloader_config=config)
+        sampler = ChunkBucketBatchSampler(*data(), batch_size=8, rank=None)
+        trained = Trained(sampler)
+        if not stateful:
+            accelerator.register_for_checkpointing(trained)
+        loader = torch.utils.data.DataLoader(torch.arange(500), batch_sampler=sampler)
+        return accelerator, trained, accelerator.prepare(loader)
+
+    accelerator, trained, loader = prepare()
+    for batch, wanted in zip(loader, expected[:7], strict=False):
+        assert batch.tolist() == wanted
+        trained.steps += 1
+        if trained.steps == 7:
+            break
+    accelerator.save_state(str(tmp_path))
+    assert trained.sampler.state_dict()["segments"][0]["batches"] == 8
+    accelerator, trained, loader = prepare()
+    accelerator.load_state(str(tmp_path))
+    assert [batch.tolist() for batch in loader] == expected[7:]
 
 
 PREPARED = """

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdxl_fixes.buckets import ChunkBucketBatchSampler
+from sdxl_fixes.buckets import ChunkBucketBatchSampler, _argsort
 
 settings.register_profile("buckets", max_examples=60, deadline=None)
 settings.load_profile("buckets")
@@ -137,6 +137,48 @@ def test_resumes_under_any_other_settings_see_exactly_the_rest(data, chain, draw
                 seen.update(flat([list(sampler)]))
     assert set(seen) == set(range(len(data[0])))
     assert sum(seen.values()) - len(seen) == repeated  # what was said to be repeated, and nothing else
+
+
+@given(data(), OPTIONS, OPTIONS)
+def test_a_state_of_an_epoch_s_end_goes_on_with_the_next_under_any_settings(data, first, second):
+    trained = ranks(data, first, seed=2)
+    for sampler in trained:
+        assert list(sampler)
+    state, resumed = json.loads(json.dumps(trained[0].state_dict())), ranks(data, second, seed=9)
+    for sampler in resumed:
+        sampler.load_state_dict(state)
+    assert {sampler.epoch for sampler in resumed} == {1}
+    fresh = ranks(data, second, seed=2)
+    for sampler in fresh:
+        sampler.set_epoch(1)
+    epochs = [list(sampler) for sampler in resumed]
+    assert epochs == [list(sampler) for sampler in fresh] and set(flat(epochs)) == set(range(len(data[0])))
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**50), st.integers(0, 2**64 - 1)), min_size=1), st.integers(0, 50))
+def test_sorting_by_group_and_random_bits_is_pythons(pairs, narrow):
+    """Also where groups and indices leave no bits to shuffle by."""
+    group = np.array([group >> narrow for group, _ in pairs], dtype=np.int64)
+    bits = np.array([bits for _, bits in pairs], dtype=np.uint64)
+    found = _argsort(group, bits)
+    width = max(1, (len(pairs) - 1).bit_length()) + max(1, int(group.max()).bit_length())
+    cut = np.uint64(width if width <= 48 else 0)  # so many of the random bits do not count
+    keys = list(zip(group.tolist(), (bits >> cut).tolist(), strict=True))
+    assert sorted(found.tolist()) == list(range(len(pairs)))
+    assert [keys[k] for k in found] == sorted(keys)
+
+
+def test_an_iteration_that_another_has_replaced_moves_nothing():
+    sampler = ChunkBucketBatchSampler([0] * 10, [1] * 10, batch_size=2)
+    old = iter(sampler)
+    next(old)
+    new = iter(sampler)
+    next(new)
+    assert len(list(old)) == 4
+    assert sampler.state_dict()["samples"] == 4
+    sampler.set_epoch(5)
+    list(new)
+    assert (sampler.epoch, sampler.state_dict()["samples"]) == (5, 0)
 
 
 @given(data(), st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.data())

@@ -4,13 +4,13 @@ import base64
 import io
 import json
 import re
+from html.parser import HTMLParser
 
 import pytest
+from PIL import Image
 
 from sdxl_fixes.cli import main
 from sdxl_fixes.sample_table import SampleTable
-
-Image = pytest.importorskip("PIL.Image", reason="install Pillow (it comes with the demo extra) to run")
 
 
 def picture(grey):
@@ -53,6 +53,15 @@ def test_markup_in_a_prompt_is_text(tmp_path):
     ).replace("&lt;/script&gt;&lt;script&gt;alert(x)&lt;/script&gt;", "")
     assert page.count("</script>") == 2
     assert list(SampleTable(path).cells) == ['</script><script>alert("x")</script>']
+
+
+def test_the_title_is_text(tmp_path):
+    title, found = '</title><b>&amp; "it\'s"', []
+    SampleTable(tmp_path / "samples.html", title).add("1", "a cat", picture(1))
+    parser = HTMLParser()
+    parser.handle_data, parser.handle_starttag = found.append, lambda tag, attributes: found.append(tag)
+    parser.feed((tmp_path / "samples.html").read_text(encoding="utf-8"))
+    assert "".join(found[found.index("title") + 1 : found.index("style")]) == title and "b" not in found
 
 
 def test_a_file_of_another_kind_is_refused_and_left_alone(tmp_path):

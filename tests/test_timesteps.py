@@ -3,6 +3,7 @@ edges."""
 
 import json
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -136,6 +137,21 @@ def test_stratified_draws_ignore_torchs_generator():
     )  # and leave the global one where it was
 
 
+def test_stratified_draws_are_these_by_raw_bits_alone(monkeypatch):
+    """Recorded: another numpy must draw the same, or no state that users have saved resumes exactly."""
+    monkeypatch.setattr(np.random, "Generator", None)  # its methods change between versions
+    bits = np.random.Philox(key=[7, 2]).random_raw(16).tolist()
+    ranks = sorted(range(8), key=bits.__getitem__)
+    exact = [int(1000 * (Fraction(ranks[k]) + Fraction(bits[8 + k] >> 11, 2**53)) / 8) for k in range(8)]
+    samplers = [
+        TimestepSampler(SDXL, stratified=True, seed=7, rank=rank, world_size=2, accumulation=2)
+        for rank in (0, 1)
+    ]
+    drawn = [[sampler.draw(2).tolist() for _ in range(6)] for sampler in samplers]
+    assert [t for draw in (4, 5) for rank in (0, 1) for t in drawn[rank][draw]] == exact
+    assert exact == [774, 978, 576, 35, 156, 701, 407, 321]
+
+
 @pytest.mark.parametrize("after", [1, 5, 6])
 def test_state_dict_resumes_exactly(after):
     original = TimestepSampler(ZTSNR, stratified=True, seed=5, rank=1, world_size=2, accumulation=3)
@@ -163,6 +179,12 @@ def test_terminal_share_goes_to_the_terminal_steps_and_the_rest_everywhere(strat
     assert (drawn >= 900).mean() == pytest.approx(0.75 * 90 / 890 + 0.25, abs=0.003)
     assert chi_square(drawn - 100, 400_000 * expected) < 1027  # 0.1 % limit for 889 degrees of freedom
     np.testing.assert_allclose(sampler.probabilities, expected, rtol=1e-12)
+
+
+def test_timesteps_outside_the_range_have_weight_1():
+    """A trainer may ask for those of its own validation, or of a draw that is not the sampler's."""
+    outside = torch.cat([torch.arange(100), torch.arange(990, 1000)])
+    assert TimestepSampler(SDXL, **WEIGHTED).weights(outside).tolist() == [1] * 110
 
 
 def test_importance_weights_keep_every_expected_loss():

@@ -12,7 +12,8 @@ import numpy as np
 from sdxl_fixes.buckets import ChunkBucketBatchSampler
 from sdxl_fixes.errors import FixError
 from sdxl_fixes.log import world_size
-from sdxl_fixes.prompts import CHUNK, count_chunks
+from sdxl_fixes.prompts import CHUNK
+from sdxl_fixes.token_counts import count_chunks
 
 from .prompts import COLUMN
 from .run import SESSION

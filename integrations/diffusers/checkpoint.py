@@ -40,7 +40,9 @@ def save_file(
 def save_state(
     original: Callable[..., Any], self: Any, output_dir: str | None = None, *args: Any, **kwargs: Any
 ) -> Any:
-    """A checkpoint with the schedule and the place in the stratified timesteps beside it."""
+    """A checkpoint with the schedule and the place in the stratified timesteps beside it: a file of its own,
+    since accelerate refuses checkpoints with another number of registered objects, and these go from and to
+    stock scripts."""
     result = original(self, output_dir, *args, **kwargs)
     run = SESSION.run
     if run is not None and run.on and output_dir is not None:

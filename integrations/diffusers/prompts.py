@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,11 +22,18 @@ from sdxl_fixes.prompts import CHUNK, layout, split_ids
 
 from .run import SESSION
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 COLUMN = "sdxl_fixes_chunks"
 
 
 def tokenize(
-    original: Callable[..., Any], tokenizer: Any, text: Any = None, *args: Any, **kwargs: Any
+    original: Callable[..., Any],
+    tokenizer: PreTrainedTokenizerBase,
+    text: Any = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """The script's ``tokenizer(captions, padding="max_length", ...)`` with ids of shape [B, 77 n]; every
     other call is upstream's."""

@@ -28,8 +28,9 @@ def datasets(original: Callable[..., Any], dataset_group_blueprint: Any, *args: 
 
     from . import datasets
 
-    strategy_base.TokenizeStrategy.get_strategy().__class__ = datasets.ChunkTokenizeStrategy
-    datasets.OPTIONS, datasets.MADE[:] = options, []
+    strategy = strategy_base.TokenizeStrategy.get_strategy()
+    # the trainer holds this very object and tokenizes with it, so it cannot be replaced by one of ours
+    strategy.__class__, strategy.options = datasets.ChunkTokenizeStrategy, options
     SESSION.reached("buckets")
     names = ("DreamBoothDataset", "FineTuningDataset")
     upstream = [getattr(config_util, name) for name in names]
@@ -50,7 +51,6 @@ def collator(
     before."""
     original(self, epoch, step, dataset, *args, **kwargs)
     if SESSION.on("buckets"):
-        from . import datasets
+        from library import strategy_base
 
-        for made in datasets.MADE:
-            made.epoch_now = epoch
+        strategy_base.TokenizeStrategy.get_strategy().epoch_now = epoch

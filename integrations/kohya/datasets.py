@@ -7,7 +7,7 @@ import hashlib
 import os
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,12 +24,13 @@ except ImportError:
 from sdxl_fixes.buckets import ChunkBucketBatchSampler
 from sdxl_fixes.errors import FlagError
 from sdxl_fixes.log import warn
-from sdxl_fixes.prompts import count_chunks, too_long
+from sdxl_fixes.token_counts import count_chunks, too_long
 
 from .chunk_flags import Options
 
-OPTIONS: Options | None = None  # of this run, in the main process
-MADE: list[Any] = []  # its data sets
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _DRAWN = (
     "shuffle_caption",
     "enable_wildcard",
@@ -40,8 +41,11 @@ _DRAWN = (
 
 
 class ChunkTokenizeStrategy(SdxlTokenizeStrategy):  # type: ignore[misc]
-    """Upstream's ids, without the chunks at the end that are empty in all of a batch."""
+    """Upstream's ids, without the chunks at the end that are empty in all of a batch. All data sets hold it
+    and take it into their workers, and with it what they share."""
 
+    options: Options
+    epoch_now: Any = None  # the trainer's epoch, shared between processes
     least = 1  # chunks to keep, empty or not
 
     def tokenize(self, text: str | list[str]) -> Any:
@@ -86,16 +90,13 @@ class _Chunked:
     """What both kinds of data set have in common. A batch is one bucket of upstream's bucket manager, which
     is filled anew every epoch."""
 
-    epoch_now: Any = None  # the trainer's epoch, shared between processes
-    options: Options
+    strategy: ChunkTokenizeStrategy
     batches: list[list[int]] | None = None  # numbers of draws; a sample is drawn as often as it repeats
     _queue: tuple[int, ...] = ()
 
     def make_buckets(self: Any) -> None:
         """Upstream's aspect buckets, then ours."""
-        assert OPTIONS is not None
-        self.options = OPTIONS
-        self.batches = None
+        self.strategy, self.batches = TokenizeStrategy.get_strategy(), None
         for subset in self.subsets:
             if subset.token_warmup_step > 0:
                 raise FlagError(
@@ -103,14 +104,13 @@ class _Chunked:
                     "prompts within an epoch: drop one"
                 )
         super().make_buckets()  # type: ignore[misc]
-        self.strategy = TokenizeStrategy.get_strategy()
         infos = list(self.image_data.values())
         self.draws = [info.image_key for info in infos for _ in range(info.num_repeats)]
         places = {resolution: k for k, resolution in enumerate(self.bucket_manager.resos)}
         self.aspects = np.array(
             [places[self.image_data[key].bucket_reso] for key in self.draws], dtype=np.int64
         )
-        self.drawn = not self.options.cached and any(
+        self.drawn = not self.strategy.options.cached and any(
             getattr(subset, name, 0) for subset in self.subsets for name in _DRAWN
         )
         if not self.draws:
@@ -120,12 +120,11 @@ class _Chunked:
             if self.drawn
             else self._counts([self._caption(number) for number in range(len(self.draws))], report=True)
         )
-        if self.options.cached:
+        if self.strategy.options.cached:
             self.keys_to_chunks = {
                 self.image_data[key].absolute_path: int(n)
                 for key, n in zip(self.draws, self.static, strict=True)
             }
-        MADE.append(self)
         self.batches = []
         self.shuffle_buckets()
         self._length = len(self.buckets_indices)
@@ -141,7 +140,7 @@ class _Chunked:
             else self.static
         )
         # cached outputs cannot be given empty chunks, so there leftovers are not merged
-        leftovers = "smaller" if self.options.cached else "merge"
+        leftovers = "smaller" if self.strategy.options.cached else "merge"
         sampler = ChunkBucketBatchSampler(
             self.aspects, counts, batch_size=self.batch_size, seed=self.seed, leftovers=leftovers
         )
@@ -159,8 +158,8 @@ class _Chunked:
     def __getitem__(self: Any, index: int) -> Any:
         # before 0.11 an item may be for a cache
         if self.batches and getattr(self, "caching_mode", None) is None:
-            if self.epoch_now is not None:
-                self.set_current_epoch(self.epoch_now.value)
+            if self.strategy.epoch_now is not None:
+                self.set_current_epoch(self.strategy.epoch_now.value)
             self._queue = tuple(self.batches[index])
         try:
             example = super().__getitem__(index)  # type: ignore[misc]
@@ -185,7 +184,7 @@ class _Chunked:
         """The prompt of a draw in this epoch: a function of (seed, epoch, draw)."""
         key = self.draws[number]
         caption = self.image_data[key].caption
-        if self.options.cached:
+        if self.strategy.options.cached:
             return str(caption)
         state = random.getstate()
         random.seed(
@@ -198,25 +197,25 @@ class _Chunked:
 
     def _counts(self: Any, captions: list[str], report: bool = False) -> Any:
         """Chunks of every caption, at most the limit."""
-        if self.options.weighted:
+        if self.strategy.options.weighted:
             known = {caption: self.strategy.chunks_of(caption, True) for caption in set(captions)}
             return np.array([known[caption] for caption in captions])
         counts = count_chunks(self.strategy.tokenizer1, captions)
         names, first = np.unique(self.draws, return_index=True)
-        if report and (sentence := too_long(counts[first], self.options.limit, names.tolist())):
+        if report and (sentence := too_long(counts[first], self.strategy.options.limit, names.tolist())):
             warn(f"{sentence}; raise --max_token_length or shorten them")
-        return np.minimum(counts, self.options.limit)
+        return np.minimum(counts, self.strategy.options.limit)
 
     def new_cache_text_encoder_outputs(self: Any, models: list[Any], accelerator: Any) -> Any:
         """Upstream's, into files named by chunks."""
         strategy = TextEncoderOutputsCachingStrategy.get_strategy()
         strategy.__class__ = ChunkCachingStrategy
-        strategy.layout = self.options.layout
+        strategy.layout = self.strategy.options.layout
         strategy.chunks = {**getattr(strategy, "chunks", {}), **self.keys_to_chunks}
         return super().new_cache_text_encoder_outputs(models, accelerator)  # type: ignore[misc]
 
 
-def _fill(ids: torch.Tensor, tokenizer: Any) -> None:
+def _fill(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> None:
     """Upstream pads a caption to its batch mates with rows of zeros; an empty chunk is BOS, EOS, padding.
     ``ids``: [B, n, 77]."""
     if ids is None or ids.ndim != 3:
@@ -224,7 +223,7 @@ def _fill(ids: torch.Tensor, tokenizer: Any) -> None:
     ids[ids[:, :, 0] != tokenizer.bos_token_id] = _empty(tokenizer, ids)
 
 
-def _empty(tokenizer: Any, like: torch.Tensor) -> torch.Tensor:
+def _empty(tokenizer: PreTrainedTokenizerBase, like: torch.Tensor) -> torch.Tensor:
     """An empty chunk: BOS, EOS, padding, shape [77]."""
     empty = torch.full(like.shape[-1:], tokenizer.pad_token_id, dtype=like.dtype, device=like.device)
     empty[0], empty[1] = tokenizer.bos_token_id, tokenizer.eos_token_id

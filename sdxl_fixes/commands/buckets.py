@@ -8,7 +8,7 @@ import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,11 @@ from sdxl_fixes.buckets import LEFTOVERS, ChunkBucketBatchSampler
 from sdxl_fixes.commands.dataset import Dataset, read
 from sdxl_fixes.errors import printable, shown
 from sdxl_fixes.options import flag, whole
-from sdxl_fixes.prompts import CHUNK, SPLITS, count_chunks, token_ids, too_long
+from sdxl_fixes.prompts import CHUNK, SPLITS, token_ids
+from sdxl_fixes.token_counts import count_chunks, too_long
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TOKENIZER = "openai/clip-vit-large-patch14"
 # beyond is a slip, and may not fit into memory
@@ -295,7 +299,7 @@ def _check_flags(args: argparse.Namespace) -> None:
             )
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """CLIP's tokenizer from a folder or a Hugging Face name. Raises ValueError, saying what to do, without
     transformers or the files."""
     try:
@@ -314,7 +318,7 @@ def load_tokenizer(name: str) -> Any:
     try:
         # from 5.0 on the latter is the fast one
         kind = getattr(transformers, "CLIPTokenizerFast", None) or transformers.CLIPTokenizer
-        tokenizer = kind.from_pretrained(name)
+        tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(name)
         token_ids(tokenizer, [","])
     except OSError as error:
         raise ValueError(where) from error

@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+from tqdm import tqdm
+
 from sdxl_fixes.errors import printable, shown
 from sdxl_fixes.options import flag, tables, text, whole
-from sdxl_fixes.progress import bar
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl", ".gif", ".tif", ".tiff")
 MOST_REPEATS = 1_000_000  # of an image per epoch
@@ -102,16 +105,14 @@ def read(path: Path, progress: bool = False) -> list[Dataset]:
 
 
 def load_toml(path: Path) -> dict[str, Any]:
-    """A TOML file. Raises ValueError for one that is broken, and on Python 3.10 without tomli or toml."""
+    """A TOML file. Raises ValueError for one that is broken, and on Python 3.10 without tomli."""
     try:
-        import tomllib  # Python 3.11
-    except ImportError:
-        try:
+        if sys.version_info >= (3, 11):
+            import tomllib
+        else:
             import tomli as tomllib
-        except ImportError as error:
-            raise ValueError(
-                f'reading {path} on Python 3.10 needs tomli: pip install "sdxl-fixes[buckets]"'
-            ) from error
+    except ImportError as error:
+        raise ValueError(f"reading {path} on Python 3.10 needs tomli: pip install tomli") from error
     try:
         return dict(tomllib.loads(path.read_text(encoding="utf-8")))
     except (
@@ -305,7 +306,7 @@ def _size_in(where: str, entry: dict[str, Any]) -> tuple[int, int] | None:
 def _measure(dataset: Dataset, found: list[_Found], progress: bool) -> None:
     """Sizes from the files' headers, many at a time."""
     with ThreadPoolExecutor() as pool:
-        sizes = list(bar(pool.map(_size, found), "reading sizes", progress, len(found)))
+        sizes = list(tqdm(pool.map(_size, found), "reading sizes", len(found), disable=not progress))
     for item, size in zip(found, sizes, strict=True):
         if isinstance(size, str):
             dataset.problems.append(size)
@@ -322,10 +323,6 @@ def _size(item: _Found) -> tuple[int, int] | str:
     """Width and height, or a sentence that says why the image is left out."""
     size = item.size
     if size is None:
-        try:
-            from PIL import Image
-        except ImportError as error:
-            raise ValueError('image sizes are read with Pillow: pip install "sdxl-fixes[buckets]"') from error
         try:
             with Image.open(item.image) as image:
                 size = image.size

@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from sdxl_fixes.sample_table import SampleTable
 
 # [NAME_]e000001_00_YYYYMMDDHHMMSS[_SEED].png, with e000001 an epoch and 000001 a step
@@ -37,10 +39,6 @@ def add_commands(commands: Any) -> None:
 
 
 def _samples(args: argparse.Namespace) -> int:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ValueError("the table needs Pillow: pip install Pillow") from error
     if not args.folder.is_dir():
         raise ValueError(
             f"there is no folder {args.folder}: give the one with the preview images, sample in --output_dir"

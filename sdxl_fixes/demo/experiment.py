@@ -566,7 +566,7 @@ def _spread(values: list[float]) -> float:
 
 
 def _check_extras() -> None:
-    names = {"matplotlib": "matplotlib", "skimage": "scikit-image", "tqdm": "tqdm"}
+    names = {"matplotlib": "matplotlib", "skimage": "scikit-image"}
     missing = [name for module, name in names.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise DemoError(

@@ -10,11 +10,12 @@ order, batch size and number of processes.
 from __future__ import annotations
 
 import hashlib
-import json
+import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._pytree import tree_map, tree_map_only
 
 from sdxl_fixes.atomic import replacing
 from sdxl_fixes.errors import FixError
@@ -51,9 +52,7 @@ class StableLoss:
         self.validation, self.every, self.images, self.main = validation, every, images, rank == 0
         self.wanted = images // processes + (rank < images % processes)
         self.kept: list[tuple[torch.Tensor, Any]] = []  # latents [C, H, W] and conditioning, on the CPU
-        self.file = (
-            None if folder is None else Path(folder) / f"stable_loss_{rank + 1}_of_{processes}.safetensors"
-        )
+        self.file = None if folder is None else Path(folder) / f"stable_loss_{rank + 1}_of_{processes}.pt"
         self.found = bool(resumed and self.file is not None and self._load(self.file))
         if resumed and not self.found and self.main:
             say("no images of an earlier stable loss here: it goes on with others, so its curve begins anew")
@@ -89,7 +88,7 @@ class StableLoss:
         for k in range(0 if self.complete else len(latents)):
             self._keep(
                 _copy(latents[k]),
-                _map(lambda tensor, k=k: _sample(tensor, k, len(latents)), [list(args), kwargs]),
+                tree_map(lambda value, k=k: _sample(value, k, len(latents)), (args, kwargs)),
             )
         return True
 
@@ -140,15 +139,15 @@ class StableLoss:
         numbers."""
         groups: dict[str, list[tuple[torch.Tensor, Any]]] = {}
         for sample in self.kept:
-            groups.setdefault(
-                repr(_map(lambda tensor: (tuple(tensor.shape), tensor.dtype), sample)), []
-            ).append(sample)
-        stacked = (
-            _map(lambda *tensors: torch.stack(tensors).to(device), *samples) for samples in groups.values()
-        )
+            shapes = tree_map_only(torch.Tensor, lambda tensor: (tuple(tensor.shape), tensor.dtype), sample)
+            groups.setdefault(repr(shapes), []).append(sample)
+
+        def stack(*values: Any) -> Any:
+            return torch.stack(values).to(device) if isinstance(values[0], torch.Tensor) else values[0]
+
         return [
-            (*both, [_number(latents) for latents, _ in samples])
-            for both, samples in zip(stacked, groups.values(), strict=True)
+            (*tree_map(stack, *samples), [_number(latents) for latents, _ in samples])
+            for samples in groups.values()
         ]
 
     def _predict(self, conditioning: Any, accelerator: Accelerator) -> Any:
@@ -156,7 +155,7 @@ class StableLoss:
         assert network is not None
 
         def predict(noisy: torch.Tensor, timesteps: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-            args, kwargs = _map(lambda tensor: tensor[images], conditioning)
+            args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor[images], conditioning)
             with accelerator.autocast():
                 prediction = network(noisy.to(self._dtype), timesteps, *args, **kwargs)
             return prediction if isinstance(prediction, torch.Tensor) else prediction[0]
@@ -164,74 +163,41 @@ class StableLoss:
         return predict
 
     def _save(self, file: Path) -> None:
-        from safetensors.torch import save_file
-
-        tensors: dict[str, torch.Tensor] = {}
-
-        def name(tensor: torch.Tensor) -> dict[str, str]:
-            key = str(len(tensors))
-            tensors[key] = tensor
-            return {"tensor": key}
-
-        layout = json.dumps(_map(name, self.kept))
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as partial:
-            save_file(tensors, partial, metadata={"images": str(self.wanted), "layout": layout})
+            torch.save({"wanted": self.wanted, "kept": self.kept}, partial)
 
     def _load(self, file: Path) -> bool:
         """Whether ``file`` has the images of a run that wanted as many."""
-        from safetensors import SafetensorError, safe_open
-
         if not file.is_file():
             return False
         try:
-            with safe_open(file, framework="pt") as opened:
-                metadata = opened.metadata() or {}
-                if metadata.get("images") != str(self.wanted):
-                    return False
-                self.kept = [tuple(sample) for sample in _named(json.loads(metadata["layout"]), opened)]
-        except SafetensorError as error:
+            found = torch.load(file, map_location="cpu", weights_only=True)
+            wanted, kept = found["wanted"], found["kept"]
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
             raise FixError(
-                f"{file} is not what a run with --stable_loss_steps wrote ({error}): remove it"
+                f"{file} is not what a run with --stable_loss_steps wrote ({type(error).__name__}): remove it"
             ) from error
-        return True
+        if wanted == self.wanted:
+            self.kept = kept
+        return bool(wanted == self.wanted)
 
 
-def _map(function: Any, *trees: Any) -> Any:
-    """``function`` of the tensors at each place of equal ``trees`` of dicts, lists and plain values; tuples
-    become lists."""
-    first = trees[0]
-    if isinstance(first, torch.Tensor):
-        return function(*trees)
-    if isinstance(first, dict):
-        return {key: _map(function, *(tree[key] for tree in trees)) for key in first}
-    if isinstance(first, list | tuple):
-        return [_map(function, *parts) for parts in zip(*trees, strict=True)]
-    if not isinstance(first, bool | int | float | str | None):
+def _sample(value: Any, k: int, batch: int) -> Any:
+    """What belongs to image ``k`` of a tensor or a plain value that the U-Net is given."""
+    if isinstance(value, bool | int | float | str | None):
+        return value
+    if not isinstance(value, torch.Tensor):
         raise FixError(
-            f"--stable_loss_steps cannot keep a {type(first).__name__} that the U-Net is given: leave it out"
+            f"--stable_loss_steps cannot keep a {type(value).__name__} that the U-Net is given: leave it out"
         )
-    return first
-
-
-def _named(layout: Any, opened: Any) -> Any:
-    if isinstance(layout, dict):
-        return (
-            opened.get_tensor(layout["tensor"])
-            if list(layout) == ["tensor"]
-            else {k: _named(v, opened) for k, v in layout.items()}
-        )
-    return [_named(part, opened) for part in layout] if isinstance(layout, list) else layout
-
-
-def _sample(tensor: torch.Tensor, k: int, batch: int) -> torch.Tensor:
-    if tensor.ndim == 0 or len(tensor) != batch:
+    if value.ndim == 0 or len(value) != batch:
         raise FixError(
-            f"--stable_loss_steps: the U-Net is given a tensor of shape {list(tensor.shape)} for a batch of "
+            f"--stable_loss_steps: the U-Net is given a tensor of shape {list(value.shape)} for a batch of "
             f"{batch}, which "
             "belongs to no image of it: leave the flag out"
         )
-    return _copy(tensor[k])
+    return _copy(value[k])
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

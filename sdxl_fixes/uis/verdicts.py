@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from sdxl_fixes.checkpoint import STAND_IN_SIGMA, UNET, Sampling, flow_shift
 from sdxl_fixes.model_files.model_file import SCHEDULER_CONFIG, ModelFile, read_sampling, read_scheduler
 from sdxl_fixes.model_files.stamp import beside, model_files
@@ -292,12 +294,15 @@ def _forge_neo(file: ModelFile) -> Reading:
 
 
 def _yaml_says_v(file: ModelFile) -> bool:
-    """Whether the YAML beside the file names v-prediction's scaling (looked for as text, so that a YAML
-    that is broken elsewhere is A1111's to refuse)."""
-    yaml = beside(file.path, ".yaml")
-    return yaml.is_file() and "denoiser_scaling.VScaling" in yaml.read_text(
-        encoding="utf-8", errors="replace"
-    )
+    """Whether the YAML beside the file (sgm's config) gives the denoiser v-prediction's scaling."""
+    path = beside(file.path, ".yaml")
+    try:
+        said = yaml.safe_load(path.read_bytes()) if path.is_file() else {}
+        for key in ("model", "params", "denoiser_config", "params", "scaling_config", "target"):
+            said = said[key]
+    except (yaml.YAMLError, KeyError, TypeError):
+        return False
+    return str(said).endswith("denoiser_scaling.VScaling")
 
 
 # ---------------------------------------------------------------- diffusers folders

@@ -520,8 +520,3 @@ def test_wrong_flags_are_one_sentence_and_status_2(words, sentence, images, toke
 def test_missing_extras_are_named(images, tokenizer, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert 'pip install "sdxl-fixes[buckets]"' in call(capsys, images, "--tokenizer", tokenizer)[2]
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    assert (
-        'read with Pillow: pip install "sdxl-fixes[buckets]"'
-        in call(capsys, images, "--tokenizer", tokenizer)[2]
-    )

@@ -11,7 +11,6 @@ import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("skimage")
-pytest.importorskip("tqdm")
 
 from sdxl_fixes.demo import experiment as demo
 
@@ -165,11 +164,11 @@ def test_missing_extras_are_named_with_the_command_that_installs_them(tmp_path, 
     monkeypatch.setattr(
         importlib.util,
         "find_spec",
-        lambda name, *rest: None if name in ("skimage", "tqdm") else find(name, *rest),
+        lambda name, *rest: None if name in ("skimage", "matplotlib") else find(name, *rest),
     )
     assert run("--output", tmp_path) == 2
     assert capsys.readouterr().err == (
-        "sdxl-fixes demo: the demo needs scikit-image and tqdm, not installed here: "
+        "sdxl-fixes demo: the demo needs matplotlib and scikit-image, not installed here: "
         'pip install "sdxl-fixes[demo]"\n'
     )
 

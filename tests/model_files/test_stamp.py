@@ -380,6 +380,27 @@ def test_yaml_is_a_config_that_says_v(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "yaml",
+    [
+        "# not sgm.modules.diffusionmodules.denoiser_scaling.VScaling\nmodel: {params: {}}\n",
+        "model:\n  params:\n    denoiser_config:\n      params:\n        scaling_config:\n"
+        "          target: sgm.modules.diffusionmodules.denoiser_scaling.EpsScaling\n",
+        "denoiser_scaling.VScaling",
+        "denoiser_scaling.VScaling: [",
+        "",
+    ],
+)
+def test_a_yaml_says_v_only_where_a1111_reads_it(tmp_path, yaml):
+    path = model(tmp_path / "m.safetensors")
+    assert main(["stamp", str(path), "--prediction_type", "v_prediction"]) == 0
+    scaling = "{scaling_config: {target: x.denoiser_scaling.VScaling}}"
+    target = f"{{model: {{params: {{denoiser_config: {{params: {scaling}}}}}}}}}"
+    for content, right in ((yaml, False), (target, True)):
+        (tmp_path / "m.yaml").write_text(content)
+        assert {row.ui: row for row in verdicts(path)[2]}["A1111 up to 1.10"].right == right
+
+
 def test_a_yaml_that_is_not_utf8_is_named_and_replaced_only_by_force(tmp_path, capsys):
     path, yaml = model(tmp_path / "m.safetensors"), tmp_path / "m.yaml"
     yaml.write_bytes(b"caf\xe9")

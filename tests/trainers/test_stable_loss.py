@@ -2,6 +2,9 @@
 of two lengths."""
 
 import argparse
+import hashlib
+import os
+import struct
 from contextlib import nullcontext
 
 import pytest
@@ -15,7 +18,7 @@ from sdxl_fixes.flags import TrainingFlags
 from sdxl_fixes.kohya import noise as kohya_noise
 from sdxl_fixes.kohya import validation as kohya_adapter
 from sdxl_fixes.kohya.run import SESSION, start
-from sdxl_fixes.trainers.stable_loss import StableLoss, _number
+from sdxl_fixes.trainers.stable_loss import StableLoss
 from sdxl_fixes.validation import Validation
 
 ZERO = NoiseSchedule.sdxl().zero_terminal_snr()
@@ -79,6 +82,12 @@ def see(loss, network, batches):
         assert loss.called(network, arguments[0], *arguments[2:], added={"time_ids": ids}, scale=2.0)
 
 
+def number(latents):
+    """What tells an image's noise: a hash of its latents' float32 bytes, in this machine's order."""
+    content = struct.pack(f"={latents.numel()}f", *latents.flatten().tolist())
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
 def expected(network, kept, points):
     """The unweighted and weighted loss in float64, one image and one timestep at a time."""
     validation = stable(points).validation
@@ -86,7 +95,7 @@ def expected(network, kept, points):
     found = []
     for latents, text, ids in kept:
         for t in validation.timesteps:
-            noise = validation.noise(_number(latents), t, latents.shape).double()
+            noise = validation.noise(number(latents), t, latents.shape).double()
             alpha, sigma = float(ZERO.alphas_cumprod[t]) ** 0.5, (1 - float(ZERO.alphas_cumprod[t])) ** 0.5
             noisy, target = alpha * latents.double() + sigma * noise, alpha * noise - sigma * latents.double()
             with torch.no_grad():
@@ -127,6 +136,37 @@ def test_order_batch_size_and_number_of_processes_do_not_matter():
         part.step(2, process)
         sums.append(process.reduced[-1])
     assert one.validation.means(sum(sums), 8)["loss"] == pytest.approx(whole["stable_loss/loss"], rel=1e-5)
+
+
+def test_every_image_and_timestep_has_noise_of_its_own_and_keeps_it():
+    """Read back from what the network is given: noisy = alpha x0 + sigma noise."""
+    latents = torch.randn(6, 4, 32, 32, generator=torch.Generator().manual_seed(2))
+    found = []
+    for order in (range(6), reversed(range(6))):
+        noise, loss, network = {}, stable(images=6), Network()
+        see(loss, network, [[(latents[k], torch.zeros(77, 6), torch.zeros(6))] for k in order])
+
+        def forward(noisy, timesteps, *rest, noise=noise, **named):
+            for given, t in zip(noisy, timesteps.tolist(), strict=True):
+                alpha, sigma = (
+                    float(ZERO.alphas_cumprod[t]) ** 0.5,
+                    (1 - float(ZERO.alphas_cumprod[t])) ** 0.5,
+                )
+                if alpha > 0.1:  # the image is still to be seen
+                    rest = torch.stack([(given - alpha * image) / sigma for image in latents])
+                    image = int((rest.square().mean((1, 2, 3)) - 1).abs().argmin())
+                    noise[image, t] = rest[image]
+            return (torch.zeros_like(noisy),)
+
+        network.forward = forward
+        loss.step(2, Process(network))
+        found.append(noise)
+    first, second = found
+    assert len(first) == 6 * 2 and first.keys() == second.keys()
+    for key in first:
+        torch.testing.assert_close(first[key], second[key], rtol=0, atol=1e-5)
+    flat = torch.stack([each.flatten() for each in first.values()])
+    assert (torch.corrcoef(flat) - torch.eye(12)).abs().max() < 0.1  # 4096 values: 6 standard deviations
 
 
 def test_processes_wait_for_each_other(capsys):
@@ -191,6 +231,16 @@ def test_only_calls_of_training_count():
     )  # x0, not the noisy
 
 
+class Code:
+    """A pickle that makes a folder when it is loaded."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
 def test_a_resumed_run_goes_on_with_the_same_images(tmp_path, capsys):
     data, network = examples(), Network()
     first = stable(images=4, folder=tmp_path)
@@ -199,15 +249,24 @@ def test_a_resumed_run_goes_on_with_the_same_images(tmp_path, capsys):
     assert resumed.complete and capsys.readouterr().err == ""
     see(resumed, network, [data[4::2]])
     assert resumed.step(2, Process(network)) == first.step(2, Process(network))
-    assert [file.name for file in tmp_path.iterdir()] == ["stable_loss_1_of_1.safetensors"]
+    assert [file.name for file in tmp_path.iterdir()] == ["stable_loss_1_of_1.pt"]
     for options in (dict(images=5), dict(images=8, processes=2)):
         assert not stable(folder=tmp_path, resumed=True, **options).complete
         assert "no images of an earlier stable loss here" in capsys.readouterr().err
     assert not stable(images=4, folder=tmp_path).complete  # not resumed: begins anew
-    (tmp_path / "stable_loss_1_of_1.safetensors").write_bytes(b"nothing of the kind")
-    said = r"stable_loss_1_of_1\.safetensors is not what a run with --stable_loss_steps wrote .*: remove it"
-    with pytest.raises(FixError, match=said):
-        stable(images=4, folder=tmp_path, resumed=True)
+    said = r"stable_loss_1_of_1\.pt is not what a run with --stable_loss_steps wrote .*: remove it"
+    file = tmp_path / "stable_loss_1_of_1.pt"
+    for write in (
+        lambda: file.write_bytes(b"nothing of the kind"),
+        lambda: file.write_bytes(b""),
+        lambda: torch.save([torch.zeros(1)], file),
+        lambda: torch.save({"wanted": 4}, file),
+        lambda: torch.save(Code(tmp_path / "ran"), file),
+    ):
+        write()
+        with pytest.raises(FixError, match=said):
+            stable(images=4, folder=tmp_path, resumed=True)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_bfloat16_latents_and_inputs(tmp_path):

@@ -55,10 +55,7 @@ def group(assets, tmp_path, monkeypatch):  # noqa: F811
     def build(kind, more="", **options):
         strategy = datasets.ChunkTokenizeStrategy(225, str(assets / "tokenizers"))
         monkeypatch.setattr(strategy_base.TokenizeStrategy, "_strategy", strategy)
-        monkeypatch.setattr(
-            datasets, "OPTIONS", Options(3, "75n+2", **{"cached": False, "weighted": False, **options})
-        )
-        monkeypatch.setattr(datasets, "MADE", [])
+        strategy.options = Options(3, "75n+2", **{"cached": False, "weighted": False, **options})
         for name in ("DreamBoothDataset", "FineTuningDataset"):
             monkeypatch.setattr(config_util, name, getattr(datasets, f"Chunk{name}"))
         file = tmp_path / "chunks.toml"
@@ -143,13 +140,10 @@ def test_prompts_drawn_at_run_time_are_those_that_were_planned(group):
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_read_the_trainers_epoch(group, start):
-    from sdxl_fixes.kohya import datasets
-
     made = group("dreambooth")
     context = multiprocessing.get_context(start)
     epoch = context.Value("i", 2)
-    for dataset in datasets.MADE:
-        dataset.epoch_now = epoch
+    made.datasets[0].strategy.epoch_now = epoch
     loader = torch.utils.data.DataLoader(
         made, batch_size=1, collate_fn=_first, num_workers=1, multiprocessing_context=context
     )

@@ -15,7 +15,8 @@ import tiny_assets
 import torch
 from test_real_trainer import assets, pytestmark  # noqa: F401  (fixtures)
 
-from sdxl_fixes import prompts as core
+from sdxl_fixes.prompts import encode
+from sdxl_fixes.token_counts import count_chunks
 
 if checkouts.named():
     sys.path.insert(0, str(checkouts.first()))
@@ -112,7 +113,7 @@ def test_tokens_are_upstreams_without_the_empty_chunks(strategies):
     for text in captions():
         mine, theirs = ours.tokenize(text), upstream.tokenize(text)
         count = ours.chunks_of(text, False)
-        assert count == min(3, core.count_chunks(ours.tokenizer1, [text])[0]) and mine[0].shape == (
+        assert count == min(3, count_chunks(ours.tokenizer1, [text])[0]) and mine[0].shape == (
             1,
             count,
             77,
@@ -205,7 +206,7 @@ def test_no_text_is_taken_for_padding(tokenizing):
     of chunks."""
     upstream, ours = tokenizing
     texts = list(hostile_captions())
-    counts = core.count_chunks(ours.tokenizer1, texts)
+    counts = count_chunks(ours.tokenizer1, texts)
     for text, counted in zip(texts, counts, strict=True):
         tokens = len(ours.tokenizer1(text, truncation=False, verbose=False).input_ids) - 2
         count = min(3, max(1, -(-tokens // 75)))
@@ -261,7 +262,7 @@ def test_77n_is_the_cores_encoding_and_75n2_is_upstreams(strategies, layout):
     arguments = (encoding, *ids, ours.tokenizer1, ours.tokenizer2, *models)
     layout("77n")
     first, second, pooled = prompts.hidden_states(original, *arguments)
-    context, expected_pooled = core.encode(*ids, *models)
+    context, expected_pooled = encode(*ids, *models)
     torch.testing.assert_close(torch.cat([first, second], dim=-1), context)
     torch.testing.assert_close(pooled, expected_pooled)
     layout("75n+2")

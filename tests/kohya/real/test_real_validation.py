@@ -117,7 +117,7 @@ def test_a_resumed_run_goes_on_with_the_images_of_the_first(train, tmp_path, scr
     resumed = printed(process)
     assert resumed and {loss for loss, *_ in resumed.values()} == {first[2][0]}
     assert trace == train("unpatched", script, *flags[4:], *again, steps=4)[1]
-    (tmp_path / "out" / "stable_loss_1_of_1.safetensors").unlink()
+    (tmp_path / "out" / "stable_loss_1_of_1.pt").unlink()
     process = train("module", script, *flags, *again, steps=4)[0]
     assert "no images of an earlier stable loss here" in process.stderr
     assert {loss for loss, *_ in printed(process).values()} != {first[2][0]}
