@@ -9,14 +9,17 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from sdxl_fixes.loss import HUBER_KINDS, HUBER_SCHEDULES, LOSS_TYPES, Loss, ScheduledHuber
-from sdxl_fixes.noise import InputPerturbation, OffsetNoise
-from sdxl_fixes.objective import Objective
+from sdxl_fixes.names import HUBER_KINDS, HUBER_SCHEDULES, LOSS_TYPES
 from sdxl_fixes.schedule import TERMINAL_SIGMA_METHODS, NoiseSchedule
-from sdxl_fixes.timesteps import TimestepSampler
 from sdxl_fixes.weighting import Debiased, MinSNR, SoftMinSNR, Weighting
+
+if TYPE_CHECKING:  # they import torch, which a command line that is only read does without
+    from sdxl_fixes.loss import Loss, ScheduledHuber
+    from sdxl_fixes.noise import InputPerturbation, OffsetNoise
+    from sdxl_fixes.objective import Objective
+    from sdxl_fixes.timesteps import TimestepSampler
 
 T = TypeVar("T")
 
@@ -286,6 +289,8 @@ class Settings:
 
     @functools.cached_property
     def _loss(self) -> Loss | ScheduledHuber:
+        from sdxl_fixes.loss import Loss, ScheduledHuber
+
         if self.loss_type not in HUBER_KINDS:
             return _checked("--loss_type", lambda: Loss(self.loss_type))
         return _checked(
@@ -321,6 +326,8 @@ class Settings:
 
     def perturbation(self) -> InputPerturbation | None:
         """Input perturbation, if asked for."""
+        from sdxl_fixes.noise import InputPerturbation
+
         gamma = self.ip_noise_gamma
         return (
             None
@@ -332,12 +339,16 @@ class Settings:
 
     def offset(self) -> OffsetNoise | None:
         """Offset noise, if asked for."""
+        from sdxl_fixes.noise import OffsetNoise
+
         strength = self.noise_offset
         return None if not strength else _checked("--noise_offset", lambda: OffsetNoise(strength))
 
     def timesteps(self, schedule: NoiseSchedule | None = None, **options: Any) -> TimestepSampler | None:
         """The timestep sampler, if one was asked for, of ``schedule`` (None: the one that the flags make of
         SDXL's own); ``options`` are TimestepSampler's (range, seed, ranks, accumulation)."""
+        from sdxl_fixes.timesteps import TimestepSampler
+
         if not (self.stratified_timesteps or self.terminal_timestep_share):
             return None
         share, table = self.terminal_timestep_share or 0.0, self.schedule() if schedule is None else schedule
@@ -351,6 +362,8 @@ class Settings:
 
     def objective(self, prediction_type: str = "epsilon", **options: Any) -> Objective:
         """All of it, for a training loop of your own; ``options`` as for :meth:`timesteps`."""
+        from sdxl_fixes.objective import Objective
+
         parts = (self.loss(), self.weighting(), self.perturbation(), self.offset(), self.timesteps(**options))
         return Objective(self.schedule(), prediction_type, *parts)
 

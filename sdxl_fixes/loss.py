@@ -17,11 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sdxl_fixes.names import HUBER_KINDS, HUBER_SCHEDULES
 from sdxl_fixes.schedule import Array, NoiseSchedule
-
-HUBER_KINDS = ("huber", "smooth_l1")
-LOSS_TYPES = ("l2", "l1", *HUBER_KINDS)
-HUBER_SCHEDULES = ("constant", "exponential", "snr")
 
 
 def l2(residual: torch.Tensor) -> torch.Tensor:

@@ -23,10 +23,10 @@ import torch
 from numpy.typing import NDArray
 
 from sdxl_fixes.atomic import replacing
+from sdxl_fixes.names import CHUNK as CHUNK
+from sdxl_fixes.names import SPLITS
 from sdxl_fixes.progress import bar
 
-CHUNK = 75  # tokens; 77 with BOS and EOS
-SPLITS = ("none", "commas")
 COMMA_REACH = 20  # tokens that may move to the next chunk with their comma; A1111's default
 _PROBE = (
     "a Photo, of 3 cats' (café:1.2) \t\N{CJK UNIFIED IDEOGRAPH-732B}! https://x.y/z_w--q [1girl] &amp; "

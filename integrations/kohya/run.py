@@ -8,8 +8,8 @@ from pathlib import Path
 from sdxl_fixes.checkpoint import Sampling, markers, metadata
 from sdxl_fixes.flags import Settings
 from sdxl_fixes.log import warn
-from sdxl_fixes.loss import HUBER_KINDS, HUBER_SCHEDULES, LOSS_TYPES
 from sdxl_fixes.model_files.model_file import said_problem, said_sampling
+from sdxl_fixes.names import HUBER_KINDS, HUBER_SCHEDULES, LOSS_TYPES
 from sdxl_fixes.trainers.fixes import Fix, allowed, given, switch_off
 from sdxl_fixes.trainers.report import schedule_flags, tell
 from sdxl_fixes.trainers.run import Run, Trainer, prepare

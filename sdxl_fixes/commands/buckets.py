@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 
 from sdxl_fixes.aspects import RULES, Assigned, assign, assign_without_upscaling, resolutions
 from sdxl_fixes.atomic import replacing
-from sdxl_fixes.buckets import LEFTOVERS, ChunkBucketBatchSampler
 from sdxl_fixes.commands.dataset import Dataset, read
 from sdxl_fixes.errors import printable, shown
+from sdxl_fixes.names import CHUNK, LEFTOVERS, SPLITS
 from sdxl_fixes.options import flag, whole
-from sdxl_fixes.prompts import CHUNK, SPLITS, count_chunks, token_ids, too_long
 
 TOKENIZER = "openai/clip-vit-large-patch14"
 # beyond is a slip, and may not fit into memory
@@ -66,6 +65,9 @@ def report(
 ) -> Report:
     """Plan one epoch of ``dataset`` both ways. ``chunks`` are its captions' counts, ``limit`` the trainer's
     most (``--max_token_length`` / 75). ``batch_size`` None takes the data set's own, or 1."""
+    from sdxl_fixes.buckets import ChunkBucketBatchSampler
+    from sdxl_fixes.prompts import too_long
+
     size = (
         whole(dataset.name, "batch_size", dataset.settings.get("batch_size", 1), 1, MOST_BATCH)
         if batch_size is None
@@ -257,6 +259,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """``sdxl-fixes buckets``."""
     _check_flags(args)
+    from sdxl_fixes.prompts import count_chunks
+
     shown = sys.stderr.isatty()
     datasets = read(args.dataset, shown)
     tokenizer, reports = load_tokenizer(args.tokenizer), []
@@ -302,6 +306,8 @@ def load_tokenizer(name: str) -> Any:
         import transformers
     except ImportError as error:
         raise ValueError('counting tokens needs transformers: pip install "sdxl-fixes[buckets]"') from error
+    from sdxl_fixes.prompts import token_ids
+
     where = (
         f"--tokenizer {name}: no CLIP tokenizer there, and none downloaded: give the folder that holds "
         "vocab.json and merges.txt, "

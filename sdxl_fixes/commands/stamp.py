@@ -19,7 +19,7 @@ from sdxl_fixes.model_files.stamp import (
     stamp_file,
     write_scheduler_config,
 )
-from sdxl_fixes.prediction import PREDICTION_TYPES
+from sdxl_fixes.names import PREDICTION_TYPES
 from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.uis.verdicts import Verdict, as_json, verdicts
 
