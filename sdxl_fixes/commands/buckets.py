@@ -211,8 +211,11 @@ def plot(found: Report, file: Path) -> None:
         figure.savefig(partial, format="png", dpi=120)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of ``sdxl-fixes buckets``."""
+def add_command(commands: Any) -> None:
+    """Add ``buckets``."""
+    parser = commands.add_parser(
+        "buckets", help="what a data set's aspect buckets cost in padding, and what chunk buckets save"
+    )
     parser.add_argument(
         "dataset",
         type=Path,
@@ -254,6 +257,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PNG",
         help="also write a picture of the first data set (needs matplotlib)",
     )
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

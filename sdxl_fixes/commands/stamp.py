@@ -30,7 +30,7 @@ WAYS = {
 }
 
 
-def add_commands(commands: Any) -> None:
+def add_command(commands: Any) -> None:
     """Register both."""
     parser = commands.add_parser(
         "stamp", help="write into a model file how to sample it, so that UIs load it right"
