@@ -187,14 +187,20 @@ def test_every_command_of_the_help_is_a_module_that_registers_itself(capsys):
     assert {both.get(word, word) for word in words} == modules - {"dataset"}
 
 
-@pytest.mark.parametrize("words", [["schedule"], ["schedule", "--json"]], ids=" ".join)
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
+@pytest.mark.parametrize("words", [["schedule"], ["--help"]], ids=" ".join)
 def test_a_reader_that_leaves_is_no_error(words):
     """As of `sdxl-fixes ... | head`: the status is the one of a program that SIGPIPE ended."""
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "wb") as closed:
         done = subprocess.run(
-            [sys.executable, "-m", "sdxl_fixes.cli", *words], stdout=closed, stderr=subprocess.PIPE
+            [sys.executable, "-m", "sdxl_fixes.cli", *words],
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            env=BUFFERED,
         )
     assert (done.returncode, done.stderr) == (128 + 13, b"")
 
@@ -205,7 +211,9 @@ def test_a_long_table_may_lose_its_reader_in_the_middle():
         "import sys, sdxl_fixes.commands.schedule as command\nfrom sdxl_fixes.cli import main\n"
         "command.as_text = lambda schedule: 'a line of it\\n' * 100_000\nsys.exit(main(['schedule']))"
     )
-    done = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    done = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=BUFFERED
+    )
     assert done.stdout.readline() == b"a line of it\n"
     done.stdout.close()
     assert (done.stderr.read(), done.wait()) == (b"", 128 + 13)
