@@ -15,6 +15,7 @@ import torch
 
 from sdxl_fixes import InputPerturbation, Objective
 from sdxl_fixes.demo.photos import unfold
+from sdxl_fixes.demo.settings import CANVAS
 
 PAGES = {
     "leak": "leak",
@@ -83,7 +84,7 @@ def photos():
 def test_photographs_have_the_brightness_that_was_drawn(photos):
     asked = torch.linspace(-1.7, 1.7, 24)
     latents = unfold(photos.latents(torch.arange(24), asked))
-    assert latents.shape == (24, 1, lab.CANVAS, lab.CANVAS)
+    assert latents.shape == (24, 1, CANVAS, CANVAS)
     assert (latents.mean((1, 2, 3)) - asked).abs().max() < 0.01 and latents.abs().max() <= 2
     drawn, caption = photos.draw(3000, torch.Generator().manual_seed(0))
     means = unfold(drawn).mean((1, 2, 3))
