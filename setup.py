@@ -1,5 +1,5 @@
-"""The one thing that setup.cfg cannot say: a .pth file goes to the root of site-packages. All else is
-there."""
+"""What setup.cfg cannot say: a .pth file goes to the root of site-packages, and the sdist holds what its
+tests need. All else is there."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 PTH = "integrations/autostart/sdxl_fixes_kohya.pth"
+TESTED = ("tests", "benchmarks", "constraints", "docs", "examples", "CHANGELOG.md")
 
 
 class BuildWithPth(build_py):
@@ -23,7 +24,13 @@ class BuildWithPth(build_py):
         return [*super().get_outputs(include_bytecode), str(Path(self.build_lib, Path(PTH).name))]
 
     def get_source_files(self):
-        return [*super().get_source_files(), PTH]  # for the sdist
+        """For the sdist."""
+        files = (file for name in TESTED for file in (Path(name), *Path(name).rglob("*")))
+        return [
+            *super().get_source_files(),
+            PTH,
+            *(str(file) for file in files if file.is_file() and "__pycache__" not in file.parts),
+        ]
 
 
 setup(cmdclass={"build_py": BuildWithPth})

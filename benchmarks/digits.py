@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from sdxl_fixes import NoiseSchedule, Objective
-from sdxl_fixes.demo import experiment as demo
+from sdxl_fixes.demo.photos import load_photos
+from sdxl_fixes.demo.settings import DemoSettings
 
 SIDE, CLASSES = 8, 10
 TRAINED = 1200  # images that are trained on; the other 597 are what generated ones are compared with
@@ -52,7 +53,7 @@ class Digits:
 def photographs() -> torch.Tensor:
     """[512, 1, 8, 8]: crops of real photographs, of mean 0 and standard deviation 1, to be taken for digits
     by mistake."""
-    pixels = nn.functional.avg_pool2d(torch.sigmoid(demo.load_photos(demo.Settings()).logits)[:, None], 8)
+    pixels = nn.functional.avg_pool2d(torch.sigmoid(load_photos(DemoSettings()).logits)[:, None], 8)
     return (pixels - pixels.mean()) / pixels.std()
 
 

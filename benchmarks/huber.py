@@ -14,7 +14,8 @@ import digits
 import lab
 
 from sdxl_fixes import Objective, ScheduledHuber
-from sdxl_fixes.loss import HUBER_KINDS, HUBER_SCHEDULES, Loss
+from sdxl_fixes.loss import Loss
+from sdxl_fixes.names import HUBER_KINDS, HUBER_SCHEDULES
 
 ZERO = lab.STOCK.zero_terminal_snr()
 LOSSES: dict[str, Loss | ScheduledHuber] = {

@@ -29,23 +29,25 @@ import torch
 from sdxl_fixes import NoiseSchedule, Objective
 from sdxl_fixes.atomic import replacing
 from sdxl_fixes.demo import experiment as demo
+from sdxl_fixes.demo.photos import Photos, embed_captions, load_photos, unfold
+from sdxl_fixes.demo.settings import CAPTIONS, SPREAD, DemoSettings
 from sdxl_fixes.validation import Validation
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "evidence"
 RESULTS = Path(__file__).resolve().parent / "results"
-CANVAS, SPREAD, ASKED = demo.CANVAS, demo.SPREAD, tuple(demo.CAPTIONS.values())
+ASKED = tuple(CAPTIONS.values())
 STOCK = NoiseSchedule.sdxl()
 SEEDS = (0, 1, 2, 3, 4)
-SETTINGS = demo.Settings()
+SETTINGS = DemoSettings()
 BASE_STEPS, BATCH, SAMPLES = SETTINGS.steps, SETTINGS.batch, SETTINGS.samples
 
 
 # ---------------------------------------------------------------- training and generating
 
 
-def photos(seed: int) -> demo.Photos:
+def photos(seed: int) -> Photos:
     """The crops of a seed."""
-    return demo.load_photos(replace(SETTINGS, seed=seed))
+    return load_photos(replace(SETTINGS, seed=seed))
 
 
 def base(seed: int, work: Path, prediction_type: str = "epsilon") -> Any:
@@ -62,7 +64,7 @@ def base(seed: int, work: Path, prediction_type: str = "epsilon") -> Any:
         return unet
     rates = demo.rates(SETTINGS.learning_rate, BASE_STEPS, 50, 0.3)
     for _ in demo.train(
-        unet, Objective(STOCK, prediction_type), photos(seed), demo.embed_captions(0), seed, rates
+        unet, Objective(STOCK, prediction_type), photos(seed), embed_captions(0), seed, rates
     ):
         pass
     work.mkdir(parents=True, exist_ok=True)
@@ -74,7 +76,7 @@ def base(seed: int, work: Path, prediction_type: str = "epsilon") -> Any:
 def generate(unet: Any, scheduler: Any, seed: int, network: Any = None) -> torch.Tensor:
     """[captions, SAMPLES, 64, 64] latents in 25 steps, from noise that depends on the seed alone."""
     return demo.sample(
-        unet, scheduler, demo.embed_captions(0), seed, SAMPLES, 25, lambda work, name: iter(work), network
+        unet, scheduler, embed_captions(0), seed, SAMPLES, 25, lambda work, name: iter(work), network
     )
 
 
@@ -93,14 +95,14 @@ def brightness(pictures: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def held_out_photos(photos: demo.Photos) -> tuple[torch.Tensor, torch.Tensor]:
+def held_out_photos(photos: Photos) -> tuple[torch.Tensor, torch.Tensor]:
     """24 latents and their captions."""
     return photos.draw(24, torch.Generator().manual_seed(10**6))
 
 
-def held_out(photos: demo.Photos, objective: Objective, unet: Any) -> dict[str, float]:
+def held_out(photos: Photos, objective: Objective, unet: Any) -> dict[str, float]:
     """Validation loss on exposures that were not trained on (of the same crops), at ten timesteps."""
-    captions = demo.embed_captions(0)
+    captions = embed_captions(0)
     latents, caption = held_out_photos(photos)
 
     def predict(noisy: torch.Tensor, t: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
@@ -140,9 +142,7 @@ def adapt(
     if 0 in at:
         measure(0)
     rates = demo.rates(SETTINGS.finetuning_rate, steps, 20, 0.5)
-    for step, _ in enumerate(
-        demo.train(unet, objective, crops, demo.embed_captions(0), job.seed + 100, rates), 1
-    ):
+    for step, _ in enumerate(demo.train(unet, objective, crops, embed_captions(0), job.seed + 100, rates), 1):
         if step in at:
             measure(step)
     return unet.eval(), curve
@@ -163,12 +163,12 @@ def reference() -> list[dict[str, Any]]:
     return list(cached("photographs", lambda: [_reference(photos(seed)) for seed in SEEDS]))
 
 
-def _reference(crops: demo.Photos) -> dict[str, Any]:
+def _reference(crops: Photos) -> dict[str, Any]:
     latents, caption = crops.draw(3000, torch.Generator().manual_seed(10**6 + 1))
     means = torch.stack([latents[caption == number].mean(0) for number in range(len(ASKED))])
     shown, asked = held_out_photos(crops)
     return {
-        "contrast": float(demo.unfold(latents).flatten(1).std(1).mean()),
+        "contrast": float(unfold(latents).flatten(1).std(1).mean()),
         "terminal": float((shown - means[asked]).square().mean()),
     }
 

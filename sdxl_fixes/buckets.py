@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Sampler
 
-LEFTOVERS = ("merge", "smaller", "drop")
+from sdxl_fixes.names import LEFTOVERS
+
 FORMAT = "sdxl-fixes buckets 1"
 _KEYS, _ORDER, _REPEATS = range(3)  # what random bits are for
 

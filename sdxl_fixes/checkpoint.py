@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_fixes.errors import shown
-from sdxl_fixes.prediction import check_prediction_type
+from sdxl_fixes.names import check_prediction_type
 from sdxl_fixes.schedule import EXACT_KEY, NoiseSchedule, is_flow
 
 RECORD_KEY = "sdxl_fixes.schedule"

@@ -95,12 +95,14 @@ def flag(
 @functools.cache
 def flags_of(stated: type) -> Mapping[str, Flag]:
     """The flags that a dataclass states, in its order."""
-    kinds = typing.get_type_hints(stated)
+    fields = [field for field in dataclasses.fields(stated) if "help" in field.metadata]
+    # of the flags alone: other fields' types may come from modules that are not imported
+    written = types.SimpleNamespace(__annotations__={field.name: field.type for field in fields})
+    kinds = typing.get_type_hints(written)
     return types.MappingProxyType(
         {
             field.name: Flag(field.name, _plain(kinds[field.name]), field.default, **field.metadata)
-            for field in dataclasses.fields(stated)
-            if "help" in field.metadata
+            for field in fields
         }
     )
 

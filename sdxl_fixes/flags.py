@@ -7,16 +7,26 @@ import argparse
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sdxl_fixes.command_line import Flag, flag, flags_of, read_values
 from sdxl_fixes.errors import FlagError
-from sdxl_fixes.loss import HUBER_KINDS, HUBER_SCHEDULES, LOSS_TYPES, Loss, ScheduledHuber
-from sdxl_fixes.noise import InputPerturbation, OffsetNoise
-from sdxl_fixes.objective import Objective
+from sdxl_fixes.names import (
+    HUBER_C,
+    HUBER_KINDS,
+    HUBER_SCALE,
+    HUBER_SCHEDULE,
+    HUBER_SCHEDULES,
+    LOSS_TYPES,
+)
 from sdxl_fixes.schedule import TERMINAL_SIGMA_METHODS, NoiseSchedule
-from sdxl_fixes.timesteps import TimestepSampler
 from sdxl_fixes.weighting import Debiased, MinSNR, SoftMinSNR, Weighting
+
+if TYPE_CHECKING:  # they import torch, which a command line that is only read does without
+    from sdxl_fixes.loss import Loss, ScheduledHuber
+    from sdxl_fixes.noise import InputPerturbation, OffsetNoise
+    from sdxl_fixes.objective import Objective
+    from sdxl_fixes.timesteps import TimestepSampler
 
 T = TypeVar("T")
 
@@ -47,19 +57,17 @@ class TrainingFlags:
     terminal_sigma_start: int | None = flag(
         None, "first timestep that --terminal_sigma_method tail may move", group="schedule", unset=750
     )
-    loss_type: str = flag(Loss.kind, "loss of the residual", choices=LOSS_TYPES, group="loss")
+    loss_type: str = flag(LOSS_TYPES[0], "loss of the residual", choices=LOSS_TYPES, group="loss")
     huber_schedule: str = flag(
-        ScheduledHuber.schedule,
+        HUBER_SCHEDULE,
         "how Huber's delta follows the noise level",
         choices=HUBER_SCHEDULES,
         group="loss",
     )
-    huber_c: float = flag(ScheduledHuber.c, "Huber's delta at its smallest", group="loss")
-    huber_scale: float = flag(
-        ScheduledHuber.scale, "multiplies Huber's delta, in every schedule", group="loss"
-    )
+    huber_c: float = flag(HUBER_C, "Huber's delta at its smallest", group="loss")
+    huber_scale: float = flag(HUBER_SCALE, "multiplies Huber's delta, in every schedule", group="loss")
     huber_l2_gradient: str | None = flag(
-        ScheduledHuber.l2_gradient,
+        None,
         "give huber and smooth_l1 the gradient norm of l2, so that l2's learning rate still works",
         choices=("sample", "batch"),
         group="loss",
@@ -154,6 +162,8 @@ class TrainingFlags:
         SDXL's own); ``options`` are TimestepSampler's (range, seed, ranks, accumulation)."""
         if not (self.stratified_timesteps or self.terminal_timestep_share):
             return None
+        from sdxl_fixes.timesteps import TimestepSampler
+
         share, table = self.terminal_timestep_share or 0.0, self.schedule() if schedule is None else schedule
         name = "--terminal_timestep_share" if share else "--stratified_timesteps"
         stratified = self.stratified_timesteps
@@ -163,6 +173,8 @@ class TrainingFlags:
 
     def objective(self, prediction_type: str = "epsilon", **options: Any) -> Objective:
         """All of it, for a training loop of your own; ``options`` as for :meth:`timesteps`."""
+        from sdxl_fixes.objective import Objective
+
         parts = (self.loss, self.weighting(), self.perturbation, self.offset, self.timesteps(**options))
         return Objective(self.schedule(), prediction_type, *parts)
 
@@ -214,6 +226,8 @@ class TrainingFlags:
         )
 
     def _loss(self) -> Loss | ScheduledHuber:
+        from sdxl_fixes.loss import Loss, ScheduledHuber
+
         if self.loss_type not in HUBER_KINDS:
             return _checked("--loss_type", lambda: Loss(self.loss_type))
         huber = (
@@ -237,11 +251,19 @@ class TrainingFlags:
 
     def _perturbation(self) -> InputPerturbation | None:
         gamma, random = self.ip_noise_gamma, self.ip_noise_gamma_random_strength
-        return _checked("--ip_noise_gamma", lambda: InputPerturbation(gamma, random)) if gamma else None
+        if not gamma:
+            return None
+        from sdxl_fixes.noise import InputPerturbation
+
+        return _checked("--ip_noise_gamma", lambda: InputPerturbation(gamma, random))
 
     def _offset(self) -> OffsetNoise | None:
         strength = self.noise_offset
-        return _checked("--noise_offset", lambda: OffsetNoise(strength)) if strength else None
+        if not strength:
+            return None
+        from sdxl_fixes.noise import OffsetNoise
+
+        return _checked("--noise_offset", lambda: OffsetNoise(strength))
 
 
 FLAGS: Mapping[str, Flag] = flags_of(TrainingFlags)

@@ -1,5 +1,5 @@
 """What this package says: one logger, on standard error, from the main process only; and which process this
-is."""
+is. A program that gave the logger ``sdxl_fixes`` a handler or a level of its own before is obeyed."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ class _Lines(logging.Handler):
 
 if not logger.handlers:
     logger.addHandler(_Lines())
-    logger.setLevel(logging.INFO)
     logger.propagate = False  # trainers put handlers of their own on the root logger
+if logger.level == logging.NOTSET:
+    logger.setLevel(logging.INFO)
 
 
 def rank() -> int:

@@ -18,12 +18,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from sdxl_fixes.names import HUBER_C, HUBER_KINDS, HUBER_SCALE, HUBER_SCHEDULE, HUBER_SCHEDULES
 from sdxl_fixes.schedule import Array, NoiseSchedule
 from sdxl_fixes.tensors import append_dims
-
-HUBER_KINDS = ("huber", "smooth_l1")
-LOSS_TYPES = ("l2", "l1", *HUBER_KINDS)
-HUBER_SCHEDULES = ("constant", "exponential", "snr")
 
 
 def l2(residual: torch.Tensor) -> torch.Tensor:
@@ -108,9 +105,9 @@ class ScheduledHuber:
     """
 
     kind: str = "huber"
-    schedule: str = "snr"
-    c: float = 0.1
-    scale: float = 1.0
+    schedule: str = HUBER_SCHEDULE
+    c: float = HUBER_C
+    scale: float = HUBER_SCALE
     l2_gradient: str | None = None
 
     def __post_init__(self) -> None:

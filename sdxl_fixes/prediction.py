@@ -22,21 +22,11 @@ from __future__ import annotations
 
 import torch
 
-from sdxl_fixes.errors import shown
+from sdxl_fixes.names import PREDICTION_TYPES as PREDICTION_TYPES
+from sdxl_fixes.names import check_prediction_type as check_prediction_type
 from sdxl_fixes.tensors import append_dims
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
-
 Level = torch.Tensor | float
-
-
-def check_prediction_type(prediction_type: str) -> str:
-    """Return it, or raise ValueError naming the four that exist."""
-    if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(
-            f"unknown prediction_type {shown(prediction_type)}: expected one of {', '.join(PREDICTION_TYPES)}"
-        )
-    return prediction_type
 
 
 def add_noise(x0: torch.Tensor, noise: torch.Tensor, alpha: Level, sigma: Level) -> torch.Tensor:

@@ -17,9 +17,9 @@ import torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+from sdxl_fixes.names import CHUNK as CHUNK
+from sdxl_fixes.names import SPLITS
 
-CHUNK = 75  # tokens; 77 with BOS and EOS
-SPLITS = ("none", "commas")
 COMMA_REACH = 20  # tokens that may move to the next chunk with their comma; A1111's default
 
 

@@ -131,5 +131,5 @@ class Validation:
 
     def noise(self, image: int, timestep: int, shape: tuple[int, ...] | torch.Size) -> torch.Tensor:
         """The noise of one image, by its number, at one timestep: float32 on the CPU."""
-        seed = int(np.random.SeedSequence([self.seed, image, timestep]).generate_state(1, np.uint64)[0] >> 1)
+        seed = int(np.random.SeedSequence([self.seed, image, timestep]).generate_state(1, np.uint64)[0]) >> 1
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

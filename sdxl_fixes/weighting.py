@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sdxl_fixes.prediction import check_prediction_type
+from sdxl_fixes.names import check_prediction_type
 from sdxl_fixes.schedule import Array, NoiseSchedule
 
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from sdxl_fixes import InputPerturbation, Objective
-from sdxl_fixes.demo import experiment as demo
+from sdxl_fixes.demo.photos import unfold
+from sdxl_fixes.demo.settings import CANVAS
 
 PAGES = {
     "leak": "leak",
@@ -82,11 +83,11 @@ def photos():
 
 def test_photographs_have_the_brightness_that_was_drawn(photos):
     asked = torch.linspace(-1.7, 1.7, 24)
-    latents = demo.unfold(photos.latents(torch.arange(24), asked))
-    assert latents.shape == (24, 1, lab.CANVAS, lab.CANVAS)
+    latents = unfold(photos.latents(torch.arange(24), asked))
+    assert latents.shape == (24, 1, CANVAS, CANVAS)
     assert (latents.mean((1, 2, 3)) - asked).abs().max() < 0.01 and latents.abs().max() <= 2
     drawn, caption = photos.draw(3000, torch.Generator().manual_seed(0))
-    means = demo.unfold(drawn).mean((1, 2, 3))
+    means = unfold(drawn).mean((1, 2, 3))
     for number, brightness in enumerate(lab.ASKED):
         under = means[caption == number]
         assert under.mean() == pytest.approx(brightness, abs=0.04) and under.std() == pytest.approx(
@@ -138,7 +139,7 @@ def test_bounding_holds_x0_and_leaves_the_rest():
     assert network(x, torch.tensor(above - 1), output) is output
     for t in (above, 999):
         held = network(x, torch.tensor(t), output)
-        x0 = demo.unfold((x - sigma[t] * held) / alpha[t])
+        x0 = unfold((x - sigma[t] * held) / alpha[t])
         assert x0.abs().max() < 2.02 and (x0.abs() > 1.98).any()
 
 

@@ -88,6 +88,24 @@ def test_a_host_may_take_the_lines_elsewhere_or_silence_them(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_handler_and_a_level_that_the_program_gave_before_are_obeyed():
+    code = (
+        "import logging, sys\nlogger = logging.getLogger('sdxl_fixes')\n"
+        "handler = logging.StreamHandler(sys.stdout)\n"
+        "handler.setFormatter(logging.Formatter('%(name)s %(levelname)s %(message)s'))\n"
+        "logger.addHandler(handler)\nlogger.setLevel(logging.WARNING)\n"
+        "from sdxl_fixes.log import say, warn\nsay('one')\nwarn('two')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("sdxl_fixes WARNING two\n", "")
+
+
+def test_using_the_core_sets_up_no_logging():
+    code = "import logging, sdxl_fixes as s; s.Objective(s.NoiseSchedule.sdxl()); s.fix_scheduler"
+    code += "; print(logging.getLogger('sdxl_fixes').handlers, logging.getLogger().handlers)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[] []\n"
+
+
 def test_a_line_does_not_tear_a_bar():
     code = "from tqdm import tqdm; from sdxl_fixes.log import say\nfor n in tqdm([0, 1]): say(f'line {n}')\n"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

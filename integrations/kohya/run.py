@@ -10,9 +10,9 @@ from sdxl_fixes.checkpoint import Sampling, markers, metadata
 from sdxl_fixes.command_line import Flag
 from sdxl_fixes.flags import TrainingFlags
 from sdxl_fixes.log import warn
-from sdxl_fixes.loss import HUBER_KINDS, HUBER_SCHEDULES, LOSS_TYPES
 from sdxl_fixes.model_files.header import FormatError
 from sdxl_fixes.model_files.model_file import read_sampling
+from sdxl_fixes.names import HUBER_KINDS, HUBER_SCHEDULES, LOSS_TYPES
 from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.trainers.fixes import Fix, allowed, given, switch_off
 from sdxl_fixes.trainers.report import schedule_flags, tell

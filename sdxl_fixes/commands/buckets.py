@@ -15,12 +15,10 @@ from numpy.typing import NDArray
 
 from sdxl_fixes.aspects import RULES, Assigned, assign, assign_without_upscaling, resolutions
 from sdxl_fixes.atomic import replacing
-from sdxl_fixes.buckets import LEFTOVERS, ChunkBucketBatchSampler
 from sdxl_fixes.commands.dataset import Dataset, read
 from sdxl_fixes.errors import printable, shown
+from sdxl_fixes.names import CHUNK, LEFTOVERS, SPLITS
 from sdxl_fixes.options import flag, whole
-from sdxl_fixes.prompts import CHUNK, SPLITS, token_ids
-from sdxl_fixes.token_counts import count_chunks, too_long
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,6 +68,9 @@ def report(
 ) -> Report:
     """Plan one epoch of ``dataset`` both ways. ``chunks`` are its captions' counts, ``limit`` the trainer's
     most (``--max_token_length`` / 75). ``batch_size`` None takes the data set's own, or 1."""
+    from sdxl_fixes.buckets import ChunkBucketBatchSampler
+    from sdxl_fixes.token_counts import too_long
+
     size = (
         whole(dataset.name, "batch_size", dataset.settings.get("batch_size", 1), 1, MOST_BATCH)
         if batch_size is None
@@ -213,8 +214,11 @@ def plot(found: Report, file: Path) -> None:
         figure.savefig(partial, format="png", dpi=120)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of ``sdxl-fixes buckets``."""
+def add_command(commands: Any) -> None:
+    """Add ``buckets``."""
+    parser = commands.add_parser(
+        "buckets", help="what a data set's aspect buckets cost in padding, and what chunk buckets save"
+    )
     parser.add_argument(
         "dataset",
         type=Path,
@@ -256,11 +260,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PNG",
         help="also write a picture of the first data set (needs matplotlib)",
     )
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """``sdxl-fixes buckets``."""
     _check_flags(args)
+    from sdxl_fixes.token_counts import count_chunks
+
     shown = sys.stderr.isatty()
     datasets = read(args.dataset, shown)
     tokenizer, reports = load_tokenizer(args.tokenizer), []
@@ -302,10 +309,13 @@ def _check_flags(args: argparse.Namespace) -> None:
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """CLIP's tokenizer from a folder or a Hugging Face name. Raises ValueError, saying what to do, without
     transformers or the files."""
+    from sdxl_fixes.prompts import token_ids
+
     try:
         import transformers
     except ImportError as error:
         raise ValueError('counting tokens needs transformers: pip install "sdxl-fixes[buckets]"') from error
+
     where = (
         f"--tokenizer {name}: no CLIP tokenizer there, and none downloaded: give the folder that holds "
         "vocab.json and merges.txt, "

@@ -16,7 +16,7 @@ from sdxl_fixes.sample_table import SampleTable
 _NAME = re.compile(r"(?:.*_)?(?P<when>e?\d{6,})_(?P<prompt>\d{2,})_(?P<time>\d{14})(?:_(?P<seed>\d+))?\.png")
 
 
-def add_commands(commands: Any) -> None:
+def add_command(commands: Any) -> None:
     """Add ``samples``."""
     parser = commands.add_parser(
         "samples", help="kohya's preview images (OUTPUT/sample) as one HTML table over checkpoints"

@@ -1,13 +1,18 @@
-"""A schedule beside SDXL's own: text, JSON, picture."""
+"""``sdxl-fixes schedule``: a schedule beside SDXL's own, as text, JSON and picture."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 from sdxl_fixes.atomic import replacing
+from sdxl_fixes.command_line import add_flags
+from sdxl_fixes.errors import shown
+from sdxl_fixes.flags import SCHEDULE_FLAGS
+from sdxl_fixes.model_files.model_file import read_sampling
 from sdxl_fixes.schedule import NoiseSchedule
 
 FIGURES = {
@@ -18,6 +23,75 @@ FIGURES = {
     "middle_sigma": "sigma in the middle",
     "share_above_sdxl": "share of timesteps above SDXL's last sigma, 14.6",
 }
+
+
+def add_command(commands: Any) -> None:
+    """Register it."""
+    parser = commands.add_parser("schedule", help="table and plot of a noise schedule beside SDXL's own")
+    add_flags(parser, SCHEDULE_FLAGS)
+    parser.add_argument(
+        "--base", choices=("sdxl", "linear", "cosine", "flow"), default="sdxl", help="schedule to start from"
+    )
+    parser.add_argument(
+        "--from",
+        dest="file",
+        type=Path,
+        metavar="PATH",
+        help="read a scheduler_config.json, a schedule record, what --json printed, a diffusers folder, or "
+        "a model file",
+    )
+    parser.add_argument(
+        "--width", type=int, help="with --height: end at the sigma that fits this canvas, in pixels"
+    )
+    parser.add_argument("--height", type=int, help="see --width")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON, with the schedule's record, instead of a table"
+    )
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="also write a picture (needs matplotlib)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command."""
+    if (args.width is None) != (args.height is None):
+        raise ValueError("--width and --height belong together: give both or neither")
+    if args.width is not None and (args.terminal_sigma is not None or args.zero_terminal_snr):
+        raise ValueError(
+            "--width and --height choose the terminal sigma: leave --terminal_sigma and "
+            "--zero_terminal_snr out"
+        )
+    if args.file is not None and args.base != "sdxl":
+        raise ValueError("--from and --base are two schedules to start from: give one of them")
+    makers = {
+        "sdxl": NoiseSchedule.sdxl,
+        "linear": NoiseSchedule.linear,
+        "cosine": NoiseSchedule.cosine,
+        "flow": NoiseSchedule.flow,
+    }
+    base = makers[args.base]() if args.file is None else _read_schedule(args.file)
+    schedule = TrainingFlags.from_args(args).schedule(base)
+    if args.width is not None:
+        schedule = _for_canvas(schedule, args.width, args.height, args.terminal_sigma_method)
+    if args.plot is not None:
+        plot(schedule, args.plot)
+    print(as_json(schedule) if args.json else as_text(schedule))
+    return 0
+
+
+def _read_schedule(file: Path) -> NoiseSchedule:
+    said = read_sampling(file, "epsilon")  # whatever is predicted on it
+    if said is None:
+        raise ValueError(f"{file} does not say how it was trained: give another --from")
+    return said.schedule
+
+
+def _for_canvas(schedule: NoiseSchedule, width: int, height: int, method: str | None) -> NoiseSchedule:
+    try:
+        if method is None:
+            return schedule.for_resolution(width, height)
+        return schedule.for_resolution(width, height, method=method)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"--width {shown(width)} --height {shown(height)}: {error}") from error
 
 
 def figures(schedule: NoiseSchedule) -> dict[str, float]:
@@ -81,9 +155,9 @@ def plot(schedule: NoiseSchedule, file: Path) -> None:
 
 def draw(axes: Any, schedule: NoiseSchedule) -> None:
     """Draw both schedules into two matplotlib axes."""
-    for name, shown in (("SDXL", NoiseSchedule.sdxl()), ("this", schedule)):
-        u = [t / (len(shown) - 1) * (len(schedule) - 1) for t in range(len(shown))]
-        for axis, table in zip(axes, (shown.sigmas, shown.sqrt_alphas_cumprod), strict=True):
+    for name, drawn in (("SDXL", NoiseSchedule.sdxl()), ("this", schedule)):
+        u = [t / (len(drawn) - 1) * (len(schedule) - 1) for t in range(len(drawn))]
+        for axis, table in zip(axes, (drawn.sigmas, drawn.sqrt_alphas_cumprod), strict=True):
             axis.plot(u, table, label=f"{name}, ends at {_cell(float(table[-1]))}")
     for axis, name, scale in zip(
         axes, ("sigma", "residual signal, sqrt(alphas_cumprod)"), ("log", "linear"), strict=True

@@ -18,7 +18,7 @@ from sdxl_fixes.model_files.stamp import (
     stamp_file,
     write_scheduler_config,
 )
-from sdxl_fixes.prediction import PREDICTION_TYPES
+from sdxl_fixes.names import PREDICTION_TYPES
 from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.uis.verdicts import Verdict, as_json, verdicts
 
@@ -29,7 +29,7 @@ WAYS = {
 }
 
 
-def add_commands(commands: Any) -> None:
+def add_command(commands: Any) -> None:
     """Register both."""
     parser = commands.add_parser(
         "stamp", help="write into a model file how to sample it, so that UIs load it right"

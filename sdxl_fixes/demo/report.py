@@ -1,20 +1,27 @@
-"""The demo's report: one HTML page with its pictures inside, and one picture for the README. Every verdict is
-computed."""
+"""The demo's report: results.json, one HTML page with its pictures inside, and one picture for the README.
+Every verdict is computed."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
+import json
+import math
+import sys
 import textwrap
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
+import diffusers
 import numpy as np
+import torch
 
+from sdxl_fixes.atomic import replacing
+from sdxl_fixes.demo.experiment import Result
+from sdxl_fixes.demo.settings import CANVAS, CAPTIONS, GREY, SPREAD, UNIT, DemoSettings
 from sdxl_fixes.schedule import NoiseSchedule
-
-if TYPE_CHECKING:
-    from sdxl_fixes.demo.experiment import Result
 
 COLOURS = {
     "stock_epsilon": "#e59866",
@@ -26,6 +33,107 @@ COLOURS |= {"fixed_v": "#7fb3d5", "ztsnr_v": "#1f618d"}
 NEAR = 0.5  # half of the step from one caption to the next
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 img{max-width:100%;display:block;margin:1rem 0}pre{overflow-x:auto;background:#f4f4f4;padding:.8rem;font-size:13px}h2{margin-top:2rem}"""
+
+
+def write_report(
+    settings: DemoSettings, results: list[Result], seconds: float, output: Path
+) -> dict[str, Any]:
+    """Write the three files of finished runs. Returns the content of results.json."""
+    numbers = summarize(settings, results, seconds)
+    files = {
+        "demo.png": picture(results),
+        "report.html": page(numbers, results, table(numbers)).encode(),
+        "results.json": json.dumps(numbers, indent=2).encode(),  # the last: whoever sees it sees all three
+    }
+    try:
+        for name, content in files.items():
+            with replacing(output / name) as file:
+                file.write_bytes(content)
+    except OSError as error:
+        raise OSError(
+            f"cannot write into {output} ({error.strerror}): choose another folder with --output"
+        ) from error
+    return numbers
+
+
+def summarize(settings: DemoSettings, results: list[Result], seconds: float) -> dict[str, Any]:
+    """The content of results.json. Everything but "timing" and "versions" is a function of the settings."""
+    runs = []
+    for result in results:
+        schedule = result.variant.schedule
+        measured = zip(CAPTIONS.items(), result.brightness, result.contrast, strict=True)
+        captions = [
+            {
+                "caption": caption,
+                "asked": asked,
+                "got": float(np.mean(got)),
+                "spread": _spread(got),
+                "each": got,
+                "contrast": contrast,
+            }
+            for (caption, asked), got, contrast in measured
+        ]
+        misses = [
+            abs(float(np.mean(got)) - asked)
+            for asked, got in zip(CAPTIONS.values(), result.brightness, strict=True)
+        ]
+        runs.append(
+            {
+                "key": result.variant.key,
+                "label": result.variant.label,
+                "prediction_type": result.variant.prediction_type,
+                "schedule": repr(schedule),
+                "terminal_sigma": schedule.terminal_sigma
+                if math.isfinite(schedule.terminal_sigma)
+                else "inf",
+                "residual_signal": schedule.residual_signal,
+                "captions": captions,
+                "miss": float(np.mean(misses)),
+                "final_loss": result.final_loss,
+                "losses": result.losses,
+            }
+        )
+    return {
+        "settings": {**asdict(settings), "widths": list(settings.widths)},  # as JSON gives it back
+        "canvas": CANVAS,
+        "parameters": results[0].parameters,
+        "runs": runs,
+        "timing": {"total_seconds": seconds, **{result.variant.key: result.seconds for result in results}},
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+        },
+    }
+
+
+def table(numbers: dict[str, Any]) -> str:
+    """The plain-text table of a results.json: brightness got, mean and spread, under each brightness
+    asked."""
+    settings, empty = numbers["settings"], ""
+    lines = [
+        f"{empty:<30}" + "".join(f"{caption:>18}" for caption in CAPTIONS),
+        f"{'brightness asked':<30}"
+        + "".join(f"{asked:>11.2f}{empty:>7}" for asked in CAPTIONS.values())
+        + f"{'mean miss':>12}{'final loss':>12}",
+    ]
+    for row in numbers["runs"]:
+        got = "".join(f"{cell['got']:>11.2f} ±{cell['spread']:>5.2f}" for cell in row["captions"])
+        lines.append(f"{row['label']:<30}{got}{row['miss']:>12.2f}{row['final_loss']:>12.3f}")
+    lines.append(
+        "Brightness: 0 is middle grey, 1 a quarter of the way from black to white; ± is the spread "
+        "over the generated pictures."
+    )
+    lines.append(
+        f"{settings['samples']} pictures per caption, {settings['steps']} training steps on the stock "
+        "schedule, "
+        f"{settings['finetuning_steps']} of finetuning, seed {settings['seed']}."
+    )
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def picture(results: list[Result]) -> bytes:
@@ -42,8 +150,6 @@ def picture(results: list[Result]) -> bytes:
 def page(numbers: dict[str, Any], results: list[Result], table: str) -> str:
     """The whole report as HTML that asks for nothing outside itself. ``table`` is the plain-text table of
     ``numbers``."""
-    from sdxl_fixes.demo.experiment import SPREAD
-
     settings, canvas, stock = numbers["settings"], numbers["canvas"], NoiseSchedule.sdxl()
     zero = next(row for row in numbers["runs"] if row["key"] == "ztsnr_v")
     # What the stock schedule's last training step shows of a picture's mean, and how far noise alone moves
@@ -139,8 +245,6 @@ def verdicts(numbers: dict[str, Any]) -> list[str]:
 def _grid(results: list[Result], columns: int, dpi: int = 110) -> bytes:
     """Rows are runs, columns captions; ``columns`` samples side by side in each cell, labelled with
     brightness asked and got."""
-    from sdxl_fixes.demo.experiment import CAPTIONS, GREY, UNIT
-
     figure = _figure(9, (2.6 / columns + 0.45) * len(results) + 0.3)
     axes = figure.subplots(len(results), len(CAPTIONS), squeeze=False)
     for row, result in enumerate(results):

@@ -1,14 +1,11 @@
-"""``sdxl-fixes comfyui`` and ``sdxl-fixes webui``: put the node or the extension into a UI, and take it out
-again."""
+"""Put the node or the extension into a UI, and take it out again."""
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from sdxl_fixes.version import __version__
 
@@ -43,23 +40,6 @@ TARGETS = {
         },
     ),
 }
-
-
-def add_commands(commands: Any) -> None:
-    """Register both."""
-    for key, target in TARGETS.items():
-        parser = commands.add_parser(
-            key, help=f"make {target.name} sample stamped files as they say, without a node in the workflow"
-        )
-        parser.add_argument("action", choices=("install", "remove", "status"))
-        parser.add_argument("path", type=Path, help=f"the folder of {target.name}")
-        parser.set_defaults(run=run, target=target)
-
-
-def run(args: argparse.Namespace) -> int:
-    """The command."""
-    print({"install": install, "remove": remove, "status": status}[args.action](args.target, args.path))
-    return 0
 
 
 def install(target: Target, path: Path) -> str:

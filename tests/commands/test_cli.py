@@ -1,6 +1,9 @@
-"""sdxl-fixes schedule: numbers, files, and sentences."""
+"""The command itself, and sdxl-fixes schedule: numbers, files, and sentences."""
 
 import json
+import os
+import pkgutil
+import subprocess
 import sys
 import tempfile
 from contextlib import redirect_stderr, redirect_stdout
@@ -11,8 +14,11 @@ import pytest
 from hostile import CONFIGS, JSON, RECORDS, mutations
 from hypothesis import given
 
+import sdxl_fixes.commands
 from sdxl_fixes import NoiseSchedule
 from sdxl_fixes.cli import main
+from sdxl_fixes.errors import FixError
+from sdxl_fixes.version import __version__
 
 
 def refuse(constant):
@@ -138,3 +144,95 @@ def test_any_json_is_a_schedule_or_a_sentence(content):
     else:
         assert status == 2 and ("x.json: " in error.getvalue() or "x.json holds" in error.getvalue())
         assert error.getvalue().count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["--version"], 0, f"sdxl-fixes {__version__}"),
+        (["--help"], 0, "webui"),
+        (["stamp", "--help"], 0, "--terminal_sigma_method"),
+        (["--nonsense"], 2, "unrecognized arguments: --nonsense"),
+        (["nonsense"], 2, "invalid choice: 'nonsense'"),
+        (["stamp", "x", "--prediction_type", "vpred"], 2, "invalid choice: 'vpred'"),
+        (["buckets", "x", "--rule", "theirs"], 2, "invalid choice: 'theirs'"),
+        (["demo", "--steps", "0"], 2, "sdxl-fixes demo: --steps must be at least 1, got 0"),
+        (["schedule", "--width", "8"], 2, "sdxl-fixes schedule: --width and --height belong together"),
+    ],
+)
+def test_answers_without_importing_torch(words, status, said):
+    code = (
+        "import sys\nfrom sdxl_fixes.cli import main\ntry:\n    status = main(sys.argv[1:])\n"
+        "except SystemExit as end:\n    status = end.code or 0\n"
+        "print(*{'torch', 'diffusers', 'transformers'} & set(sys.modules), file=sys.stderr, end='|')\n"
+        "sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == status and said in done.stdout + done.stderr
+    assert done.stderr.endswith("|") and done.stderr[:-1].rpartition("\n")[2] == ""
+
+
+def test_no_command_is_the_help_and_status_2(capsys):
+    assert main([]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.startswith("usage: sdxl-fixes ") and "schedule" in error
+
+
+def test_every_command_of_the_help_is_a_module_that_registers_itself(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    words = capsys.readouterr().out.split("{")[1].split("}")[0].split(",")
+    both = {"inspect": "stamp", "comfyui": "uis", "webui": "uis"}
+    modules = {module.name for module in pkgutil.iter_modules(sdxl_fixes.commands.__path__)}
+    assert {both.get(word, word) for word in words} == modules - {"dataset"}
+
+
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
+@pytest.mark.parametrize("words", [["schedule"], ["--help"]], ids=" ".join)
+def test_a_reader_that_leaves_is_no_error(words):
+    """As of `sdxl-fixes ... | head`: the status is the one of a program that SIGPIPE ended."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", "sdxl_fixes.cli", *words],
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            env=BUFFERED,
+        )
+    assert (done.returncode, done.stderr) == (128 + 13, b"")
+
+
+def test_a_long_table_may_lose_its_reader_in_the_middle():
+    """More than a pipe holds: print itself is what fails, inside the command."""
+    code = (
+        "import sys, sdxl_fixes.commands.schedule as command\nfrom sdxl_fixes.cli import main\n"
+        "command.as_text = lambda schedule: 'a line of it\\n' * 100_000\nsys.exit(main(['schedule']))"
+    )
+    done = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=BUFFERED
+    )
+    assert done.stdout.readline() == b"a line of it\n"
+    done.stdout.close()
+    assert (done.stderr.read(), done.wait()) == (b"", 128 + 13)
+
+
+def test_a_console_without_the_letters_prints_their_numbers(tmp_path):
+    ui = tmp_path / "caf\u00e9-\u6a21\u578b"
+    (ui / "comfy").mkdir(parents=True)
+    (ui / "comfy" / "model_sampling.py").touch()
+    words = [sys.executable, "-m", "sdxl_fixes.cli", "comfyui", "install", str(ui)]
+    done = subprocess.run(words, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0 and done.stderr == b""
+    assert b"caf\xe9-\\u6a21\\u578b" in done.stdout
+
+
+def test_a_fix_that_cannot_work_is_a_sentence(monkeypatch, capsys):
+    def refuse(args):
+        raise FixError("the fix 'x' is out of reach")
+
+    monkeypatch.setattr("sdxl_fixes.commands.schedule.run", refuse)
+    assert main(["schedule"]) == 2
+    assert capsys.readouterr().err == "sdxl-fixes schedule: the fix 'x' is out of reach\n"

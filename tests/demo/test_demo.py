@@ -1,7 +1,6 @@
 """The demo: it writes everything, its report stands alone, it repeats itself, and it says in a sentence what
 is wrong."""
 
-import argparse
 import importlib.util
 import json
 import re
@@ -12,18 +11,21 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("skimage")
 
-from sdxl_fixes.demo import experiment as demo
+from sdxl_fixes.cli import main
+from sdxl_fixes.commands.demo import make_report
+from sdxl_fixes.demo.experiment import build_unet, compare, variants
+from sdxl_fixes.demo.photos import embed_captions, fold, unfold
+from sdxl_fixes.demo.report import table, verdicts
+from sdxl_fixes.demo.settings import CANVAS, CAPTIONS, FOLD, DemoSettings
 
-TINY = demo.Settings(
+TINY = DemoSettings(
     steps=2, finetuning_steps=3, batch=2, crops=4, samples=1, sampling_steps=2, widths=(128, 32)
 )
 FILES = {"demo.png", "report.html", "results.json"}
 
 
 def run(*arguments):
-    parser = argparse.ArgumentParser()
-    demo.add_arguments(parser)
-    return demo.run(parser.parse_args([str(argument) for argument in arguments]))
+    return main(["demo", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,7 +41,7 @@ def one_thread():
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     output = tmp_path_factory.mktemp("demo")
-    return demo.make_report(TINY, output), output
+    return make_report(TINY, output), output
 
 
 def test_writes_the_three_files_and_no_other(tiny):
@@ -71,32 +73,30 @@ def test_report_and_table_name_every_run(tiny):
     numbers, output = tiny
     report = (output / "report.html").read_text(encoding="utf-8")
     for row in numbers["runs"]:
-        assert row["label"] in demo.table(numbers)
+        assert row["label"] in table(numbers)
         assert row["label"] in report
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tiny, tmp_path):
     numbers, _ = tiny
-    assert demo.make_report(TINY, tmp_path)["runs"] == numbers["runs"]
-    other = demo.compare(
-        demo.Settings(**{**TINY.__dict__, "seed": 1}), lambda work, name: iter(work), demo.variants()[:1]
+    assert make_report(TINY, tmp_path)["runs"] == numbers["runs"]
+    other = compare(
+        DemoSettings(**{**TINY.__dict__, "seed": 1}), lambda work, name: iter(work), variants()[:1]
     )
     assert other[0].losses != numbers["runs"][0]["losses"]
 
 
 def test_a_finetune_does_not_depend_on_the_finetunes_before_it(tiny):
     numbers, _ = tiny
-    alone = demo.compare(
+    alone = compare(
         TINY,
         lambda work, name: iter(work),
-        [row for row in demo.variants() if row.key in ("stock_v", "ztsnr_v")],
+        [row for row in variants() if row.key in ("stock_v", "ztsnr_v")],
     )
     assert alone[1].losses == next(row["losses"] for row in numbers["runs"] if row["key"] == "ztsnr_v")
 
 
 def test_verdicts_follow_the_numbers():
-    from sdxl_fixes.demo.report import verdicts
-
     def numbers(**misses):
         cells = {
             key: [{"asked": asked, "each": [asked + miss, asked - miss]} for asked in (-1.0, 0.0, 1.0)]
@@ -125,16 +125,16 @@ def test_verdicts_follow_the_numbers():
 
 
 def test_folding_is_a_rotation():
-    canvas = torch.randn(2, 1, demo.CANVAS, demo.CANVAS)
-    folded = demo.fold(canvas)
-    torch.testing.assert_close(demo.unfold(folded), canvas, atol=1e-5, rtol=1e-5)
+    canvas = torch.randn(2, 1, CANVAS, CANVAS)
+    folded = fold(canvas)
+    torch.testing.assert_close(unfold(folded), canvas, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(folded.square().sum(), canvas.square().sum())
-    torch.testing.assert_close(folded[:, 0].mean() / demo.FOLD, canvas.mean())  # brightness is one channel
+    torch.testing.assert_close(folded[:, 0].mean() / FOLD, canvas.mean())  # brightness is one channel
 
 
 def test_the_network_starts_as_half_the_identity():
-    unet, captions = demo.build_unet(TINY), demo.embed_captions(0)
-    noise = torch.randn(2, demo.FOLD**2, 8, 8)
+    unet, captions = build_unet(TINY), embed_captions(0)
+    noise = torch.randn(2, FOLD**2, 8, 8)
     with torch.no_grad():
         out = unet(noise, torch.tensor(500), **captions.conditioning(torch.tensor([0, 2]))).sample
     torch.testing.assert_close((out * noise).mean(), torch.tensor(0.5), atol=0.05, rtol=0)
@@ -175,9 +175,9 @@ def test_missing_extras_are_named_with_the_command_that_installs_them(tmp_path, 
 
 @pytest.mark.slow
 def test_the_stock_schedule_is_grey_and_zero_terminal_snr_obeys_the_caption():
-    variants = [row for row in demo.variants() if row.key in ("stock_v", "longer_v", "ztsnr_v")]
-    _, stock, fixed = demo.compare(demo.Settings(), lambda work, name: iter(work), variants)
-    asked = torch.tensor(list(demo.CAPTIONS.values()))
+    chosen = [row for row in variants() if row.key in ("stock_v", "longer_v", "ztsnr_v")]
+    _, stock, fixed = compare(DemoSettings(), lambda work, name: iter(work), chosen)
+    asked = torch.tensor(list(CAPTIONS.values()))
     got, grey = (torch.tensor(result.brightness).mean(1) for result in (fixed, stock))
     assert ((got - asked).abs() < 0.25).all(), got
     assert grey.abs().max() < 0.7, grey
