@@ -1,7 +1,9 @@
 """What the pages name exists, what they tell you to type parses, and what they show runs."""
 
 import argparse
+import contextlib
 import importlib
+import io
 import re
 import shlex
 from pathlib import Path
@@ -13,11 +15,9 @@ import torch
 from models import model
 from PIL import Image
 
+import sdxl_fixes.diffusers
 from sdxl_fixes import NoiseSchedule
 from sdxl_fixes.cli import main
-from sdxl_fixes.diffusers.flags import parse_args as parse_diffusers
-from sdxl_fixes.flags import add_flags
-from sdxl_fixes.kohya.flags import add_arguments as add_kohyas
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")))
@@ -27,14 +27,14 @@ ROOMS = "sdxl_fixes|integrations|tests|benchmarks|examples|docs|constraints"
 TRAINERS = """
     accelerate launch: gradient_accumulation_steps multi_gpu num_processes
     sd-scripts: cache_latents_to_disk cache_text_encoder_outputs_to_disk config_file dataset_class
-        dataset_config fused_backward_pass logging_dir masked_loss max_grad_norm max_timestep min_timestep network_weights
-        noise_offset prior_loss_weight resume sample_every_n_steps save_model_as skip_until_initial_step
-        v_parameterization validation_split weighted_captions zero_terminal_snr
+        dataset_config fused_backward_pass logging_dir masked_loss max_grad_norm max_timestep min_timestep
+        network_weights noise_offset prior_loss_weight resume sample_every_n_steps save_model_as
+        skip_until_initial_step v_parameterization validation_split weighted_captions
     diffusers' scripts: cache_latents caption_column clip_skip do_edm_style_training image_column lr_scheduler
         lr_warmup_steps max_train_steps mixed_precision output_dir proportion_empty_prompts
         resume_from_checkpoint timestep_bias_strategy train_batch_size train_text_encoder_ti
-    mkdocs: strict
     benchmarks: jobs only pages seeds
+    mkdocs: strict
     cp: reflink
 """
 
@@ -55,7 +55,7 @@ def parse(monkeypatch):
 
     def stop(parser, *args, **kwargs):
         genuine(parser, *args, **kwargs)
-        raise Parsed(parser)
+        raise Parsed
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
     return main
@@ -95,31 +95,32 @@ def test_a_command_that_does_not_exist_is_seen(parse, capsys):
     assert not understood(parse, ["stemp", "FILE"]) and not understood(parse, ["stamp", "FILE", "--nonsense"])
 
 
-def options(parser):
-    """All flags of a parser and its commands, without the dashes."""
-    for action in parser._actions:
-        yield from (name[2:] for name in action.option_strings if name.startswith("--"))
-        if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                yield from options(command)
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory):
+    """The flags that --help of our commands and of both launchers lists."""
+    printed = io.StringIO()
+    commands = re.findall(r"{([\w,]+)}", helped(main, ["--help"]))[0].split(",")
+    with contextlib.redirect_stdout(printed):
+        for command in commands:
+            print(helped(main, [command, "--help"]))
+        trainer = made_up_trainer.build(tmp_path_factory.mktemp("trainer"))
+        print(helped(made_up_trainer.run, trainer, "sdxl_train.py", "--help"))
+        script = argparse.ArgumentParser()
+        script.add_argument("--pretrained_model_name_or_path")  # by which the adapter knows a script's parser
+        sdxl_fixes.diffusers.install()
+        try:
+            print(helped(script.parse_args, ["--help"]))
+        finally:
+            sdxl_fixes.diffusers.uninstall()
+    return set(re.findall(r"--(\w+(?:-\w+)*)", printed.getvalue()))
 
 
-@pytest.fixture
-def ours(parse):
-    """The flags of our commands, the core, and both adapters."""
-
-    def stop(parser):
-        raise Parsed(parser)
-
-    loop, kohya, script = (argparse.ArgumentParser() for _ in range(3))
-    add_flags(loop)
-    add_kohyas(lambda parser: None, kohya)
-    script.add_argument("--pretrained_model_name_or_path")  # by which the adapter knows a script's parser
-    with pytest.raises(Parsed):
-        parse_diffusers(stop, script)
-    with pytest.raises(Parsed) as parsed:
-        parse(["inspect", "FILE"])
-    return {name for parser in (parsed.value.args[0], loop, kohya, script) for name in options(parser)}
+def helped(program, *arguments):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as ended:
+        program(*arguments)
+    assert ended.value.code == 0
+    return printed.getvalue()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
