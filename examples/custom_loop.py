@@ -1,14 +1,13 @@
 """A training loop of your own on accelerate, with sdxl-fixes imported directly. Runs offline on a tiny SDXL
 U-Net.
 
-    python examples/custom_loop.py --output_dir out --zero_terminal_snr --loss_type huber --min_snr_gamma 5
-    --stratified_timesteps accelerate launch --num_processes 2 examples/custom_loop.py --output_dir out ...
-    (more processes) python examples/custom_loop.py --output_dir out --steps 12 --resume ...
-    (go on where it stopped, exactly) python examples/custom_loop.py --output_dir out --stable_loss_steps 2
-    --log_with tensorboard ...       (and a validation loss)
+    python examples/custom_loop.py --output_dir out --zero_terminal_snr --min_snr_gamma 5 --min_snr_floor
+    python examples/custom_loop.py --output_dir out --steps 12 --resume ...      goes on where it stopped
+    python examples/custom_loop.py --output_dir out --stable_loss_steps 2 --log_with tensorboard ...
+    accelerate launch --num_processes 2 examples/custom_loop.py --output_dir out ...
 
-Everything random is a function of (seed, step, process), so a resumed run repeats the uninterrupted one bit
-for bit.
+Everything random is a function of (seed, step, process), so a resumed run repeats the uninterrupted one: on
+the CPU to the last bit; on a GPU, where two identical runs differ by 1e-5 (measured on an H100), as nearly.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 from sdxl_fixes.atomic import replacing
 from sdxl_fixes.command_line import add_flags
 from sdxl_fixes.errors import shown
-from sdxl_fixes.flags import SCHEDULE_FLAGS
+from sdxl_fixes.flags import SCHEDULE_FLAGS, TrainingFlags
 from sdxl_fixes.model_files.model_file import read_sampling
 from sdxl_fixes.schedule import NoiseSchedule
 
