@@ -432,3 +432,13 @@ def test_steps_beyond_the_epoch_are_refused():
         sampler.state_dict(6)
     sampler.load_state_dict(sampler.state_dict(3))
     assert len(sampler) == 2
+
+
+def test_merged_counts_the_samples_whose_batch_is_longer_than_they_are():
+    """By the batches themselves: one of three short prompts and a long one, one of long ones."""
+    buckets, chunks = np.zeros(8, dtype=int), np.array([1, 1, 1, 2, 2, 2, 2, 2])
+    sampler = ChunkBucketBatchSampler(buckets, chunks, batch_size=4, seed=1)
+    longer = sum(int((chunks[batch] < chunks[batch].max()).sum()) for batch in sampler)
+    assert longer == sampler.account().merged == 3
+    apart = ChunkBucketBatchSampler(buckets, chunks, batch_size=4, seed=1, leftovers="smaller")
+    assert apart.account().merged == 0

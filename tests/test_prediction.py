@@ -224,3 +224,13 @@ def test_sample_prediction_of_a_clean_sample_is_refused_or_finite(to):
     except ValueError:
         return
     assert torch.isfinite(converted).all()
+
+
+def test_one_sample_of_a_batch_at_a_level_that_hides_what_is_asked_is_refused():
+    """A division by 0 for one sample is inf or NaN for the batch: the check is of any level, not of all."""
+    x, levels = torch.ones(2, 4, 2, 2), torch.tensor([0.0, 0.6])
+    others = (1 - levels**2).sqrt()
+    with pytest.raises(ValueError, match="noise cannot be recovered"):
+        predictions.x0_and_noise(x, "sample", x, others, levels)
+    with pytest.raises(ValueError, match="x0 cannot be recovered"):
+        predictions.x0_and_noise(x, "epsilon", x, levels, others)
