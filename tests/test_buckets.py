@@ -442,3 +442,14 @@ def test_merged_counts_the_samples_whose_batch_is_longer_than_they_are():
     assert longer == sampler.account().merged == 3
     apart = ChunkBucketBatchSampler(buckets, chunks, batch_size=4, seed=1, leftovers="smaller")
     assert apart.account().merged == 0
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_step_that_was_left_within_is_dealt_out_again(world_size):
+    """rank=None: what one rank was given of it is no step."""
+    options = dict(batch_size=4, seed=2, rank=None, world_size=world_size)
+    whole = list(ChunkBucketBatchSampler(*facts_model(400), **options))
+    sampler = ChunkBucketBatchSampler(*facts_model(400), **options)
+    stopped = iter(sampler)
+    taken = [next(stopped) for _ in range(world_size + 1)]
+    assert taken == whole[: world_size + 1] and next(iter(sampler)) == whole[world_size]

@@ -460,3 +460,18 @@ def test_swarmui_samples_an_unstamped_flow_file_at_its_own_shift(tmp_path):
     s = row.sampling.schedule.levels(flow=True)[1][:999]
     assert row.sampling.prediction_type == "flow_prediction"
     assert s == pytest.approx(3 * t / (1 + 2 * t), abs=2e-3)
+
+
+def test_diffusers_starts_zero_terminal_snr_at_its_own_stand_in(tmp_path):
+    """The page says the first sigma that diffusers' own class has."""
+    import diffusers
+
+    (tmp_path / "unet").mkdir()
+    model(tmp_path / "unet" / "diffusion_pytorch_model.safetensors", "diffusers_unet")
+    law = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler = diffusers.EulerDiscreteScheduler(
+        **law, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    row = next(row for row in verdicts(tmp_path)[2] if row.ui == "diffusers")
+    assert row.sigma_max == pytest.approx(float(scheduler.sigmas.max()), rel=1e-3)
