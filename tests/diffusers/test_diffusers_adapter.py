@@ -589,3 +589,19 @@ def test_accelerate_deals_our_batches_out_as_they_are():
     assert accelerator.even_batches
     assert buckets.prepare(lambda self, *given: given, accelerator, "loader") == ("loader",)
     assert not accelerator.even_batches
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_the_loss_is_reduced_as_the_script_asks(reduction, monkeypatch):
+    """ "none" is asked for where the script weights by SNR itself."""
+    from sdxl_fixes.diffusers import loss
+    from sdxl_fixes.trainers.step import StepLoss
+
+    schedule = NoiseSchedule.sdxl()
+    run = argparse.Namespace(timesteps=None, step_loss=StepLoss(schedule, "epsilon"))
+    monkeypatch.setattr(SESSION, "run", run)
+    monkeypatch.setattr(SESSION, "called_by_script", lambda: True)
+    monkeypatch.setattr(SESSION.step, "timesteps", torch.tensor([0, 999]))
+    parts = torch.arange(32.0).reshape(2, 4, 2, 2), torch.ones(2, 4, 2, 2)
+    mine = loss.mse_loss(None, *parts, reduction=reduction)
+    assert torch.equal(mine, torch.nn.functional.mse_loss(*parts, reduction=reduction))
