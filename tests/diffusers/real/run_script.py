@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from closed_form import trained
-
 HERE = Path(__file__).resolve().parent
 SCRIPTS = {
     "t2i": "text_to_image/train_text_to_image_sdxl.py",
@@ -69,6 +67,8 @@ def data(script, made):
 def expected(trace, abar, halves=False, **form):
     """Every step's loss in closed form, float64, of a trace with tensors; ``form`` as for closed_form.loss.
     With ``halves`` (prior preservation) that of each half of the batch, added."""
+    from closed_form import trained  # here: programs without tests/support on their path import this module
+
     names = ("latents", "noise", "predictions")
     steps = list(zip(*(trace["tensors"][name] for name in names), trace["timesteps"], strict=True))
     assert steps

@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from closed_form import trained
-
 HERE = Path(__file__).resolve().parent
 _IMAGES, _CONTROL = (
     ("--dataset_config", "{assets}/dataset.toml"),
@@ -45,6 +43,8 @@ def make_assets(folder, checkout=None):
 
 def expected(trace, abar, **form):
     """Every step's loss in closed form, float64, of a trace with tensors; ``form`` as closed_form.loss."""
+    from closed_form import trained  # here: programs without tests/support on their path import this module
+
     assert len(trace["tensors"]) == len(trace["timesteps"]) > 0
     steps = zip(trace["tensors"], trace["timesteps"], strict=True)
     return [trained(*tensors, timesteps, abar, **form) for tensors, timesteps in steps]
