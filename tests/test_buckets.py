@@ -474,3 +474,24 @@ def test_steps_beyond_the_epoch_are_refused():
         sampler.state_dict(6)
     sampler.load_state_dict(sampler.state_dict(3))
     assert len(sampler) == 2
+
+
+def test_merged_counts_the_samples_whose_batch_is_longer_than_they_are():
+    """By the batches themselves: one of three short prompts and a long one, one of long ones."""
+    buckets, chunks = np.zeros(8, dtype=int), np.array([1, 1, 1, 2, 2, 2, 2, 2])
+    sampler = ChunkBucketBatchSampler(buckets, chunks, batch_size=4, seed=1)
+    longer = sum(int((chunks[batch] < chunks[batch].max()).sum()) for batch in sampler)
+    assert longer == sampler.account().merged == 3
+    apart = ChunkBucketBatchSampler(buckets, chunks, batch_size=4, seed=1, leftovers="smaller")
+    assert apart.account().merged == 0
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_step_that_was_left_within_is_dealt_out_again(world_size):
+    """rank=None: what one rank was given of it is no step."""
+    options = dict(batch_size=4, seed=2, rank=None, world_size=world_size)
+    whole = list(ChunkBucketBatchSampler(*facts_model(400), **options))
+    sampler = ChunkBucketBatchSampler(*facts_model(400), **options)
+    stopped = iter(sampler)
+    taken = [next(stopped) for _ in range(world_size + 1)]
+    assert taken == whole[: world_size + 1] and next(iter(sampler)) == whole[world_size]

@@ -496,3 +496,19 @@ def test_l2_gradient_of_the_batch_holds_for_the_weighted_loss():
         objective.loss(prediction, step).backward()
         norms.append(prediction.grad.norm().item())
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+def test_evaluation_keeps_the_offset_that_is_trained_on_and_drops_the_perturbation_alone():
+    """The offset is part of the target (crosslabs' offset noise); a perturbation only of what is seen."""
+    parts = dict(perturbation=InputPerturbation(10.0), offset=OffsetNoise(0.5))
+    x0, index = torch.zeros(64, 4, 8, 8), torch.full((64,), 500)
+    trained, evaluated = (
+        Objective(SDXL, **parts).draw(x0, training, seeded(3), index) for training in (True, False)
+    )
+    added = evaluated.noise - torch.randn(x0.shape, generator=seeded(3))
+    assert torch.allclose(added, added[:, :, :1, :1].expand_as(added), atol=1e-6)  # one number a channel
+    assert float(added[:, :, 0, 0].std()) == pytest.approx(0.5, rel=0.2)
+    assert torch.equal(evaluated.noise, trained.noise) and torch.equal(evaluated.target, trained.target)
+    sigma = float(SDXL.sqrt_one_minus_alphas_cumprod[500])
+    assert torch.allclose(evaluated.noisy, sigma * evaluated.noise, atol=1e-6)
+    assert float((trained.noisy - evaluated.noisy).std()) == pytest.approx(10 * sigma, rel=0.05)

@@ -239,3 +239,13 @@ def test_levels_in_half_precision_that_broadcast_by_themselves_are_raised_to_flo
         assert noisy.dtype == v.dtype == torch.float32
         back, _ = predictions.x0_and_noise(v, "v_prediction", noisy, *levels)
         torch.testing.assert_close(back, x0, rtol=1e-5, atol=1e-5)
+
+
+def test_one_sample_of_a_batch_at_a_level_that_hides_what_is_asked_is_refused():
+    """A division by 0 for one sample is inf or NaN for the batch: the check is of any level, not of all."""
+    x, levels = torch.ones(2, 4, 2, 2), torch.tensor([0.0, 0.6])
+    others = (1 - levels**2).sqrt()
+    with pytest.raises(ValueError, match="noise cannot be recovered"):
+        predictions.x0_and_noise(x, "sample", x, others, levels)
+    with pytest.raises(ValueError, match="x0 cannot be recovered"):
+        predictions.x0_and_noise(x, "epsilon", x, levels, others)

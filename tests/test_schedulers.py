@@ -571,3 +571,14 @@ def test_levels_of_the_multistep_solvers_are_the_schedule_s(sampler, name):
     )
     assert got[0].numpy() == pytest.approx(alpha, rel=1e-9, abs=1e-12)
     assert got[1].numpy() == pytest.approx(sigma, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_a_class_that_knows_infinity_is_told_by_its_own_settings_alone(name):
+    """Of a schedule that no flag names: betas that end at 1, and no key that stock classes do not know."""
+    schedule = NoiseSchedule.sdxl().with_terminal_sigma(math.inf, "tail")
+    made = schedule.scheduler(name, "v_prediction", "trailing")
+    stock = getattr(diffusers, type(made).__name__)
+    loaded = stock.from_config(dict(made.config))
+    assert float(loaded.alphas_cumprod[-1]) == 0 and float(loaded.alphas_cumprod[-2]) > 0
+    assert set(made.config) == set(stock().config)

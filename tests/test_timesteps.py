@@ -285,3 +285,15 @@ def test_an_optimizer_step_that_ends_early_leaves_no_draw_for_the_next():
         sampler.draw(1), sampler.draw(1)
         sampler.end_of_step()
     assert sampler.state_dict()["drawn"] == 24
+
+
+@pytest.mark.parametrize("drawn", [0, 1, 3, 4])
+def test_a_step_that_ends_early_leaves_the_rest_of_its_slices(drawn):
+    """However many of a step's four draws were made, the next is the first of the next step."""
+    options = dict(stratified=True, seed=5, accumulation=4)
+    whole, early = TimestepSampler(SDXL, **options), TimestepSampler(SDXL, **options)
+    expected = [whole.draw(3).tolist() for _ in range(8)]
+    found = [early.draw(3).tolist() for _ in range(drawn)]
+    early.end_of_step()
+    assert found == expected[:drawn]
+    assert [early.draw(3).tolist() for _ in range(4)] == expected[4 if drawn else 0 :][:4]

@@ -181,3 +181,15 @@ def test_the_stock_schedule_is_grey_and_zero_terminal_snr_obeys_the_caption():
     got, grey = (torch.tensor(result.brightness).mean(1) for result in (fixed, stock))
     assert ((got - asked).abs() < 0.25).all(), got
     assert grey.abs().max() < 0.7, grey
+
+
+def test_contrast_is_inside_a_picture_and_not_between_pictures():
+    """Flat pictures of different brightness have none; a step of 1 up and 1 down has 64 / 63's root."""
+    from sdxl_fixes.demo.experiment import Result, variants
+
+    flat = torch.arange(3.0).reshape(1, 3, 1, 1).expand(1, 3, 8, 8)
+    step = torch.ones(8, 8)
+    step[:4] = -1
+    pictures = torch.cat([flat, flat + step])
+    found = Result(variants()[0], [1.0], pictures, 1, 1.0).contrast
+    assert found == pytest.approx([0, (64 / 63) ** 0.5])

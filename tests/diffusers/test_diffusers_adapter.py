@@ -584,3 +584,49 @@ def test_a_cold_cache_leaves_the_random_numbers_as_a_warm_one_does(script):
         caches.map(draw, None, None, new_fingerprint="0123456789abcdef")
         states.append((torch.rand(1).item(), *seen))
     assert states[0] == states[1] and len(states[0][1]) == 32
+
+
+def test_stratified_timesteps_are_drawn_on_the_scripts_device(monkeypatch):
+    from sdxl_fixes import TimestepSampler
+    from sdxl_fixes.diffusers import timesteps
+
+    schedule = NoiseSchedule.sdxl()
+    run = argparse.Namespace(timesteps=TimestepSampler(schedule, stratified=True), schedule=schedule)
+    monkeypatch.setattr(SESSION, "run", run)
+    monkeypatch.setattr(SESSION, "called_by_script", lambda: True)
+    drawn = timesteps.randint(torch.randint, 0, 1000, (4,), device=torch.device("meta"))
+    assert drawn.device.type == "meta" and drawn.shape == (4,)
+
+
+@pytest.mark.parametrize("module", [crops, prompts])
+def test_caches_are_keyed_by_our_own_code_too(module, tmp_path, monkeypatch):
+    """Of another version of what makes the embeddings and the crops nothing is taken."""
+    key, other = caches.content_key("a-name", {}), tmp_path / "other.py"
+    other.write_text("# another version")
+    monkeypatch.setattr(module, "__file__", str(other))
+    assert caches.content_key("a-name", {}) != key
+
+
+def test_accelerate_deals_our_batches_out_as_they_are():
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.even_batches
+    assert buckets.prepare(lambda self, *given: given, accelerator, "loader") == ("loader",)
+    assert not accelerator.even_batches
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_the_loss_is_reduced_as_the_script_asks(reduction, monkeypatch):
+    """ "none" is asked for where the script weights by SNR itself."""
+    from sdxl_fixes.diffusers import loss
+    from sdxl_fixes.trainers.step import StepLoss
+
+    schedule = NoiseSchedule.sdxl()
+    run = argparse.Namespace(timesteps=None, step_loss=StepLoss(schedule, "epsilon"))
+    monkeypatch.setattr(SESSION, "run", run)
+    monkeypatch.setattr(SESSION, "called_by_script", lambda: True)
+    monkeypatch.setattr(SESSION.step, "timesteps", torch.tensor([0, 999]))
+    parts = torch.arange(32.0).reshape(2, 4, 2, 2), torch.ones(2, 4, 2, 2)
+    mine = loss.mse_loss(None, *parts, reduction=reduction)
+    assert torch.equal(mine, torch.nn.functional.mse_loss(*parts, reduction=reduction))

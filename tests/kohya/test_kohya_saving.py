@@ -139,3 +139,10 @@ def test_a_base_whose_record_is_broken_is_named(start, tmp_path):
         {"sdxl_fixes.schedule": '{"format": "sdxl_fixes.schedule"}'},
     )
     assert "b.safetensors" in start(base)[1] and "what it says of its schedule is not known" in start(base)[1]
+
+
+def test_the_trainers_word_of_modelspec_goes_where_it_would_be_wrong(start, tmp_path):
+    """v-prediction on a schedule that "v" does not mean."""
+    start(model(tmp_path / "base.safetensors"), v_parameterization=True, terminal_sigma=300.0)
+    spec = checkpoint.model_spec(lambda: {"modelspec.prediction_type": "v", "modelspec.title": "kept"})
+    assert "modelspec.prediction_type" not in spec and spec["modelspec.title"] == "kept"

@@ -462,3 +462,37 @@ def test_the_page_on_loading_is_up_to_date():
     assert page() == (Path(__file__).resolve().parents[2] / "docs" / "loading.md").read_text(
         encoding="utf-8"
     ), "run python benchmarks/loading_page.py > docs/loading.md"
+
+
+def test_a_stamp_that_no_word_of_modelspec_says_takes_the_old_word_out(tmp_path):
+    """SwarmUI would build SDXL's own table of it."""
+    file = tmp_path / "m.safetensors"
+    model(file, metadata={"modelspec.prediction_type": "v", "modelspec.title": "kept"})
+    stamp_file(file, Sampling(SDXL.with_terminal_sigma(300), "v_prediction"))
+    found = read_header(file).metadata
+    assert "modelspec.prediction_type" not in found and found["modelspec.title"] == "kept"
+
+
+def test_swarmui_samples_an_unstamped_flow_file_at_its_own_shift(tmp_path):
+    """Sigma Shift is 3 there if the user gives none: sigma = 3 t / (1 + 2 t), of t = n / 1000."""
+    path = model(tmp_path / "m.safetensors", metadata={"modelspec.prediction_type": "sd3"})
+    row = next(row for row in verdicts(path)[2] if row.ui == "SwarmUI")
+    t = np.arange(1, 1000) / 1000
+    s = row.sampling.schedule.levels(flow=True)[1][:999]
+    assert row.sampling.prediction_type == "flow_prediction"
+    assert s == pytest.approx(3 * t / (1 + 2 * t), abs=2e-3)
+
+
+def test_diffusers_starts_zero_terminal_snr_at_its_own_stand_in(tmp_path):
+    """The page says the first sigma that diffusers' own class has."""
+    import diffusers
+
+    (tmp_path / "unet").mkdir()
+    model(tmp_path / "unet" / "diffusion_pytorch_model.safetensors", "diffusers_unet")
+    law = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler = diffusers.EulerDiscreteScheduler(
+        **law, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    row = next(row for row in verdicts(tmp_path)[2] if row.ui == "diffusers")
+    assert row.sigma_max == pytest.approx(float(scheduler.sigmas.max()), rel=1e-3)

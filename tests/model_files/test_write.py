@@ -398,3 +398,22 @@ def test_killed_at_random_moments(way, tmp_path):
         assert len(set(says(path))) == 1
         w.recover(path)
         assert os.listdir(tmp_path) == [path.name]
+
+
+@linux
+def test_a_journal_mends_no_file_of_another_size(roomy):
+    """Neither of the states that an interrupted stamp can have left: another program's, which is let be."""
+    old = read_header(roomy)
+    w._write_journal(roomy, old, 8192)
+    roomy.write_bytes(old.size.to_bytes(8, "little") + b'{"half' + roomy.read_bytes()[14:] + bytes(4096))
+    before = roomy.read_bytes()
+    assert w.recover(roomy) is None and roomy.read_bytes() == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+@pytest.mark.parametrize("mode", [0o640, 0o600, 0o664])
+def test_a_copy_has_the_mode_of_the_original(file, mode):
+    """One that a group may read stays so, and one that nobody else may read, too."""
+    file.chmod(mode)
+    assert change(file, "y" * 20_000) == "copy"
+    assert stat.S_IMODE(file.stat().st_mode) == mode

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 
-def alphas_cumprod(zero_snr=False, beta_end=0.012):
-    """By the formulas of latent diffusion and of arXiv:2305.08891, float64."""
-    abar = np.cumprod(1 - np.linspace(0.00085**0.5, beta_end**0.5, 1000) ** 2)
-    if zero_snr:
-        root = np.sqrt(abar)
-        abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+def alphas_cumprod(zero_snr=False, beta_end=0.012, sigma=None, count=1000):
+    """By the formulas of latent diffusion and of arXiv:2305.08891, float64; with ``sigma`` the latter's
+    affine change of the square roots ends there instead of at SNR 0."""
+    abar = np.cumprod(1 - np.linspace(0.00085**0.5, beta_end**0.5, count) ** 2)
+    if zero_snr or sigma is not None:
+        root, last = np.sqrt(abar), 0.0 if sigma is None else (1 + sigma**2) ** -0.5
+        abar = (last + (root - root[-1]) * (root[0] - last) / (root[0] - root[-1])) ** 2
     return torch.from_numpy(abar)
 
 
@@ -68,6 +69,17 @@ def loss(
     else:
         gain = 1.0
     return float((rho * m * gain * w[column]).mean())
+
+
+def trained(latents, noise, prediction, timesteps, abar, *, v=True, **form):
+    """The loss of a step in which the network was to predict of ``noise`` on ``latents``: epsilon, or v."""
+    latents, noise, prediction = (
+        torch.as_tensor(x, dtype=torch.float64) for x in (latents, noise, prediction)
+    )
+    timesteps = torch.as_tensor(timesteps, dtype=torch.int64)
+    alpha, sigma = (root[timesteps].reshape(-1, 1, 1, 1) for root in (abar.sqrt(), (1 - abar).sqrt()))
+    target = alpha * noise - sigma * latents if v else noise
+    return loss(prediction, target, timesteps, abar, v=v, **form)
 
 
 # name -> (flags, what they mean above)

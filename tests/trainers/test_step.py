@@ -155,3 +155,18 @@ def test_a_part_that_cannot_be_told_stops_the_training(part):
 def test_a_loss_before_any_noising_stops_the_training():
     with pytest.raises(FixError, match=r"^a loss was computed before any latents were noised: give --fixes"):
         StepState().of(batch())
+
+
+def test_noise_in_half_precision_is_perturbed_in_float32():
+    """A perturbation of a tenth, drawn and added in bfloat16, would lose most of its digits."""
+    from sdxl_fixes.noise import InputPerturbation
+    from sdxl_fixes.trainers.noising import Noising
+
+    schedule, t = NoiseSchedule.sdxl(), torch.tensor([0, 999])
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    torch.manual_seed(2)
+    noisy = Noising(schedule, InputPerturbation(0.1)).add_noise(torch.zeros(2, 4, 8, 8), noise, t)
+    torch.manual_seed(2)
+    seen = noise.double() + 0.1 * torch.randn(2, 4, 8, 8).double()
+    sigma = torch.from_numpy(schedule.sqrt_one_minus_alphas_cumprod[t.numpy()]).reshape(-1, 1, 1, 1)
+    assert torch.allclose(noisy.double(), sigma * seen, rtol=1e-6, atol=1e-7)

@@ -3,8 +3,8 @@
 HOW is unpatched, install (sdxl_fixes.diffusers.install(), then the script) or module (what ``python -m
 sdxl_fixes.diffusers`` does). TRACE.json receives, of this process (rank 0 if there are several): the losses
 that the script backpropagates, what the U-Net is given, and the schedulers of the pipelines that make images.
-With TRACE_TENSORS also, of every step: the latents that the VAE gave, their noise, what the U-Net is given
-and what it predicts; and what a perceptual loss beside the script compares and gives.
+With TRACE_TENSORS also, of every step: the latents, their noise, what the U-Net is given and what it
+predicts; and what a perceptual loss beside the script compares and gives.
 """
 
 import functools
@@ -13,6 +13,8 @@ import os
 import runpy
 import sys
 from pathlib import Path
+
+TENSORS = ("latents", "noise", "noisy", "predictions")
 
 
 def trace(record):
@@ -58,36 +60,26 @@ def trace(record):
 
 
 def trace_tensors(tensors, folder):
-    """The last of each before a prediction that is trained: latents of the VAE (before its factor), noise,
+    """Of every prediction that is trained: latents and noise, which is the last that is drawn like others,
     noisy latents, prediction. ``folder`` is the script's."""
     import torch
     from diffusers import UNet2DConditionModel
-    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-    latents, noises = [], []
+    drawn, draw, forward = [], torch.randn_like, UNet2DConditionModel.forward
 
-    def keeping(function, kept):
-        @functools.wraps(function)
-        def traced(*args, **kwargs):
-            kept.append(function(*args, **kwargs))
-            return kept[-1]
-
-        return traced
-
-    forward = UNet2DConditionModel.forward
+    @functools.wraps(draw)
+    def traced_draw(like, *args, **kwargs):
+        made = draw(like, *args, **kwargs)
+        drawn[:] = like, made
+        return made
 
     @functools.wraps(forward)
     def traced_forward(self, sample, timestep, *args, **kwargs):
         made = forward(self, sample, timestep, *args, **kwargs)
         if torch.is_grad_enabled():
-            first = latents[-sample.shape[1] // 4]  # of two, the first is noised
-            for name, value in (
-                ("clean", first),
-                ("noise", noises[-1]),
-                ("noisy", sample[:, :4]),
-                ("predictions", made[0]),
-            ):
-                tensors[name].append(value.detach().tolist())
+            # InstructPix2Pix gives others behind the noisy ones
+            for name, value in zip(TENSORS, (*drawn, sample[:, :4], made[0]), strict=True):
+                tensors[name].append(value.detach().float().tolist())
         return made
 
     if (folder / "lpl_loss.py").is_file():
@@ -103,8 +95,7 @@ def trace_tensors(tensors, folder):
             return made
 
         LatentPerceptualLoss.get_loss = traced_loss
-    DiagonalGaussianDistribution.sample = keeping(DiagonalGaussianDistribution.sample, latents)
-    torch.randn_like = keeping(torch.randn_like, noises)
+    torch.randn_like = traced_draw
     UNet2DConditionModel.forward = traced_forward
 
 
@@ -133,7 +124,7 @@ if __name__ == "__main__":
     }
     trace(record)
     if os.environ.get("TRACE_TENSORS"):
-        record["tensors"] = {name: [] for name in ("clean", "noise", "noisy", "predictions")}
+        record["tensors"] = {name: [] for name in TENSORS}
         trace_tensors(record["tensors"], Path(script).parent)
     sys.argv = [script, *arguments]
     try:

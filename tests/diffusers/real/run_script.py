@@ -64,6 +64,21 @@ def data(script, made):
     return ("--dataset_name", str(made / "images"), *columns)
 
 
+def expected(trace, abar, halves=False, **form):
+    """Every step's loss in closed form, float64, of a trace with tensors; ``form`` as for closed_form.loss.
+    With ``halves`` (prior preservation) that of each half of the batch, added."""
+    from closed_form import trained  # here: programs without tests/support on their path import this module
+
+    names = ("latents", "noise", "predictions")
+    steps = list(zip(*(trace["tensors"][name] for name in names), trace["timesteps"], strict=True))
+    assert steps
+    at = [len(step[-1]) // 2 if halves else 0 for step in steps]
+    parts = [
+        [[part[k:] for part in step], [part[:k] for part in step]] for k, step in zip(at, steps, strict=True)
+    ]
+    return [sum(trained(*half, abar, **form) for half in step[: 1 + halves]) for step in parts]
+
+
 def run_script(
     how, script, made, folder, *flags, base="base", steps=3, launcher=(), check=True, tensors=False
 ):

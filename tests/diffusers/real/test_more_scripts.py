@@ -17,7 +17,6 @@ from test_real_scripts import made, pytestmark, run  # noqa: F401  (fixtures)
 from sdxl_fixes import NoiseSchedule
 
 HERE = Path(__file__).resolve().parent
-VAE_FACTOR = 0.13025
 V_ZTSNR = ("--zero_terminal_snr", "--prediction_type", "v_prediction")
 RESCALED = ("--terminal_sigma", "300", "--terminal_sigma_method", "rescale")
 CASES = {
@@ -74,7 +73,7 @@ def test_the_loss_is_the_closed_form(run, tmp_path, script, case):  # noqa: F811
     _, trace = run("module", script, *flags, tensors=True)
     losses = []
     for timesteps, alpha, sigma, each in steps(trace, flags):
-        clean, noise = each["clean"] * VAE_FACTOR, each["noise"]
+        clean, noise = each["latents"], each["noise"]
         perturbation = each["noisy"] - (alpha * clean + sigma * noise)
         assert (np.abs(perturbation).max() > 1e-3) == ("--ip_noise_gamma" in flags)
         residual = each["predictions"] - (
@@ -101,9 +100,7 @@ def test_the_adapter_trains_the_sigmas_that_it_is_asked_for(run, tmp_path):  # n
     _, trace = run("module", "adapter", *RESCALED, tensors=True)
     losses = []
     for _, alpha, sigma, each in steps(trace, RESCALED):
-        assert np.allclose(
-            each["noisy"], alpha * each["clean"] * VAE_FACTOR + sigma * each["noise"], atol=1e-5
-        )
+        assert np.allclose(each["noisy"], alpha * each["latents"] + sigma * each["noise"], atol=1e-5)
         losses.append(((each["predictions"] - each["noise"]) ** 2).mean())
     # it computes with images of sigma 300 in float32
     assert len(losses) == 3 and trace["losses"] == pytest.approx(losses, rel=1e-3)

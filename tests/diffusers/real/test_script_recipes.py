@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import recipes
 import run_script as runner
+from closed_form import alphas_cumprod
 
 HERE = Path(__file__).resolve().parent
 pytestmark = [
@@ -105,6 +106,9 @@ def test_the_recipe_trains(recipe, made, tmp_path):
             at = flags.index(f"--{flag}")
             del flags[at : at + 2]
     flags = [flag for flag in flags if flag not in ("--use_8bit_adam", "--allow_tf32")]
-    _, trace = runner.run_script("module", name, made, tmp_path / "run", *flags, steps=2)
-    assert len(trace["losses"]) == 2 and all(0 < loss < 100 for loss in trace["losses"])
+    _, trace = runner.run_script("module", name, made, tmp_path / "run", *flags, steps=2, tensors=True)
+    zero, floor = "--zero_terminal_snr" in flags, "--min_snr_floor" in flags
+    form = dict(v="--prediction_type" in flags, min_snr=5.0, floor=floor)
+    expected = runner.expected(trace, alphas_cumprod(zero), **form)
+    assert len(trace["losses"]) == 2 and trace["losses"] == pytest.approx(expected, rel=2e-5)
     assert [sorted(t // 500 for t in step) for step in trace["timesteps"]] == [[0, 1]] * 2  # stratified

@@ -3,7 +3,8 @@
 HOW is unpatched, install (sdxl_fixes.kohya.install(), then the script) or module (what ``python -m
 sdxl_fixes.kohya`` does). TRACE.json receives the losses given to the backward pass, the timesteps and the
 contexts' sizes [B, length] given to the U-Net, the prompts that were encoded, and the scheduler's tables (of
-rank 0, if there are several processes). All of it is observed where every version of sd-scripts passes: in
+rank 0, if there are several processes); with TRACE_TENSORS in the environment also every step's latents,
+noise and prediction. All of it is observed where every version of sd-scripts passes: in
 accelerate, torch, diffusers, and in classes of sd-scripts that have not moved.
 """
 
@@ -56,6 +57,8 @@ def trace(record, times):
 
     accelerate.Accelerator.backward, diffusers.DDPMScheduler.__init__ = traced_backward, traced_make
     register_module_forward_pre_hook(called)
+    if os.environ.get("TRACE_TENSORS"):
+        trace_tensors(record.setdefault("tensors", []), unet.SdxlUNet2DConditionModel)
 
     import library.sdxl_lpw_stable_diffusion as pipeline
     import library.strategy_sdxl as strategy_sdxl
@@ -87,6 +90,29 @@ def trace(record, times):
         return images
 
     pipeline.SdxlStableDiffusionLongPromptWeightingPipeline.__call__ = traced_generate
+
+
+def trace_tensors(steps, unet):
+    """[latents, noise, prediction] of every call of ``unet`` that is trained. The noise is the first that is
+    drawn like the latents; an input perturbation comes after it."""
+    import torch
+    from torch.nn.modules.module import register_module_forward_hook
+
+    draw, drawn = torch.randn_like, []
+
+    @functools.wraps(draw)
+    def traced_draw(like, *args, **kwargs):
+        made = draw(like, *args, **kwargs)
+        drawn.append((like, made))
+        return made
+
+    def predicted(module, inputs, output):
+        if isinstance(module, unet) and torch.is_grad_enabled():
+            steps.append([x.detach().float().tolist() for x in (*drawn[0], output)])
+            drawn.clear()
+
+    torch.randn_like = traced_draw
+    register_module_forward_hook(predicted)
 
 
 if __name__ == "__main__":

@@ -41,17 +41,26 @@ def make_assets(folder, checkout=None):
     return folder
 
 
+def expected(trace, abar, **form):
+    """Every step's loss in closed form, float64, of a trace with tensors; ``form`` as closed_form.loss."""
+    from closed_form import trained  # here: programs without tests/support on their path import this module
+
+    assert len(trace["tensors"]) == len(trace["timesteps"]) > 0
+    steps = zip(trace["tensors"], trace["timesteps"], strict=True)
+    return [trained(*tensors, timesteps, abar, **form) for tensors, timesteps in steps]
+
+
 def _environment(checkout):
     chosen = {} if checkout is None else {"SD_SCRIPTS": str(checkout)}
     return {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "", **chosen}
 
 
-def run(how, script, *flags, assets, folder, steps, checkout=None):
+def run(how, script, *flags, assets, folder, steps, checkout=None, tensors=False):
     """(process, trace) of a run in ``folder``, whose model is folder/out/out.safetensors; trace is None if it
     did not come to trace.
 
     ``how`` is launch.py's, or a whole command to put before it. ``{assets}`` in a flag stands for that
-    folder.
+    folder. With ``tensors`` the trace holds what ``expected`` computes from.
     """
     trace = folder / "trace.json"
     trace.unlink(missing_ok=True)
@@ -79,7 +88,7 @@ def run(how, script, *flags, assets, folder, steps, checkout=None):
         [*command, *(argument.replace("{assets}", str(assets)) for argument in arguments)],
         capture_output=True,
         text=True,
-        env=_environment(checkout),
+        env={**_environment(checkout), **({"TRACE_TENSORS": "1"} if tensors else {})},
         cwd=folder,
         timeout=600,
     )

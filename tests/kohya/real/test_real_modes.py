@@ -6,6 +6,8 @@ trained one.
 """
 
 import pytest
+import runs
+from closed_form import alphas_cumprod
 from diffusers import EulerDiscreteScheduler
 from test_real_trainer import SCRIPTS, assets, pytestmark, train  # noqa: F401  (fixtures)
 
@@ -40,8 +42,11 @@ def test_mode(train, script, mode, monkeypatch):  # noqa: F811
         flags = (*flags, "--network_train_unet_only")
     upstream, nothing_on = (train(how, script, *flags, steps=2)[1] for how in ("unpatched", "module"))
     assert nothing_on == upstream
-    fixed = train("module", script, *flags, *FIXES, steps=2)[1]
-    assert len(fixed["losses"]) == len(upstream["losses"]) and all(0 < loss < 100 for loss in fixed["losses"])
+    fixed = train("module", script, *flags, *FIXES, steps=2, tensors=True)[1]
+    form = dict(loss="huber", gradient="batch", min_snr=5.0, floor=True)
+    expected = runs.expected(fixed, alphas_cumprod(sigma=20000), **form)
+    assert len(fixed["losses"]) == len(upstream["losses"])
+    assert fixed["losses"] == pytest.approx(expected, rel=2e-5)
     assert fixed["all_snr_999"] == pytest.approx(20000.0**-2, rel=1e-4)
 
 

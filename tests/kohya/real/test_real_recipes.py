@@ -10,6 +10,8 @@ from pathlib import Path
 import checkouts
 import pytest
 import recipes
+import runs
+from closed_form import alphas_cumprod
 
 HERE = Path(__file__).resolve().parent
 pytestmark = [
@@ -92,6 +94,7 @@ def test_the_recipe_trains(recipe, assets, tmp_path):
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": "",
+        "TRACE_TENSORS": "1",
         "ACCELERATE_USE_CPU": "true",
     }
     process = subprocess.run(
@@ -104,8 +107,12 @@ def test_the_recipe_trains(recipe, assets, tmp_path):
     )
     assert process.returncode == 0, process.stderr[-3000:]
     trace = json.loads((tmp_path / "trace.json").read_text())
-    assert len(trace["losses"]) == 2 and all(0 < loss < 100 for loss in trace["losses"])
-    assert (trace["alphas_cumprod_999"] == 0) == bool(recipes.keys(recipe).get("zero_terminal_snr"))
+    keys = recipes.keys(recipe)
+    zero, floor = bool(keys.get("zero_terminal_snr")), bool(keys.get("min_snr_floor"))
+    form = dict(v=bool(keys.get("v_parameterization")), min_snr=float(keys["min_snr_gamma"]), floor=floor)
+    expected = runs.expected(trace, alphas_cumprod(zero), **form)
+    assert len(trace["losses"]) == 2 and trace["losses"] == pytest.approx(expected, rel=2e-5)
+    assert (trace["alphas_cumprod_999"] == 0) == zero
     # of cached prompts, leftovers are smaller batches
     pairs = [step for step in trace["timesteps"] if len(step) == 2]
     assert pairs and [sorted(t // 500 for t in step) for step in pairs] == [[0, 1]] * len(pairs)  # stratified

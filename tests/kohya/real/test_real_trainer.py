@@ -7,6 +7,7 @@ import sys
 import checkouts
 import pytest
 import runs
+from closed_form import alphas_cumprod
 from safetensors import safe_open
 
 from sdxl_fixes import MinSNR, NoiseSchedule
@@ -31,8 +32,8 @@ def assets(tmp_path_factory):
 def train(assets, tmp_path):
     """train(how, script, *flags) -> (process, trace); ``how`` as for runs.run()."""
 
-    def run(how, script, *flags, steps=3, check=True):
-        process, trace = runs.run(how, script, *flags, assets=assets, folder=tmp_path, steps=steps)
+    def run(how, script, *flags, steps=3, check=True, **options):
+        process, trace = runs.run(how, script, *flags, assets=assets, folder=tmp_path, steps=steps, **options)
         if check and process.returncode:
             raise AssertionError(process.stderr[-3000:])
         return process, trace
@@ -114,8 +115,11 @@ def test_every_fix_from_flags_trains_and_is_reported(train, script):
             "--min_snr_floor",
         ),
         *("--ip_noise_gamma", "0.1", "--ip_noise_gamma_random_strength"),
+        tensors=True,
     )
-    assert all(0 < loss < 100 for loss in trace["losses"]) and len(trace["losses"]) == 3
+    form = dict(loss="smooth_l1", gradient="batch", min_snr=5.0, floor=True)
+    assert len(trace["losses"]) == 3
+    assert trace["losses"] == pytest.approx(runs.expected(trace, alphas_cumprod(sigma=300), **form), rel=2e-5)
     assert trace["all_snr_999"] == pytest.approx(300.0**-2, rel=1e-5)
     report = process.stderr.split("in kohya-ss/sd-scripts")[1]
     for part in (
