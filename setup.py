@@ -7,7 +7,8 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 PTH = "integrations/autostart/sdxl_fixes_kohya.pth"
-TESTED = ("tests", "benchmarks", "constraints", "docs", "examples", "CHANGELOG.md")
+TESTED = ("tests", "benchmarks", "constraints", "docs", "examples")
+TESTED += ("CHANGELOG.md", "CONTRIBUTING.md", "mkdocs.yml")
 
 
 class BuildWithPth(build_py):

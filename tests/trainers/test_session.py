@@ -344,7 +344,7 @@ def test_a_weighting_that_is_switched_off_is_known_and_not_applied():
     from sdxl_fixes.weighting import MinSNR
 
     schedule, t = NoiseSchedule.sdxl(), torch.tensor([0, 500, 999])
-    known = (TRAINER, argparse.Namespace()), ({}, Settings(), schedule, "epsilon", (MinSNR(5),))
+    known = (TRAINER, argparse.Namespace()), ({}, TrainingFlags(), schedule, "epsilon", (MinSNR(5),))
     off, on = (prepare(*known[0], frozenset(names), *known[1]) for names in (("loss",), ("weighting",)))
     assert off.weighting == on.weighting == MinSNR(5) and off.step_loss.weights(t) is None
     abar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)[t]
@@ -361,7 +361,7 @@ def test_stratified_timesteps_share_an_optimizer_step_over_ranks_and_accumulatio
     for number in ("0", "1"):
         monkeypatch.setenv("RANK", number)
         args = argparse.Namespace(gradient_accumulation_steps=2, seed=3)
-        settings, schedule = Settings(stratified_timesteps=True), NoiseSchedule.sdxl()
+        settings, schedule = TrainingFlags(stratified_timesteps=True), NoiseSchedule.sdxl()
         made = prepare(trainer, args, frozenset(["timesteps"]), {}, settings, schedule, "epsilon")
         drawn += [t for _ in range(2) for t in made.timesteps.draw(2).tolist()]
     assert sorted(t // 125 for t in drawn) == list(range(8))
