@@ -54,17 +54,14 @@ def split_ids(ids: Sequence[int], comma: int | None = None) -> list[list[int]]:
     ``split="commas"``: a chunk that is full ends after its last comma if that is among its last 20 tokens."""
     chunks: list[list[int]] = []
     rest = list(ids)
-    # the first tokens of a chunk are not looked at: they came from the chunk before, or are the one that did
-    # not fit in it
-    kept = 0
     while len(rest) > CHUNK:
         end = CHUNK
         if comma is not None and rest[CHUNK] != comma:
-            last = next((k for k in range(CHUNK - 1, kept - 1, -1) if rest[k] == comma), None)
+            last = next((k for k in range(CHUNK - 1, -1, -1) if rest[k] == comma), None)
             if last is not None and CHUNK - last <= COMMA_REACH:
                 end = last + 1
         chunks.append(rest[:end])
-        rest, kept = rest[end:], max(1, CHUNK - end)
+        rest = rest[end:]
     return [*chunks, rest] if rest or not chunks else chunks
 
 

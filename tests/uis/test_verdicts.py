@@ -12,7 +12,7 @@ import torch
 from models import KINDS, model, write
 
 from sdxl_fixes import NoiseSchedule
-from sdxl_fixes.checkpoint import Sampling, overruled, sampling_of_config
+from sdxl_fixes.checkpoint import Sampling, overruled, sampling_of_config, stock_config
 from sdxl_fixes.cli import main
 from sdxl_fixes.uis.verdicts import UIS, verdicts
 
@@ -208,3 +208,14 @@ def test_a_flow_matching_config_that_tells_no_shift_has_its_classs_own():
     says = sampling_of_config({"_class_name": "FlowMatchEulerDiscreteScheduler"})
     assert says == Sampling(NoiseSchedule.flow(made.config.shift), "flow_prediction")
     assert not says.zero_terminal and Sampling(SDXL.zero_terminal_snr(), "sample").zero_terminal
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("base", [None, *CHANGES], ids=str)
+def test_what_the_one_writer_writes_is_overruled_by_nothing(kind, base):
+    """Whatever the old config said."""
+    for schedule in (SDXL, LONG, SDXL.with_terminal_sigma(300, "tail")):
+        for name in ("EulerDiscreteScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler"):
+            old = None if base is None else {**SDXL.to_config("epsilon"), "_class_name": name} | base
+            written = stock_config(Sampling(schedule, kind), old)
+            assert overruled(written) == [] and sampling_of_config(written).schedule == schedule
