@@ -222,6 +222,53 @@ def test_without_guidance_nothing_is_rescaled(parts):
         assert torch.equal(pipe(**options, generator=torch.Generator().manual_seed(0)).images, plain)
 
 
+class Pipeline:
+    """A U-Net and a scheduler that returns what it is given."""
+
+    class Scheduler:
+        def step(self, model_output):
+            return model_output
+
+    def __init__(self):
+        self.unet, self.scheduler = torch.nn.Identity(), self.Scheduler()
+
+    def stepped(self, both):
+        self.unet((both,))
+        return self.scheduler.step(both.mean(0, keepdim=True))
+
+
+BOTH = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def test_nested_rescaled_guidance_rescales_twice_and_leaves_nothing():
+    """The outer's rescale is applied to what the inner's returns: to its deviation it is idempotent at 1."""
+    pipe = Pipeline()
+    plain = BOTH.mean(0, keepdim=True)
+    half = rescale_guidance(plain, BOTH[1:], 0.5)
+    with rescaled_guidance(pipe, 0.5):
+        with rescaled_guidance(pipe, 0.5):
+            assert torch.allclose(pipe.stepped(BOTH), rescale_guidance(half, BOTH[1:], 0.5))
+        assert torch.allclose(pipe.stepped(BOTH), half)
+    assert torch.equal(pipe.stepped(BOTH), plain) and "step" not in vars(pipe.scheduler)
+    assert not pipe.unet._forward_hooks
+
+
+def test_a_step_that_somebody_set_is_put_back_also_after_an_error():
+    pipe = Pipeline()
+    pipe.scheduler.step = own = lambda model_output: -model_output
+    with pytest.raises(KeyboardInterrupt), rescaled_guidance(pipe, 1.0):
+        expected = -rescale_guidance(BOTH.mean(0, keepdim=True), BOTH[1:], 1.0)
+        assert torch.allclose(pipe.stepped(BOTH), expected)
+        raise KeyboardInterrupt
+    assert pipe.scheduler.step is own and not pipe.unet._forward_hooks
+
+
+def test_a_constant_prediction_is_left_as_it_is():
+    guided = torch.stack([torch.full((4, 8, 8), 0.3), torch.randn(4, 8, 8)])
+    got = rescale_guidance(guided, torch.randn(2, 4, 8, 8), 0.7)
+    assert torch.equal(got[0], guided[0]) and torch.isfinite(got).all() and not torch.equal(got[1], guided[1])
+
+
 def test_rescale_guidance_has_the_conditional_spread():
     guided, conditional = torch.randn(3, 4, 8, 8) * 5, torch.randn(3, 4, 8, 8) * 2
     full = rescale_guidance(guided, conditional, 1.0)

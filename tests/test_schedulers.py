@@ -530,6 +530,56 @@ def test_thresholding_and_clipping_act_on_the_image():
     assert got.item() == -0.5
 
 
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "unipc"])
+def test_final_sigmas_type_sigma_min_ends_at_the_first_trained_level(sampler):
+    """A network that knows the image and the noise gets x = alpha_0 x0 + sigma_0 noise back."""
+    scheduler = ZERO.scheduler(sampler, "v_prediction", final_sigmas_type="sigma_min")
+    x0, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    scheduler.set_timesteps(timesteps=[999, 700, 300, 20]) if sampler != "unipc" else scheduler.set_timesteps(
+        6
+    )
+    x = noise
+    for t in scheduler.timesteps:
+        alpha, sigma = ZERO.sqrt_alphas_cumprod[int(t)], ZERO.sqrt_one_minus_alphas_cumprod[int(t)]
+        x = scheduler.step((alpha * noise - sigma * x0).float(), t, x).prev_sample
+    alpha, sigma = ZERO.sqrt_alphas_cumprod[0], ZERO.sqrt_one_minus_alphas_cumprod[0]
+    assert torch.allclose(x, (alpha * x0 + sigma * noise).float(), atol=1e-4)
+    assert float(scheduler.sigmas[-1]) == pytest.approx(ZERO.sigmas[0])
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+def test_use_clipped_model_output_takes_the_noise_from_the_clipped_image(clipped):
+    """Against DDIM's equation 12 (arXiv:2010.02502) in float64."""
+    scheduler = ZERO.scheduler("ddim", "sample", clip_sample=True)
+    scheduler.set_timesteps(6)
+    t, after = (int(scheduler.timesteps[i]) for i in (2, 3))
+    alpha, sigma = ZERO.sqrt_alphas_cumprod, ZERO.sqrt_one_minus_alphas_cumprod
+    noise = (0.7 - alpha[t] * (1.0 if clipped else 3.0)) / sigma[t]
+    x = torch.full((1, 1, 1, 1), 0.7)
+    got = scheduler.step(torch.full_like(x, 3.0), t, x, use_clipped_model_output=clipped).prev_sample
+    assert got.item() == pytest.approx(alpha[after] * 1.0 + sigma[after] * noise, rel=1e-5)
+
+
+def test_config_changed_after_construction_is_read():
+    """Pipelines change clip_sample and steps_offset, in the config or beneath it."""
+    scheduler = ZERO.scheduler("ddim", "sample")
+    scheduler.set_timesteps(1)
+    far, x = torch.full((1, 1, 1, 1), 3.0), torch.zeros(1, 1, 1, 1)
+    assert scheduler.step(far, 999, x).prev_sample.item() == 3
+    changed = dict(scheduler.config) | {"clip_sample": True}
+    scheduler._internal_dict = diffusers.configuration_utils.FrozenDict(changed)
+    assert scheduler.step(far, 999, x).prev_sample.item() == 1
+    scheduler.register_to_config(clip_sample=False)
+    assert scheduler.step(far, 999, x).prev_sample.item() == 3 and scheduler.noise_schedule == ZERO
+
+
+def test_drop_ins_that_replaced_diffusers_classes_find_them(monkeypatch):
+    ours = schedulers.EulerDiscreteScheduler
+    theirs = diffusers.EulerDiscreteScheduler
+    monkeypatch.setattr(diffusers, "EulerDiscreteScheduler", ours)
+    assert type(ours(**SDXL)) is theirs and type(ours(**SDXL, timestep_spacing="log_sigma")) is ours
+
+
 def test_sigmas_are_the_schedule_s():
     scheduler = SCHEDULES["300 rescale"].scheduler("dpmpp_2m", "v_prediction")
     scheduler.set_timesteps(12)
