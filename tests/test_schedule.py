@@ -373,6 +373,12 @@ def test_a_scheduler_without_betas_is_refused():
         NoiseSchedule.from_scheduler(diffusers.EDMEulerScheduler())
 
 
+flow_matching = pytest.mark.skipif(
+    not hasattr(diffusers, "FlowMatchEulerDiscreteScheduler"), reason="this diffusers has no such class"
+)
+
+
+@flow_matching
 @pytest.mark.parametrize("shift", [1.0, 2.5, 3.0])
 def test_a_flow_matching_scheduler_reads_as_flow_of_its_shift(shift, tmp_path):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
@@ -385,6 +391,7 @@ def test_a_flow_matching_scheduler_reads_as_flow_of_its_shift(shift, tmp_path):
         np.testing.assert_allclose(scheduler.timesteps.flip(0), told, rtol=1e-6)
 
 
+@flow_matching
 def test_a_shift_that_depends_on_the_canvas_is_no_one_schedule():
     with pytest.raises(ValueError, match="use_dynamic_shifting"):
         NoiseSchedule.from_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
