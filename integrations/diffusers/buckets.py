@@ -46,7 +46,7 @@ def loader(original: Callable[..., None], self: Any, dataset: Any, *args: Any, *
 def prepare(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """accelerate deals our batches out to the processes as they are, instead of filling them up to one
     size."""
-    settings = getattr(self, "dataloader_config", self)  # accelerate kept it on itself before 0.28
+    settings = getattr(self, "dataloader_config", self)  # older accelerates hold it themselves
     settings.even_batches = False
     return original(self, *args, **kwargs)
 
