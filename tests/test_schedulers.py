@@ -533,6 +533,9 @@ def test_thresholding_and_clipping_act_on_the_image():
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "unipc"])
 def test_final_sigmas_type_sigma_min_ends_at_the_first_trained_level(sampler):
     """A network that knows the image and the noise gets x = alpha_0 x0 + sigma_0 noise back."""
+    stock = getattr(diffusers, SAMPLERS[sampler][0].__name__)
+    if "final_sigmas_type" not in inspect.signature(stock.__init__).parameters:
+        pytest.skip("this diffusers has no final_sigmas_type")
     scheduler = ZERO.scheduler(sampler, "v_prediction", final_sigmas_type="sigma_min")
     x0, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     scheduler.set_timesteps(timesteps=[999, 700, 300, 20]) if sampler != "unipc" else scheduler.set_timesteps(
