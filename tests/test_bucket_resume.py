@@ -61,9 +61,10 @@ def test_killed_and_resumed_on_other_ranks_sees_every_sample_once(tmp_path):
                 : saved["steps"]
             ]:  # what the last save has; anything after it was trained by nobody
                 seen.update(json.loads(line))
-    # the aligned run has three ranks: a rest of one or two samples is seen by each of them
-    assert samples <= seen.total() == saved["sampler"]["samples"] < samples + 2 * RUNS[1][0]
-    assert max(seen.values()) <= RUNS[1][0] and sum(n > 1 for n in seen.values()) <= 2
+    # the aligned run has three ranks: a rest of one or two samples of a bucket
+    # (of seven) may be seen by each of them
+    assert samples <= seen.total() == saved["sampler"]["samples"] <= samples + 7 * (RUNS[1][0] - 1)
+    assert max(seen.values()) <= RUNS[1][0]
     assert set(seen) == set(range(samples)) and len(saved["sampler"]["segments"]) == len(RUNS)
 
 
