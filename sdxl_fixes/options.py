@@ -33,6 +33,15 @@ def whole(where: str, key: str, value: Any, least: int, most: int) -> int:
     return value
 
 
+def number(where: str, options: Mapping[str, Any], key: str, least: float, most: float) -> float:
+    """The number under ``key``, 0 without one, if it lies in ``least`` to ``most``. Raises ValueError if it
+    does not."""
+    value = options.get(key, 0)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{where}: {key} is {shown(value)}: expected a number in {least:g}..{most:g}")
+    return value
+
+
 def tables(where: str, value: Any) -> list[dict[str, Any]]:
     """``value`` if it is a list of tables (TOML) or objects (JSON). Raises ValueError if it is not."""
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):

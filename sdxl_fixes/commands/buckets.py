@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from numpy.typing import NDArray
 
 from sdxl_fixes.aspects import RULES, Assigned, assign, assign_without_upscaling, resolutions
 from sdxl_fixes.atomic import replacing
-from sdxl_fixes.commands.dataset import Dataset, read
+from sdxl_fixes.commands.dataset import read
+from sdxl_fixes.commands.images import Dataset
 from sdxl_fixes.errors import printable, shown
 from sdxl_fixes.names import CHUNK, LEFTOVERS, SPLITS
 from sdxl_fixes.options import flag, whole
@@ -131,12 +131,18 @@ def _aspects(dataset: Dataset, rule: str) -> Assigned:
     step = whole(name, "bucket_reso_steps", settings.get("bucket_reso_steps", 64), 8, MOST_PIXELS)
     if step % 8:
         raise ValueError(f"{name}: bucket_reso_steps is {step}: expected a multiple of 8, a latent pixel")
-    if shrinks:
-        return assign_without_upscaling(sizes, width * height, step)
     least, most = (256, 1024) if "resolution" in settings else (512, 2048)
     most = whole(name, "max_bucket_reso", settings.get("max_bucket_reso", most), step, MOST_PIXELS)
-    shortest = max(step, min(most, math.isqrt(width * height)))
-    least = whole(name, "min_bucket_reso", settings.get("min_bucket_reso", least), step, shortest)
+    least = whole(
+        name, "min_bucket_reso", settings.get("min_bucket_reso", least), 1 if shrinks else step, most
+    )
+    if not least // step * step <= min(width, height) <= max(width, height) <= -(-most // step) * step:
+        raise ValueError(
+            f"{name}: resolution {width} x {height} lies outside min_bucket_reso {least} to max_bucket_reso "
+            f"{most}: move the limits"
+        )
+    if shrinks:
+        return assign_without_upscaling(sizes, width * height, step)
     found = resolutions(rule, width * height, step, least // step * step, -(-most // step) * step)
     return assign(sizes, found, 4 if rule == "novelai" else None)
 
@@ -179,13 +185,21 @@ def as_json(reports: list[Report]) -> str:
     return json.dumps([asdict(found) for found in reports], allow_nan=False)
 
 
-def plot(found: Report, file: Path) -> None:
-    """Write a PNG: samples per aspect bucket, chunks that a sample costs. Raises ValueError without
-    matplotlib, OSError if the file cannot be written (nothing half-written stays behind)."""
+def _check_plot(file: Path) -> None:
+    """Raise ValueError without matplotlib, OSError without the folder."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ValueError('a picture needs matplotlib: pip install "sdxl-fixes[plot]"') from error
+    if not file.absolute().parent.is_dir():
+        raise OSError(f"--plot {file}: there is no folder {file.absolute().parent}")
+
+
+def plot(found: Report, file: Path) -> None:
+    """Write a PNG: samples per aspect bucket, chunks that a sample costs. Raises OSError if the file cannot
+    be written (nothing half-written stays behind)."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     order = np.argsort([w / h for w, h in found.resolutions])
@@ -222,7 +236,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "dataset",
         type=Path,
-        help="kohya's --dataset_config (.toml), a metadata.jsonl, or a folder of images with .txt captions",
+        help="kohya's --dataset_config (.toml, .json), a metadata.jsonl or a folder of images and captions",
     )
     parser.add_argument("--batch_size", type=int, help="default: the .toml's, or 1")
     parser.add_argument(
@@ -268,6 +282,8 @@ def run(args: argparse.Namespace) -> int:
     _check_flags(args)
     from sdxl_fixes.token_counts import count_chunks
 
+    if args.plot is not None:
+        _check_plot(args.plot)  # before an hour of counting
     shown = sys.stderr.isatty()
     datasets = read(args.dataset, shown)
     tokenizer, reports = load_tokenizer(args.tokenizer), []

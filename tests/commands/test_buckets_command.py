@@ -15,7 +15,8 @@ from PIL import Image
 
 from sdxl_fixes.cli import main
 from sdxl_fixes.commands.buckets import as_json, report
-from sdxl_fixes.commands.dataset import Dataset, Sample, read
+from sdxl_fixes.commands.dataset import read
+from sdxl_fixes.commands.images import Dataset, Sample
 
 
 def refuse(constant):
@@ -298,9 +299,7 @@ def test_wrong_sources_are_one_sentence_and_status_2(name, content, sentence, tm
 )
 def test_wrong_metadata_of_kohya_is_one_sentence(content, sentence, tmp_path, capsys):
     (tmp_path / "m.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    (tmp_path / "set.toml").write_text(
-        f"[[datasets]]\n[[datasets.subsets]]\nmetadata_file = {json.dumps(str(tmp_path / 'm.json'))}"
-    )
+    toml(tmp_path, image_dir=str(tmp_path), metadata_file=str(tmp_path / "m.json"))
     status, _, error = call(capsys, tmp_path / "set.toml")
     assert status == 2 and sentence in error and error.count("\n") == 1
 
@@ -326,7 +325,7 @@ CAPTIONS = {  # .txt, options of the subset -> what kohya trains, the longest wh
         {"caption_prefix": "pre", "caption_suffix": "s", "enable_wildcard": True},
         "pre one",
     ),
-    "around nothing": (None, {"caption_prefix": "p"}, "p"),
+    "around nothing": (None, {"caption_prefix": "p"}, "p "),
     "around tokens": (None, {"class_tokens": "cat", "caption_suffix": "s"}, "cat s"),
 }
 
@@ -335,7 +334,8 @@ def toml(folder, **options):
     lines = [
         f"{key} = {json.dumps(value)}" for key, value in {"caption_extension": ".txt", **options}.items()
     ]
-    (folder / "set.toml").write_text("\n".join(["[[datasets]]", "[[datasets.subsets]]", *lines]))
+    heads = ["[[datasets]]", "resolution = 64", "[[datasets.subsets]]"]
+    (folder / "set.toml").write_text("\n".join([*heads, *lines]))
     return folder / "set.toml"
 
 
@@ -348,7 +348,7 @@ def test_captions_are_counted_as_kohya_trains_them(case, tmp_path):
     (dataset,) = read(toml(tmp_path, image_dir=str(tmp_path), **options))
     assert [sample.caption for sample in dataset.samples] == [expected]
     assert dataset.problems == (
-        [f"{tmp_path / 'a.png'}: no caption, it trains with 'p' alone"] if case == "around nothing" else []
+        [f"{tmp_path / 'a.png'}: no caption, it trains with 'p ' alone"] if case == "around nothing" else []
     )
 
 
@@ -356,13 +356,15 @@ def test_captions_are_counted_as_kohya_trains_them(case, tmp_path):
     ("entry", "options", "expected"),
     [
         ({"caption": "one\ntwo", "tags": "t"}, {}, "one"),
-        ({"caption": "one", "tags": "t"}, {"caption_prefix": "p"}, "p one, t"),
-        ({"caption": "one\ntwo three", "tags": "t\nu"}, {"enable_wildcard": True}, "two three, t, u"),
+        ({"caption": "one", "tags": "t"}, {"caption_prefix": "p"}, "p one,t"),
+        ({"caption": "one\ntwo three", "tags": "t\nu"}, {"enable_wildcard": True}, "two three,t,u"),
     ],
 )
 def test_metadata_is_counted_as_kohya_trains_it(entry, options, expected, tmp_path):
     (tmp_path / "m.json").write_text(json.dumps({"a.png": {**entry, "image_size": [8, 8]}}))
-    (dataset,) = read(toml(tmp_path, metadata_file=str(tmp_path / "m.json"), **options))
+    (dataset,) = read(
+        toml(tmp_path, image_dir=str(tmp_path), metadata_file=str(tmp_path / "m.json"), **options)
+    )
     assert [sample.caption for sample in dataset.samples] == [expected]
 
 
