@@ -66,7 +66,8 @@ def too_long(counts: NDArray[Any], limit: int, names: Sequence[str] | None = Non
     worst = over[np.argsort(-np.asarray(counts)[over], kind="stable")][:3]
     shown = ", ".join(f"{names[k] if names else f'number {k}'} ({counts[k]} chunks)" for k in worst)
     return (
-        f"{len(over)} of {len(counts)} captions are longer than {limit} chunks ({limit * CHUNK} tokens), "
+        f"{len(over)} of {len(counts)} captions {'is' if len(over) == 1 else 'are'} longer than "
+        f"{limit} chunks ({limit * CHUNK} tokens), "
         f"and what is beyond is not trained: {shown}{', ...' if len(over) > 3 else ''}"
     )
 

@@ -158,7 +158,7 @@ def _report_cut(lengths: list[int], limit: int) -> None:
     if max(lengths) > longest:
         longest = max(lengths)
         warn(
-            f"{count} captions so far are longer than --max_token_length {limit} and were cut there; the "
-            f"longest has {longest} tokens"
+            f"captions longer than --max_token_length {limit}, and cut there, so far: {count}; the longest "
+            f"has {longest} tokens"
         )
     SESSION.cut = (count, longest)

@@ -54,7 +54,6 @@ class Wording:
     separator: str = ","
     secondary: str | None = None
     shuffled: bool = False  # tags are taken apart and joined again
-    keep: int = 0
     keep_separator: str | None = None
     dropped: bool = False  # every caption, always
 
@@ -83,7 +82,6 @@ class Wording:
             "," if separator is None else separator,
             text(where, options, "secondary_separator"),
             shuffled,
-            whole(where, "keep_tokens", options.get("keep_tokens", 0), 0, 1 << 31),
             text(where, options, "keep_tokens_separator"),
             rate == 1 or every == 1,
         )
@@ -96,8 +94,10 @@ class Wording:
         caption = f"{caption} {self.suffix}" if self.suffix else caption
         lines = caption.split("\n")
         lines = [_drawn(line) for line in lines] if self.wildcard else lines[:1]
-        longest = max(map(self._joined, lines), key=len)
-        return longest.replace(self.secondary, self.separator) if self.secondary else longest
+        return max((self._separated(self._joined(line)) for line in lines), key=len)
+
+    def _separated(self, line: str) -> str:
+        return line.replace(self.secondary, self.separator) if self.secondary else line
 
     def _joined(self, line: str) -> str:
         """The tags as they are joined after a shuffle."""
@@ -388,10 +388,10 @@ def _text_of(file: Path) -> str:
 
 
 def _with_tags(caption: str, tags: str | None, wording: Wording) -> str:
-    if not tags:
+    if tags is None:
         return caption
     if not wording.wildcard:
-        return f"{caption}{wording.separator}{tags}" if caption else tags
+        return wording.separator.join(filter(None, (caption, tags)))
     tags = tags.replace("\n", wording.separator)
     return (
         "\n".join(f"{line}{wording.separator}{tags}" for line in caption.split("\n") if line.strip()) or tags

@@ -522,3 +522,64 @@ def test_wrong_flags_are_one_sentence_and_status_2(words, sentence, images, toke
 def test_missing_extras_are_named(images, tokenizer, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert 'pip install "sdxl-fixes[buckets]"' in call(capsys, images, "--tokenizer", tokenizer)[2]
+
+
+def test_of_kohyas_folder_only_kohyas_pictures_count_and_what_stops_it_is_named(tmp_path):
+    for name in ("a.png", "b.PNG", "c.Png", "d.gif", ".e.png", "f.png", "a_b_g_1_2_3_4.png"):
+        Image.new("RGB", (64, 64)).save(tmp_path / name, "PNG")
+    (tmp_path / "a.txt").write_bytes(b"")
+    (tmp_path / "b.txt").write_bytes("caf\xe9".encode("cp1252"))
+    (tmp_path / "a_b_g.txt").write_text("a face, cut out")
+    (dataset,) = read(toml(tmp_path, image_dir=str(tmp_path), num_repeat=2))
+    assert [(sample.image.name, sample.caption) for sample in dataset.samples] == [
+        ("a_b_g_1_2_3_4.png", "a face, cut out"),
+        ("f.png", ""),
+    ]
+    stops = [problem for problem in dataset.problems if "kohya stops" in problem]
+    assert len(stops) == 3 and "num_repeat is no key" in stops[0] and "did you mean num_repeats?" in stops[0]
+    assert "a.txt: it is empty" in stops[1] and "b.txt: it is not UTF-8" in stops[2]
+    left = [problem for problem in dataset.problems if "takes no such file" in problem]
+    assert [problem.split(":")[0].rpartition("/")[2] for problem in left] == ["c.Png", "d.gif"]
+
+
+def test_regularisation_images_repeat_up_to_the_training_images(tmp_path):
+    # kohya's own counts (sd-scripts 0.11.1): 7 training draws; 2 regularisation images of 2 repeats get
+    # 2 and 2, then one more each until 7
+    for name, count in (("train", 7), ("reg", 2)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            Image.new("RGB", (64, 64)).save(tmp_path / name / f"{number}.png")
+    subsets = [
+        {"image_dir": str(tmp_path / "train"), "class_tokens": "t"},
+        {"image_dir": str(tmp_path / "reg"), "class_tokens": "r", "is_reg": True, "num_repeats": 2},
+    ]
+    (tmp_path / "set.json").write_text(json.dumps({"datasets": [{"resolution": 64, "subsets": subsets}]}))
+    (dataset,) = read(tmp_path / "set.json")
+    assert [sample.repeats for sample in dataset.samples] == [1] * 7 + [4, 3] and dataset.problems == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("set.toml", b"\xef\xbb\xbf[[datasets]]", "begins with a byte order mark"),
+        ("set.json", b"\xef\xbb\xbf{}", "begins with a byte order mark"),
+        ("set.json", b"[]", "holds a list"),
+        ("set.json", b"{", "is not JSON"),
+        ("set.json", b"{}", "has no [[datasets]]"),
+    ],
+)
+def test_a_configuration_that_kohya_cannot_read_is_one_sentence(name, content, sentence, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        read(tmp_path / name)
+
+
+def test_a_folder_of_folders_names_them(images):
+    with pytest.raises(ValueError, match="only folders in it: images"):
+        read(images.parent)
+
+
+def test_a_picture_is_refused_before_anything_is_counted(images, tokenizer, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("sdxl_fixes.commands.buckets.read", None)  # not reached
+    status, _, error = call(capsys, images, "--tokenizer", tokenizer, "--plot", tmp_path / "gone" / "x.png")
+    assert status == 2 and "--plot" in error and "there is no folder" in error

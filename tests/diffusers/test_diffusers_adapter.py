@@ -466,8 +466,8 @@ def test_captions_become_chunks_of_75_with_their_own_ends_and_the_limit_is_repor
     assert rows[1] == [[8, *[5] * 75, 9], [8, 5, 9, *[0] * 74]] and rows[2] == [[8, *[5] * 75, 9]] * 2
     assert session.chunks == [1, 2, 2] and session.has_reached("prompts")
     assert (
-        "1 captions so far are longer than --max_token_length 150 and were cut there; the longest has "
-        "200 tokens" in capsys.readouterr().err
+        "captions longer than --max_token_length 150, and cut there, so far: 1; the longest has 200 tokens"
+        in capsys.readouterr().err
     )
 
 

@@ -98,7 +98,7 @@ def config(draw, root, rare):
             "min_bucket_reso": draw.choice([32, 60, 64]),
             "max_bucket_reso": draw.choice([128, 150, 192]),
         }
-        if draw.random() < 0.2 and not finetuning:
+        if draw.random() < 0.2 and not (finetuning or rare):
             entry |= {"validation_split": 0.3, "validation_seed": 5}
         if rare and draw.random() < 0.2:
             entry |= draw.choice([{"num_repeat": 2}, {"is_reg": True}, {"min_bucket_reso": 128}])
