@@ -1,8 +1,8 @@
 """A training script of our own with the structure of diffusers' SDXL examples: what the adapter needs to
 find, in a second of CPU time.
 
-The "U-Net" is a convolution, with --unet one of diffusers' class. Every step's inputs are written to steps.pt, so that a test can work the losses
-out by itself.
+The "U-Net" is a convolution, with --unet one of diffusers' class. Every step's inputs are written to
+steps.pt, so that a test can work the losses out by itself.
 """
 
 import argparse
