@@ -4,11 +4,13 @@ what makes a step is ever not finite."""
 import argparse
 import functools
 import itertools
+import json
 
+import diffusers
 import pytest
 import torch
 from closed_form import LOSSES, covering, flow_levels
-from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
 from sdxl_fixes import NoiseSchedule
 from sdxl_fixes.checkpoint import Sampling, read_record
@@ -200,3 +202,23 @@ def test_previews_sample_flow_whatever_sampler_was_asked_for(start, cls):
         velocity = (x - x0) / s  # noise - x0 of x = (1 - s) x0 + s noise
         x = sampler.step(velocity, t, x).prev_sample.double()
     assert float(x.mean()) == pytest.approx(2, abs=0.03) and float(x.std()) == pytest.approx(0.5, rel=0.1)
+
+
+def test_a_saved_folder_names_a_class_that_samples_flow_in_both_of_its_files(start, tmp_path):
+    """diffusers makes a pipeline's scheduler of the class in model_index.json, whatever the config says."""
+
+    def upstream_saves(folder):
+        EulerDiscreteScheduler(**SDXL).save_pretrained(tmp_path / "scheduler")
+        index = {"_class_name": "StableDiffusionXLPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+        index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
+        (tmp_path / "model_index.json").write_text(json.dumps(index))
+
+    start(**FLOW, flow_shift=3.0)
+    checkpoint.save_folder(upstream_saves, str(tmp_path))
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    cls = getattr(diffusers, index["scheduler"][1])
+    loaded = cls.from_pretrained(tmp_path, subfolder="scheduler")
+    loaded.set_timesteps(4)  # raises for a class that knows no flow
+    assert loaded.config.prediction_type == "flow_prediction" and loaded.config.flow_shift == 3
+    assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
+    assert loaded.config.use_flow_sigmas and float(loaded.timesteps[0]) > 990
