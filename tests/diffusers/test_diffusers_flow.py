@@ -1,19 +1,24 @@
 """Rectified flow in the diffusers adapter, on the made-up script with a U-Net of diffusers' own class: what
 it is told, the loss in closed form, what is refused, and what stock diffusers makes of the saved folder."""
 
+import argparse
 import itertools
 import json
 
 import pytest
 import torch
 from closed_form import LOSSES, TIMESTEPS, covering, flow_alphas_cumprod, flow_levels, loss, weights
-from diffusers import UniPCMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, PNDMScheduler, UniPCMultistepScheduler
 from made_up_script import environment, model, run
 
-from sdxl_fixes import NoiseSchedule
+from sdxl_fixes import NoiseSchedule, schedulers
 from sdxl_fixes.checkpoint import Sampling, sampling_of_config
+from sdxl_fixes.diffusers import schedule
 from sdxl_fixes.diffusers.anchors import computes_with_predictions
+from sdxl_fixes.diffusers.flags import FLAGS_HERE
+from sdxl_fixes.diffusers.run import SESSION, start
 from sdxl_fixes.model_files.model_file import read_sampling
+from sdxl_fixes.trainers.patching import PatchSet
 
 SHIFT = 3.0
 FLOW = ["--prediction_type", "flow_prediction", "--flow_shift", str(SHIFT), "--unet"]
@@ -131,3 +136,36 @@ def test_a_network_that_is_not_told_stops_the_training(train):
 def test_a_perceptual_loss_beside_it_is_told_by_its_source():
     assert computes_with_predictions("from lpl_loss import LatentPerceptualLoss")
     assert not computes_with_predictions("loss = F.mse_loss(model_pred, target)")
+
+
+@pytest.mark.parametrize(
+    ("asked", "given"),
+    [
+        (DPMSolverMultistepScheduler, schedulers.DPMSolverMultistepScheduler),
+        (UniPCMultistepScheduler, schedulers.UniPCMultistepScheduler),
+        (PNDMScheduler, schedulers.UniPCMultistepScheduler),  # which cannot sample flow
+    ],
+)
+def test_a_scheduler_that_the_script_makes_for_its_images_samples_flow_exactly(folder, asked, given):
+    """As DreamBooth's, textual inversion's and ControlNet's scripts do with stock classes, whose
+    use_flow_sigmas floors the timesteps."""
+    flags = {name: flag.default for name, flag in FLAGS_HERE.items()}
+    flags |= {"prediction_type": "flow_prediction", "flow_shift": SHIFT}
+    base = str(model(folder))
+    SESSION.begin(start(argparse.Namespace(**flags, pretrained_model_name_or_path=base), PatchSet(())))
+    SESSION.script, config = globals(), SESSION.run.schedule.scheduler("unipc", "flow_prediction").config
+
+    def from_config(config):  # where the patch stands
+        return schedule.configured(lambda cls, config: cls.from_config(config), asked, config)
+
+    try:
+        assert type(from_config(config)) is asked  # images of the base model, before the training
+        SESSION.training = True
+        made = from_config(config)
+    finally:
+        SESSION.reset()
+    assert type(made) is given
+    made.set_timesteps(7)
+    table = 1000 * flow_levels(SHIFT)
+    assert made.timesteps[0] == 1000
+    assert all((table - float(t)).abs().min() < 1e-3 for t in made.timesteps)

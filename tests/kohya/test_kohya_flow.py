@@ -222,3 +222,29 @@ def test_a_saved_folder_names_a_class_that_samples_flow_in_both_of_its_files(sta
     assert loaded.config.prediction_type == "flow_prediction" and loaded.config.flow_shift == 3
     assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
     assert loaded.config.use_flow_sigmas and float(loaded.timesteps[0]) > 990
+
+
+def test_the_stable_loss_is_of_flow(start):
+    """The squared error of a network that says 0, by the noise that Validation draws; told T s."""
+    validation = start(**FLOW, flow_shift=3.0, stable_loss_steps=1).stable_loss.validation
+    images, seen = torch.randn(2, 4, 8, 8), []
+
+    def predict(noisy, timesteps, image):
+        seen.append(timesteps)
+        return torch.zeros_like(noisy)
+
+    loss_unweighted = validation(predict, images)["loss_unweighted"]
+    errors = [
+        (validation.noise(number, t, images[0].shape).double() - images[number].double()).square().mean()
+        for number in range(2)
+        for t in validation.timesteps
+    ]
+    assert loss_unweighted == pytest.approx(float(torch.stack(errors).mean()), rel=1e-5)
+    told = torch.cat(seen).unique().double()
+    assert torch.allclose(told, 1000 * flow_levels(3.0)[validation.timesteps], rtol=1e-7, atol=0)
+
+
+def test_the_range_of_timesteps_is_of_rows(start):
+    run = start(**FLOW, stratified_timesteps=True, min_timestep=100, max_timestep=200)
+    told = torch.cat([step(run.args, torch.randn(6, 4, 2, 2))[1] for _ in range(20)])
+    assert 101 <= float(told.min()) < 105 and 195 < float(told.max()) <= 200
