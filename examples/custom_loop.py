@@ -25,7 +25,6 @@ from sdxl_fixes.command_line import add_flags
 from sdxl_fixes.flags import FLAGS, TrainingFlags
 from sdxl_fixes.validation import Validation
 
-PREDICTION_TYPE = "v_prediction"
 # widths of the text embeddings, the pooled one and the six time ids make the conditioning
 TEXT, POOLED = 80, 48
 
@@ -40,8 +39,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output_dir")
     parser.add_argument("--log_with", help="tensorboard, wandb, ...: a tracker that accelerate knows")
-    # schedule, loss, weights, noise, timesteps, and the validation loss every --stable_loss_steps
+    # prediction, schedule, loss, weights, noise, timesteps, and the validation loss every --stable_loss_steps
     add_flags(parser, FLAGS)
+    parser.set_defaults(prediction_type="v_prediction")
     return parser.parse_args()
 
 
@@ -113,7 +113,7 @@ def main() -> None:
     accelerator.init_trackers("custom_loop")
     flags = TrainingFlags.from_args(args)
     objective = flags.objective(
-        PREDICTION_TYPE, seed=args.seed, rank=accelerator.process_index, world_size=accelerator.num_processes
+        seed=args.seed, rank=accelerator.process_index, world_size=accelerator.num_processes
     )
     torch.manual_seed(args.seed)
     unet = make_unet()
@@ -178,7 +178,9 @@ def main() -> None:
         network.save_pretrained(args.output_dir / "unet")
         # samples the trained schedule, also in stock diffusers; a pipeline's save_pretrained writes the same
         # file
-        objective.schedule.scheduler("ddim", PREDICTION_TYPE).save_pretrained(args.output_dir / "scheduler")
+        objective.schedule.scheduler("ddim", objective.prediction_type).save_pretrained(
+            args.output_dir / "scheduler"
+        )
         (args.output_dir / "losses.json").write_text(
             json.dumps({"first_step": first_step, "losses": losses, "validation": validated})
         )

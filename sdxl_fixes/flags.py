@@ -9,15 +9,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from sdxl_fixes.checkpoint import Sampling
 from sdxl_fixes.command_line import Flag, flag, flags_of, read_values
 from sdxl_fixes.errors import FlagError
 from sdxl_fixes.names import (
+    FLOW,
     HUBER_C,
     HUBER_KINDS,
     HUBER_SCALE,
     HUBER_SCHEDULE,
     HUBER_SCHEDULES,
     LOSS_TYPES,
+    PREDICTION_TYPES,
 )
 from sdxl_fixes.schedule import TERMINAL_SIGMA_METHODS, NoiseSchedule
 from sdxl_fixes.weighting import Debiased, MinSNR, SoftMinSNR, Weighting
@@ -38,6 +41,20 @@ class TrainingFlags:
     """The flags' values, checked, and what they describe, made once. Raises FlagError, in one sentence, for a
     value or a combination that makes no sense."""
 
+    prediction_type: str | None = flag(
+        None,
+        "what the model is trained to predict; flow_prediction is rectified flow (arXiv:2209.03003)",
+        choices=PREDICTION_TYPES,
+        group="prediction",
+        unset="as the base model",
+    )
+    flow_shift: float | None = flag(
+        None,
+        "of flow_prediction: timesteps are drawn at noise levels s = shift u/(1 + (shift - 1) u), u even in "
+        "(0, 1]; 1 draws s evenly, more draws more noise (arXiv:2403.03206 eq. 23)",
+        group="prediction",
+        unset="1, or the base's",
+    )
     zero_terminal_snr: bool = flag(
         False, "train the last timestep on pure noise (arXiv:2305.08891)", group="schedule"
     )
@@ -115,8 +132,8 @@ class TrainingFlags:
         unset=STABLE_LOSS_IMAGES,
     )
 
-    # what the flags describe, _of_sdxl the schedule that they make of SDXL's own
-    _of_sdxl: NoiseSchedule = field(init=False, repr=False, compare=False)
+    # what the flags describe, _of_sdxl what they make of SDXL's own
+    _of_sdxl: Sampling = field(init=False, repr=False, compare=False)
     loss: Loss | ScheduledHuber = field(init=False, repr=False, compare=False)
     weightings: Mapping[str, Weighting] = field(init=False, repr=False, compare=False)  # by flag
     perturbation: InputPerturbation | None = field(init=False, repr=False, compare=False)
@@ -125,7 +142,7 @@ class TrainingFlags:
     def __post_init__(self) -> None:
         self._check()
         made = {
-            "_of_sdxl": self._changed(NoiseSchedule.sdxl()),
+            "_of_sdxl": self._sampling(Sampling(NoiseSchedule.sdxl(), "epsilon")),
             "loss": self._loss(),
             "weightings": self._weightings(),
             "perturbation": self._perturbation(),
@@ -140,14 +157,15 @@ class TrainingFlags:
         None."""
         return cls(**read_values(args, FLAGS))
 
-    @property
-    def changes_schedule(self) -> bool:
-        """Whether training leaves SDXL's own schedule."""
-        return self.zero_terminal_snr or self.terminal_sigma is not None
+    def sampling(self, base: Sampling | None = None) -> Sampling:
+        """The schedule that is trained on and what is predicted, as far as the flags say it, else as ``base``
+        (None: SDXL's own epsilon). Nothing else decides either. Raises FlagError where the flags make no
+        sense of ``base``."""
+        return self._of_sdxl if base is None else self._sampling(base)
 
     def schedule(self, base: NoiseSchedule | None = None) -> NoiseSchedule:
         """The schedule that the flags make of ``base`` (None: SDXL's own)."""
-        return self._of_sdxl if base is None else self._changed(base)
+        return self._of_sdxl.schedule if base is None else self._changed(base)
 
     def weighting(self) -> Weighting | None:
         """The weighting that the flags describe. Raises FlagError for more than one."""
@@ -171,14 +189,18 @@ class TrainingFlags:
             name, lambda: TimestepSampler(table, terminal_share=share, stratified=stratified, **options)
         )
 
-    def objective(self, prediction_type: str = "epsilon", **options: Any) -> Objective:
+    def objective(self, **options: Any) -> Objective:
         """All of it, for a training loop of your own; ``options`` as for :meth:`timesteps`."""
         from sdxl_fixes.objective import Objective
 
         parts = (self.loss, self.weighting(), self.perturbation, self.offset, self.timesteps(**options))
-        return Objective(self.schedule(), prediction_type, *parts)
+        return Objective(self._of_sdxl.schedule, self._of_sdxl.prediction_type, *parts)
 
     def _check(self) -> None:
+        if self.flow_shift is not None and self.prediction_type != FLOW:
+            raise FlagError(
+                f"--flow_shift {self.flow_shift:g} belongs to --prediction_type {FLOW}: give both, or neither"
+            )
         if self.terminal_sigma is None:
             for name in ("terminal_sigma_method", "terminal_sigma_start"):
                 if getattr(self, name) is not None:
@@ -213,6 +235,26 @@ class TrainingFlags:
                 "--stable_loss_images needs --stable_loss_steps: give the optimizer steps "
                 "between two losses, or leave it out"
             )
+
+    def _sampling(self, base: Sampling) -> Sampling:
+        predicts, was_flow = self.prediction_type or base.prediction_type, base.prediction_type == FLOW
+        if predicts != FLOW:
+            if was_flow:
+                raise FlagError(
+                    f"--prediction_type {predicts}: the base model is rectified flow, which has no schedule "
+                    "that this could be trained on: leave it out, or take another base model"
+                )
+            return Sampling(self._changed(base.schedule), predicts)
+        if self.zero_terminal_snr or self.terminal_sigma is not None:
+            name = "zero_terminal_snr" if self.zero_terminal_snr else "terminal_sigma"
+            raise FlagError(
+                f"--{name} does not go with {FLOW}, whose schedule ends in pure noise already: leave it out"
+            )
+        if was_flow and self.flow_shift is None:
+            return base
+        shift = 1.0 if self.flow_shift is None else self.flow_shift
+        schedule = _checked("--flow_shift", lambda: NoiseSchedule.flow(shift, len(base.schedule)))
+        return Sampling(schedule, FLOW)
 
     def _changed(self, start: NoiseSchedule) -> NoiseSchedule:
         sigma = self.terminal_sigma
@@ -270,7 +312,7 @@ FLAGS: Mapping[str, Flag] = flags_of(TrainingFlags)
 
 
 def grouped(*groups: str) -> dict[str, Flag]:
-    """The flags of some groups: schedule, loss, weighting, noise, timesteps, validation."""
+    """The flags of some groups: prediction, schedule, loss, weighting, noise, timesteps, validation."""
     return {name: stated for name, stated in FLAGS.items() if stated.group in groups}
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from sdxl_fixes.errors import shown
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
+FLOW = "flow_prediction"
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", FLOW)
 HUBER_KINDS = ("huber", "smooth_l1")
 LOSS_TYPES = ("l2", "l1", *HUBER_KINDS)
 HUBER_SCHEDULES = ("constant", "exponential", "snr")

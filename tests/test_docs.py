@@ -249,6 +249,25 @@ def test_the_numbers_in_the_sentences_are_the_codes():
     assert f"terminal step gets {MinSNR(5).table(SDXL, 'v_prediction')[-1]:.4f} by mistake" in said("min-snr")
 
 
+def told():
+    """What SDXL is told of rectified flow's noise, and what it was trained to be told of as much."""
+    rows = []
+    for s in (0.1, 0.25, 0.5, 0.75, 0.9):
+        t = np.interp(math.log(s / (1 - s)), np.log(SDXL.sigmas), np.arange(1000))
+        rows.append([s, round(1000 * s), f"{t:.1f}", f"{math.hypot(s, 1 - s):.3f}"])
+    return [f"| {' | '.join(map(str, row))} |" for row in rows]
+
+
+def test_the_page_on_flow_says_what_sdxl_is_told_wrongly_and_what_it_never_saw():
+    page = (DOCS / "flow.md").read_text(encoding="utf-8")
+    assert "\n".join(told()) in page
+    end = SDXL.terminal_sigma / (1 + SDXL.terminal_sigma)
+    shares = [(NoiseSchedule.flow(shift).sigmas > SDXL.terminal_sigma).mean() for shift in (1, 3, 6)]
+    low, *high = (100 * share for share in shares)
+    said = f"Above $s={end:.3f}$ SDXL knows nothing: {low:.1f} % of the draws at shift 1, "
+    assert said + f"{high[0]:.0f} % at 3, {high[1]:.0f} % at 6" in page
+
+
 @pytest.mark.parametrize("draws", [4, 16])
 def test_stratified_draws_are_as_even_as_the_page_says(draws):
     sampler = TimestepSampler(SDXL, stratified=True)

@@ -28,7 +28,7 @@ def parse(*words):
 
 def test_no_flag_is_stock_sdxl():
     flags = parse()
-    assert flags == TrainingFlags() and not flags.changes_schedule
+    assert flags == TrainingFlags()
     assert flags.schedule() == NoiseSchedule.sdxl() and flags.loss == Loss("l2")
     assert flags.weighting() is flags.perturbation is flags.offset is None
 
@@ -73,7 +73,7 @@ def test_the_other_flags_reach_the_core():
     assert parse("--min_snr_gamma", "5", "--min_snr_floor").weighting() == MinSNR(5, floor=True)
     assert parse("--soft_min_snr_gamma", "4").weighting() == SoftMinSNR(4)
     assert parse("--debiased_estimation_loss").weighting() == Debiased()
-    assert flags.objective("v_prediction").loss_function == flags.loss
+    assert flags.objective().loss_function == flags.loss
 
 
 @pytest.mark.parametrize(

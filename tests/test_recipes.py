@@ -84,10 +84,12 @@ def test_our_flags_in_a_recipe_are_flags_of_ours_that_make_sense_together(recipe
     arguments = [f"--{key}" if value is True else f"--{key}={value}" for key, value in ours.items()]
     args = parser.parse_args(arguments)
     assert {key: getattr(args, key) for key in ours} == ours
-    flags, v = TrainingFlags.from_args(args), recipe != "epsilon"
-    assert flags.schedule() == (NoiseSchedule.sdxl().zero_terminal_snr() if v else NoiseSchedule.sdxl())
-    assert recipes.keys(recipe).get("v_parameterization", False) == v
-    assert flags.stratified_timesteps and flags.min_snr_gamma == 5 and args.chunk_buckets
+    flags, flow = TrainingFlags.from_args(args), recipe == "big_flow"
+    v, sdxl = not flow and recipe != "epsilon", NoiseSchedule.sdxl()
+    wanted = NoiseSchedule.flow() if flow else sdxl.zero_terminal_snr() if v else sdxl
+    assert flags.schedule() == wanted and recipes.keys(recipe).get("v_parameterization", False) == v
+    assert flags.min_snr_gamma == (None if flow else 5)
+    assert flags.stratified_timesteps and args.chunk_buckets
     chunk_flags.Options.from_args(argparse.Namespace(**{**recipes.keys(recipe), **vars(args)}))
 
 
@@ -109,6 +111,19 @@ def test_the_big_finetune_is_2048_samples_a_step_and_40_million_in_all():
         and keys["optimizer_args"] == ["weight_decay=0.1"]
         and keys["min_snr_gamma"] == 5
     )
+
+
+def test_the_big_flow_is_4096_samples_a_step_and_150_million_in_all(tmp_path):
+    keys, images = recipes.keys("big_flow"), recipes.data("big_flow")["datasets"][0]["batch_size"]
+    assert 32 * images * keys["gradient_accumulation_steps"] == 4096
+    assert (keys["max_train_steps"] - 1) * 4096 < 150_000_000 <= keys["max_train_steps"] * 4096
+    assert keys["lr_warmup_steps"] * 150_000_000 == pytest.approx(100_000, rel=0.01)
+    for name in ("learning_rate", "optimizer_args", "max_grad_norm"):
+        assert keys[name] == recipes.keys("big_v_ztsnr")[name]
+    command = recipes.command("big_flow", tmp_path)
+    told = {flag: command[command.index(f"--{flag}") + 1] for flag in ("train_batch_size", "max_train_steps")}
+    assert 32 * 32 * int(told["train_batch_size"]) == 4096
+    assert int(told["max_train_steps"]) == keys["max_train_steps"]
 
 
 @pytest.mark.parametrize("recipe", ["one_card_v_ztsnr", "lora_v_ztsnr", "epsilon"])

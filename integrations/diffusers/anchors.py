@@ -111,6 +111,12 @@ def in_sigma_space(source: str) -> bool:
     return "EulerDiscreteScheduler.from_pretrained" in names and "DDPMScheduler.from_pretrained" not in names
 
 
+def computes_with_predictions(source: str) -> bool:
+    """Whether the script whose text is ``source`` makes something else than the loss of a prediction, by
+    formulas for epsilon and v-prediction."""
+    return "LatentPerceptualLoss" in source
+
+
 def is_sdxl_script(source: str) -> bool:
     """Whether ``source`` looks like a training script for SDXL made after diffusers' examples: it names a
     pipeline of SDXL's, or loads a U-Net and two tokenizers."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sdxl_fixes.command_line import Flag, add_flags, flag, flags_of
 from sdxl_fixes.flags import FLAGS, grouped
+from sdxl_fixes.names import FLOW
 from sdxl_fixes.trainers.fixes import fixes_flag
 
 from .run import FIXES
@@ -18,12 +19,6 @@ class ScriptFlags:
     """The flags that only these scripts have."""
 
     snr_gamma: float | None = flag(None, FLAGS["min_snr_gamma"].help)
-    prediction_type: str | None = flag(
-        None,
-        "what the model is trained to predict",
-        choices=("epsilon", "v_prediction"),
-        unset="as the base model",
-    )
     float32_noising: bool = flag(False, "noise the latents in float32 in mixed precision, too")
     max_token_length: int | None = flag(
         None, "captions of up to so many tokens, encoded in chunks of 75 as the UIs do (225: three chunks)"
@@ -37,10 +32,12 @@ class ScriptFlags:
     checked_caches: bool = flag(False, "key the script's caches by everything that changes their content")
 
 
-_SHARED = grouped("schedule", "loss", "weighting", "noise", "timesteps", "validation")
+_TRAINED = ("epsilon", "v_prediction", FLOW)  # where the script has no --prediction_type of its own
+_SHARED = grouped("prediction", "schedule", "loss", "weighting", "noise", "timesteps", "validation")
 _NOT_THERE = ("min_snr_gamma", "noise_offset")  # snr_gamma is diffusers' name; the offset is the scripts' own
 FLAGS_HERE: Mapping[str, Flag] = {
     **{name: stated for name, stated in _SHARED.items() if name not in _NOT_THERE},
+    "prediction_type": replace(FLAGS["prediction_type"], choices=_TRAINED),
     **flags_of(ScriptFlags),
     "fixes": fixes_flag(FIXES),
 }

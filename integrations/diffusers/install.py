@@ -12,7 +12,7 @@ from sdxl_fixes.command_line import Flag
 from sdxl_fixes.errors import FixError, FlagError
 from sdxl_fixes.trainers.patching import Patch, PatchSet
 
-from .anchors import in_sigma_space, missing, refused
+from .anchors import computes_with_predictions, in_sigma_space, missing, refused
 from .flags import add_arguments
 from .patches import PATCHES, for_script
 from .run import FIXES, SESSION, caller, start
@@ -62,6 +62,11 @@ def begin(args: argparse.Namespace, script: dict[str, Any], ours: Mapping[str, F
     }
     try:
         run = start(args, table, ours, in_sigma_space(source))
+        if run.noising.flow and computes_with_predictions(source):
+            raise FlagError(
+                "this script computes images by formulas for epsilon and v_prediction: leave "
+                "--prediction_type flow_prediction out"
+            )
     except FlagError as error:
         raise FlagError(str(error).replace("--min_snr_gamma", "--snr_gamma")) from error
     patches.undo()
@@ -70,6 +75,8 @@ def begin(args: argparse.Namespace, script: dict[str, Any], ours: Mapping[str, F
     SESSION.begin(run)
     if "weighting" in run.on:
         args.snr_gamma = None  # the script must not weight again
+    if run.noising.flow:
+        args.prediction_type = None  # which the script does not know, nor its DDPMScheduler
     if "caches" in run.on and getattr(args, "cache_latents", False):
         args.cache_latents = False
         SESSION.reached("caches")

@@ -56,8 +56,13 @@ PATCHES = (
     Patch(("caches",), "datasets:Dataset.remove_columns", ("self", "column_names"), caches.remove_columns,
           "any --image_column and --caption_column (upstream: only image and text)"),
 
-    Patch(("validation",), "diffusers:UNet2DConditionModel.forward", ("self", "sample", "timestep"),
-          validation.called, "the first images are kept, with their conditioning"),
+    Patch(("schedule",), "diffusers.configuration_utils:ConfigMixin.from_config", ("config",),
+          schedule.configured, "so do schedulers that the script makes for its validation images"),
+    Patch(("schedule", "validation"), "diffusers:UNet2DConditionModel.forward",
+          ("self", "sample", "timestep"), validation.called,
+          "of flow it is told T s; the first images are kept, with their conditioning"),
+    Patch(("schedule",), "diffusers:ControlNetModel.forward", ("self", "sample", "timestep"),
+          validation.controls, "is told the same"),
     Patch(("validation",), "accelerate:Accelerator.log", (), validation.log,
           "their loss is computed and logged after the optimizer step"),
 

@@ -17,7 +17,7 @@ from sdxl_fixes.flags import TrainingFlags
 from sdxl_fixes.log import warn
 from sdxl_fixes.model_files.header import FormatError
 from sdxl_fixes.model_files.model_file import read_sampling
-from sdxl_fixes.prediction import check_prediction_type
+from sdxl_fixes.names import FLOW, check_prediction_type
 from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.trainers.fixes import Fix, allowed, given, switch_off
 from sdxl_fixes.trainers.patching import PatchSet
@@ -31,10 +31,9 @@ from .scripts import version
 def departs(args: argparse.Namespace) -> bool:
     """Whether training leaves the base model's schedule or prediction type."""
     changed = given(args, "zero_terminal_snr") or getattr(args, "terminal_sigma", None) is not None
-    return changed or getattr(args, "prediction_type", None) not in (
-        None,
-        getattr(args, "base_prediction_type", None),
-    )
+    predicts, base = (getattr(args, name, None) for name in ("prediction_type", "base_prediction_type"))
+    # the scripts know no flow, whatever the base
+    return changed or FLOW in (predicts, base) or predicts not in (None, base)
 
 
 def caches_may_lie(args: argparse.Namespace) -> bool:
@@ -50,7 +49,8 @@ def caches_may_lie(args: argparse.Namespace) -> bool:
 FIXES = {
     "schedule": Fix(
         {"zero_terminal_snr": None, "terminal_sigma": None, "prediction_type": None},
-        options=("terminal_sigma_method", "terminal_sigma_start"),
+        options=("terminal_sigma_method", "terminal_sigma_start", "flow_shift"),
+        parts={"trains_flow": "UNet2DConditionModel.forward"},
         wanted=departs,
     ),
     "loss": Fix(
@@ -134,7 +134,8 @@ def start(
     flags = TrainingFlags.from_args(known) if may_act else TrainingFlags()
     known.base_prediction_type = "epsilon"
     maybe = frozenset(name for name in may_act if FIXES[name].asked(known))
-    base, known.base_prediction_type, edm = _base(args) if maybe else (None, "epsilon", False)
+    base, edm = _base(args) if maybe else (Sampling(NoiseSchedule.sdxl(), "epsilon"), False)
+    known.base_prediction_type = base.prediction_type
     on = frozenset(name for name in may_act if FIXES[name].asked(known)) if maybe else maybe
     if edm and "schedule" in on:
         raise FlagError(
@@ -143,11 +144,10 @@ def start(
         )
     if edm or getattr(args, "do_edm_style_training", False):
         refuse_edm(on)
-    prediction_type = args.prediction_type or known.base_prediction_type
-    _check(known, on, prediction_type)
-    schedule = flags.schedule(base)
+    trained = flags.sampling(base)
+    _check(known, on, trained.prediction_type)
     if sigma_space and "schedule" in on:
-        _check_sigma_space(schedule, prediction_type)
+        _check_sigma_space(trained)
     weighting = flags.weighting() if may_act else None
     run = prepare(
         replace(DIFFUSERS, v_flag="v_prediction, in a script that trains it,") if sigma_space else DIFFUSERS,
@@ -155,8 +155,7 @@ def start(
         on,
         patches.refused,
         flags,
-        schedule,
-        prediction_type,
+        trained,
         () if weighting is None else (weighting,),
         resumed=bool(getattr(args, "resume_from_checkpoint", None)),
     )
@@ -179,10 +178,14 @@ def _check(args: argparse.Namespace, on: frozenset[str], prediction_type: str) -
             "--chunk_buckets does not fit a DreamBooth script: it makes its batches of class and instance "
             "prompts; leave the flag out"
         )
-    if "validation" in on and prediction_type not in ("epsilon", "v_prediction"):
+    if "validation" in on and prediction_type == "sample":
         raise FlagError(
-            "--stable_loss_steps knows the loss of epsilon and v_prediction, not of "
+            "--stable_loss_steps knows the loss of epsilon, v_prediction and flow_prediction, not of "
             f"{prediction_type}: leave it out"
+        )
+    if prediction_type == FLOW and getattr(args, "do_edm_style_training", False):
+        raise FlagError(
+            f"--do_edm_style_training noises by sigma, which is not {FLOW}: leave one of the two out"
         )
     if "timesteps" in on and getattr(args, "timestep_bias_strategy", "none") != "none":
         raise FlagError(
@@ -192,14 +195,13 @@ def _check(args: argparse.Namespace, on: frozenset[str], prediction_type: str) -
         )
 
 
-def _check_sigma_space(schedule: NoiseSchedule, prediction_type: str) -> None:
-    if prediction_type != "epsilon":
+def _check_sigma_space(trained: Sampling) -> None:
+    if trained.prediction_type != "epsilon":
         raise FlagError(
-            f"this script noises by sigma and measures {prediction_type} as if it were epsilon: leave "
-            "--prediction_type out, and take a "
-            "base model that predicts epsilon"
+            f"this script noises by sigma and measures {trained.prediction_type} as if it were epsilon: "
+            "leave --prediction_type out, and take a base model that predicts epsilon"
         )
-    if schedule.zero_terminal:
+    if trained.schedule.zero_terminal:
         raise FlagError(
             "this script noises by sigma, which must be finite: give --terminal_sigma 300 or the like "
             "instead of --zero_terminal_snr"
@@ -248,8 +250,8 @@ def refuse_edm(fixes: Collection[str]) -> None:
         )
 
 
-def _base(args: argparse.Namespace) -> tuple[NoiseSchedule | None, str, bool]:
-    """The base model's schedule (None if it has no betas), its prediction type, and whether it is trained
+def _base(args: argparse.Namespace) -> tuple[Sampling, bool]:
+    """How the base model was trained (its schedule is SDXL's own if it has no betas), and whether that is
     EDM-style."""
     from diffusers import DDPMScheduler
 
@@ -259,20 +261,16 @@ def _base(args: argparse.Namespace) -> tuple[NoiseSchedule | None, str, bool]:
             where, subfolder="scheduler", revision=getattr(args, "revision", None)
         )
         if "EDM" in config.get("_class_name", ""):
-            return None, check_prediction_type(config.get("prediction_type", "epsilon")), True
+            predicts = check_prediction_type(config.get("prediction_type", "epsilon"))
+            return Sampling(NoiseSchedule.sdxl(), predicts), True
         said = sampling_of_config(config)
     except (OSError, ValueError) as error:
         raise FlagError(
             f"--pretrained_model_name_or_path {where}: no noise schedule in its scheduler folder ({error})"
         ) from error
-    if config.get("_class_name", "").startswith("FlowMatch"):
-        raise FlagError(
-            f"--pretrained_model_name_or_path {where}: {said}, which is rectified flow, and this script "
-            "trains epsilon or v_prediction: take another base model"
-        )
     if Path(where).is_dir():
         _warn_of_record(Path(where), said)
-    return said.schedule, said.prediction_type, False
+    return said, False
 
 
 def _warn_of_record(folder: Path, config: Sampling) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,16 @@ def load(original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -> 
         return previews.scheduler(made) if SESSION.training else made
     SESSION.training = True
     return _for_training(made, run)
+
+
+def configured(original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -> Any:
+    """A scheduler that the script makes of another's config, for validation images."""
+    made = original(cls, *args, **kwargs)
+    run = SESSION.on("previews")
+    asked = sys._getframe(2).f_globals is SESSION.script  # not by from_pretrained, nor by ourselves
+    if run is None or not (run.noising.flow and SESSION.training and asked and hasattr(cls, "set_timesteps")):
+        return made
+    return previews.of_flow(made, run)
 
 
 def _for_training(scheduler: SchedulerMixin, run: Run) -> SchedulerMixin:
@@ -72,7 +83,9 @@ def _following(scheduler: SchedulerMixin, run: Run) -> SchedulerMixin:
     from sdxl_fixes.schedulers import config_for
 
     cls = type(scheduler)
-    return cls.from_config(config_for(cls, run.schedule, run.prediction_type, scheduler.config))
+    # of flow the script makes the target that it makes of v-prediction: with our get_velocity
+    known = "v_prediction" if run.noising.flow else run.prediction_type
+    return cls.from_config(config_for(cls, run.schedule, known, scheduler.config))
 
 
 def _sigma_space(scheduler: SchedulerMixin, run: Run) -> SchedulerMixin:

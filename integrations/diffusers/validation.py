@@ -1,5 +1,5 @@
-"""What the scripts do that the stable training loss needs to see, and where its numbers go (its latents come
-from ``schedule``)."""
+"""The call of the network: what it is told, and what the stable training loss needs to see of it; where that
+loss's numbers go (its latents come from ``schedule``)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,32 @@ def called(
     if SESSION.run is not None and SESSION.run.stable_loss is not None:
         if SESSION.run.stable_loss.called(self, sample, *args, **kwargs):
             SESSION.reached("validation")
-    return original(self, sample, timestep, *args, **kwargs)
+    if (told := _told(timestep)) is not None:
+        SESSION.reached("UNet2DConditionModel.forward")
+    return original(self, sample, timestep if told is None else told, *args, **kwargs)
+
+
+def controls(
+    original: Callable[..., Any],
+    self: torch.nn.Module,
+    sample: torch.Tensor,
+    timestep: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """The call of a ControlNet beside the U-Net."""
+    told = _told(timestep)
+    return original(self, sample, timestep if told is None else told, *args, **kwargs)
+
+
+def _told(timestep: Any) -> torch.Tensor | None:
+    """What the network is told of flow in place of the script's timesteps [B], rows of the schedule, within a
+    training step; None elsewhere: pipelines and the stable loss tell T s by themselves."""
+    run, rows = SESSION.on("schedule"), SESSION.step.timesteps
+    if run is None or not run.noising.flow or rows is None or not isinstance(timestep, torch.Tensor):
+        return None
+    known = timestep.shape == rows.shape and not timestep.is_floating_point()
+    return run.noising.told(timestep) if known else None
 
 
 def log(

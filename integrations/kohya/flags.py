@@ -12,16 +12,21 @@ from sdxl_fixes.command_line import Flag, add_flags, declared, read_values
 from sdxl_fixes.errors import FlagError
 from sdxl_fixes.flags import FLAGS, grouped
 from sdxl_fixes.log import warn
+from sdxl_fixes.names import FLOW
 from sdxl_fixes.trainers.fixes import fixes_flag
 
 from .chunk_flags import CHUNK_FLAGS
 from .run import FIXES, SESSION, start
 
 _NOT_KOHYAS = (
+    "flow_shift",
     *("terminal_sigma", "terminal_sigma_method", "terminal_sigma_start"),
     *("huber_l2_gradient", "min_snr_floor", *grouped("timesteps", "validation")),
 )
+_TRAINED = ("epsilon", "v_prediction", FLOW)
+_UNSET = "epsilon; v_prediction with --v_parameterization"
 OURS: Mapping[str, Flag] = {
+    "prediction_type": replace(FLAGS["prediction_type"], choices=_TRAINED, unset=_UNSET),
     **{name: FLAGS[name] for name in _NOT_KOHYAS},
     **CHUNK_FLAGS,
     "fixes": fixes_flag(FIXES),

@@ -44,11 +44,9 @@ def threshold(
     (Upstream's, with v-prediction on an accelerator, indexes a table there with timesteps here and stops, and
     forgets --huber_scale.)"""
     run = SESSION.on("loss")
-    return (
-        original(args, timesteps, noise_scheduler, **kwargs)
-        if run is None
-        else run.step_loss.delta(timesteps)
-    )
+    if run is None:
+        return original(args, timesteps, noise_scheduler, **kwargs)
+    return run.step_loss.delta(SESSION.step.of(timesteps) if run.noising.flow else timesteps)
 
 
 def conditional_loss(

@@ -27,20 +27,26 @@ def noised(
 ) -> Any:
     """Upstream's own function. If a random strength of input perturbation is asked for, its perturbation is
     switched off, and ours, which it calls at the same point, is in its place: the random numbers are drawn in
-    upstream's order."""
+    upstream's order.
+
+    For flow the network is told T s in place of the timestep. The noise is nothing but the target of every
+    trainer that does not ask for v-prediction, so noise - x0 takes its place."""
     run, step = SESSION.run, SESSION.step
     if run is None or not run.on:
         return original(args, noise_scheduler, latents, *rest, **kwargs)
-    step.sampled, step.residual = False, None
+    noising, step.sampled, step.residual = run.noising, False, None
     if run.stable_loss is not None:
         run.stable_loss.noised(latents)
     if run.perturbation is not None:
         args = argparse.Namespace(**{**vars(args), "ip_noise_gamma": None})
         if getattr(noise_scheduler.add_noise, "run", None) is not run:  # else its own add_noise perturbs
             noise_scheduler = _Perturbing(noise_scheduler, run.perturbation)
-    result = original(args, noise_scheduler, latents, *rest, **kwargs)
-    step.timesteps = result[2]
-    return result
+    noise, noisy, timesteps = original(args, noise_scheduler, latents, *rest, **kwargs)
+    step.timesteps = timesteps
+    if noising.flow:
+        SESSION.reached(original.__name__)
+        noise = noising.get_velocity(latents, noise, timesteps)
+    return noise, noisy, noising.told(timesteps)
 
 
 class _Perturbing:

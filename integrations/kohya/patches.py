@@ -62,7 +62,8 @@ PATCHES = (
 
     Patch(("schedule", *_STEP, "noise", "validation"), f"{_LOSS}:get_noise_noisy_latents_and_timesteps",
           ("args", "noise_scheduler", "latents"), noise.noised,
-          "tells the step its timesteps; random input perturbation draws a strength per sample (upstream: "
+          "tells the step its timesteps, and of flow the network T s and the loss its target; "
+          "random input perturbation draws a strength per sample (upstream: "
           "one for the batch)"),
     Patch(("timesteps",), f"{_LOSS}:get_timesteps", ("min_timestep", "max_timestep", "b_size", "device"),
           timesteps.draw, "timesteps from the run's sampler"),
@@ -107,8 +108,9 @@ PATCHES = (
           ("self", "prompt", "negative_prompt"), prompts.preview,
           "previews give prompt and negative prompt the chunks of the longer one"),
 
-    Patch(("validation",), f"{_UNET}:SdxlUNet2DConditionModel.forward", ("self", "x", "timesteps"),
-          validation.called, "the first images are kept, with their conditioning"),
+    Patch(("schedule", "validation"), f"{_UNET}:SdxlUNet2DConditionModel.forward",
+          ("self", "x", "timesteps"), validation.called,
+          "flow's timesteps come unrounded; the first images are kept, with their conditioning"),
     Patch(("validation",), f"{_SAMPLING}:sample_images_common",
           ("pipe_class", "accelerator", "args", "epoch", "steps"), validation.step_done,
           "their loss is computed and logged after the optimizer step"),

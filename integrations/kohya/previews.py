@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sdxl_fixes.checkpoint import samplable
+from sdxl_fixes.log import warn
 
 from .run import SESSION
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 def scheduler(original: Callable[..., SchedulerMixin], **kwargs: Any) -> SchedulerMixin:
     """Upstream's choice of class with the run's schedule and x0 not clipped (latents do not end at 1): the
     exact drop-in where there is one, else upstream's own with trailing spacing and a finite stand-in for an
-    infinite terminal sigma."""
+    infinite terminal sigma; of flow, which upstream's cannot sample, Euler's."""
     made = original(**kwargs)
     run = SESSION.on("previews")
     if run is None:
@@ -27,4 +29,12 @@ def scheduler(original: Callable[..., SchedulerMixin], **kwargs: Any) -> Schedul
     cls = type(made)
     if cls.__name__ in CLASSES:
         return fix_scheduler(made, schedule, run.prediction_type)
+    if run.noising.flow:
+        _warn(cls.__name__)
+        return schedule.scheduler("euler", run.prediction_type)
     return cls.from_config(config_for(cls, schedule, run.prediction_type, made.config))
+
+
+@functools.cache  # once, not with every preview
+def _warn(name: str) -> None:
+    warn(f"{name} cannot sample rectified flow: previews are made with Euler's steps")

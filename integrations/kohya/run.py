@@ -8,14 +8,15 @@ from pathlib import Path
 
 from sdxl_fixes.checkpoint import Sampling, markers, metadata
 from sdxl_fixes.command_line import Flag
+from sdxl_fixes.errors import FlagError
 from sdxl_fixes.flags import TrainingFlags
 from sdxl_fixes.log import warn
 from sdxl_fixes.model_files.header import FormatError
 from sdxl_fixes.model_files.model_file import read_sampling
-from sdxl_fixes.names import HUBER_KINDS, HUBER_SCHEDULES, LOSS_TYPES
+from sdxl_fixes.names import FLOW, HUBER_KINDS, HUBER_SCHEDULES, LOSS_TYPES
 from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.trainers.fixes import Fix, allowed, given, switch_off
-from sdxl_fixes.trainers.report import schedule_flags, tell
+from sdxl_fixes.trainers.report import sampling_flags, tell
 from sdxl_fixes.trainers.run import Run, Trainer, prepare
 from sdxl_fixes.trainers.session import Session
 from sdxl_fixes.weighting import EpsilonLike, PlusVLike, Weighting
@@ -26,7 +27,8 @@ from .scripts import SCRIPTS, TESTED, digest, version
 
 def changes_schedule(args: argparse.Namespace) -> bool:
     """Whether training leaves SDXL's own schedule."""
-    return given(args, "zero_terminal_snr") or getattr(args, "terminal_sigma", None) is not None
+    sigma, flow = getattr(args, "terminal_sigma", None), getattr(args, "prediction_type", None) == FLOW
+    return given(args, "zero_terminal_snr") or sigma is not None or flow
 
 
 def worth_saying(args: argparse.Namespace) -> bool:
@@ -42,8 +44,9 @@ _WEIGHTS = {
 }
 FIXES = {
     "schedule": Fix(
-        {"zero_terminal_snr": None, "terminal_sigma": None},
-        options=("terminal_sigma_method", "terminal_sigma_start"),
+        {"zero_terminal_snr": None, "terminal_sigma": None, "prediction_type": (FLOW,)},
+        options=("terminal_sigma_method", "terminal_sigma_start", "flow_shift"),
+        parts={"trains_flow": "get_noise_noisy_latents_and_timesteps"},
     ),
     "loss": Fix(
         {"loss_type": HUBER_KINDS},
@@ -116,23 +119,28 @@ def start(args: argparse.Namespace, ours: Mapping[str, Flag] | None = None) -> R
     plugin's own. Raises FlagError, before any model is loaded, for flags that make no sense and for fixes
     that cannot work here."""
     may_act = allowed(getattr(args, "fixes", None), FIXES)
+    _say_v(args)
     dropped = switch_off(FIXES, may_act, ours or {}, args)
-    flags = TrainingFlags.from_args(_known(args)) if may_act else TrainingFlags()
+    known = _known(args)
+    flags = (
+        TrainingFlags.from_args(known) if may_act else TrainingFlags(prediction_type=known.prediction_type)
+    )
+    trained = flags.sampling()
+    if trained.prediction_type == FLOW:
+        _check_flow(args)
     script = SESSION.script_name()
     # nobody asks for these by a flag of their own
     without = {fix for fix in SCRIPTS.get(script or "", {}) if FIXES[fix].due == "later"}
     asked = frozenset(name for name in may_act - without if FIXES[name].asked(args))
     refused = {**SESSION.patches.refused, **_no_place(script, asked, args)}
     options = Options.from_args(args) if may_act else None
-    v = given(args, "v_parameterization")
     run = prepare(
         KOHYA,
         args,
         asked,
         refused,
         flags,
-        flags.schedule(),
-        "v_prediction" if v else "epsilon",
+        trained,
         weightings(args, flags) if may_act else (),
         resumed=bool(getattr(args, "resume", None)),
         options=options,
@@ -140,6 +148,28 @@ def start(args: argparse.Namespace, ours: Mapping[str, Flag] | None = None) -> R
     )
     _tell(run, may_act, dropped)
     return run
+
+
+def _say_v(args: argparse.Namespace) -> None:
+    """--prediction_type v_prediction said kohya's way. Raises FlagError where both are given and differ."""
+    said = getattr(args, "prediction_type", None)
+    if given(args, "v_parameterization") and said not in (None, "v_prediction"):
+        raise FlagError(
+            f"--v_parameterization is --prediction_type v_prediction, and --prediction_type {said} was "
+            "given, too: leave one of them out"
+        )
+    if said == "v_prediction":
+        args.v_parameterization, args.prediction_type = True, None
+
+
+def _check_flow(args: argparse.Namespace) -> None:
+    """Raise FlagError for what has no meaning, or cannot be right, with rectified flow."""
+    for name in ("scale_v_pred_loss_like_noise_pred", "v_pred_like_loss"):
+        if given(args, name):
+            raise FlagError(
+                f"--{name} makes a loss of epsilon or v-prediction look like the other's, and {FLOW} is "
+                "neither: leave it out"
+            )
 
 
 def _no_place(script: str | None, asked: frozenset[str], args: argparse.Namespace) -> dict[str, str]:
@@ -215,22 +245,24 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
 
 def _flags_for(base: Sampling) -> str:
     """The flags that train on as ``base`` was, or what they cannot do."""
-    flags = schedule_flags(base.schedule)
-    if base.prediction_type not in ("epsilon", "v_prediction") or flags is None:
+    flags = sampling_flags(base)
+    if base.prediction_type == "sample" or flags is None:
         return "no flags of this trainer train on as the base was trained"
-    words = " ".join(
-        word
-        for word in ("--v_parameterization" if base.prediction_type == "v_prediction" else "", flags)
-        if word
+    words = flags.replace("--prediction_type epsilon", "").replace(
+        "--prediction_type v_prediction", "--v_parameterization"
     )
+    words = words.strip()
     return "to go on as the base was trained, " + (
         f"give {words}" if words else "leave the schedule's flags and v_parameterization out"
     )
 
 
 def _known(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments without a fork's own losses, which stay the fork's."""
-    known = argparse.Namespace(**vars(args))
+    """The arguments as our flags have them: with kohya's word for v-prediction, and without a fork's own
+    losses, which stay the fork's."""
+    known = argparse.Namespace(**{"prediction_type": None, **vars(args)})
+    if given(args, "v_parameterization"):
+        known.prediction_type = "v_prediction"
     if (
         getattr(args, "loss_type", "l2") not in LOSS_TYPES
         or getattr(args, "huber_schedule", "snr") not in HUBER_SCHEDULES

@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sdxl_fixes.errors import FixError
+from sdxl_fixes.names import FLOW
+
 from .run import SESSION
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+_EXACT = (torch.float32, torch.float64)
 
 
 def called(
@@ -23,6 +29,13 @@ def called(
     **kwargs: Any,
 ) -> Any:
     """The U-Net's call; what follows the timesteps is its conditioning."""
+    run = SESSION.on("schedule")
+    trains_flow = run is not None and run.noising.flow and torch.is_grad_enabled()
+    if trains_flow and timesteps.dtype not in _EXACT:
+        raise FixError(
+            f"{FLOW} tells the U-Net timesteps in float32, and they came to it as {timesteps.dtype}, which "
+            "rounds them (DeepSpeed with fp16 casts what a model is given): train without it, or in bf16"
+        )
     if SESSION.run is not None and SESSION.run.stable_loss is not None:
         if SESSION.run.stable_loss.called(self, x, *args, **kwargs):
             SESSION.reached("validation")

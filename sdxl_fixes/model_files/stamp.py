@@ -17,8 +17,10 @@ from sdxl_fixes.checkpoint import (
     stock_config,
 )
 from sdxl_fixes.model_files.header import ROOM_KEY, Header, encode_header
-from sdxl_fixes.model_files.model_file import KINDS, ModelFile, unet_files
+from sdxl_fixes.model_files.model_file import KINDS, SCHEDULER_CONFIG, ModelFile, unet_files
 from sdxl_fixes.model_files.write import data_hash, longer, replace_header
+
+MODEL_INDEX = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -99,16 +101,31 @@ def model_files(folder: Path) -> list[Path]:
 
 def write_scheduler_config(file: Path, sampling: Sampling) -> str:
     """A scheduler_config.json by which stock diffusers samples that; what an existing one says of other
-    things stays. Returns "written", "unchanged", or why there is none."""
+    things stays. Of a pipeline's folder also its class, which model_index.json names. Returns "written",
+    "unchanged", or why there is none."""
     old = read_json(file) if file.is_file() else {}
     new = stock_config(sampling, old)
     if new is None:
         return "not written: no stock diffusers scheduler samples that"
+    if file.parts[-2:] == ("scheduler", SCHEDULER_CONFIG):
+        _name_class(file.parent.parent / MODEL_INDEX, new["_class_name"])
     if new == old:
         return "unchanged"
     with replacing(file) as part:
         part.write_text(json.dumps(new, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return "written"
+
+
+def _name_class(index: Path, name: str) -> None:
+    """The scheduler's class in a pipeline's model_index.json: diffusers makes that one, whatever the config
+    says."""
+    if not index.is_file():
+        return
+    content = read_json(index)
+    if not isinstance(content.get("scheduler"), list) or content["scheduler"] == ["diffusers", name]:
+        return
+    with replacing(index) as part:
+        part.write_text(json.dumps(content | {"scheduler": ["diffusers", name]}, indent=2) + "\n", "utf-8")
 
 
 def a1111_yaml(sampling: Sampling) -> str:

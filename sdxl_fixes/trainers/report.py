@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
+from sdxl_fixes.checkpoint import Sampling, flow_shift
 from sdxl_fixes.flags import TrainingFlags
 from sdxl_fixes.log import say, warn
 from sdxl_fixes.loss import ScheduledHuber
+from sdxl_fixes.names import FLOW
 from sdxl_fixes.objective import EPSILON_AT_ZERO_SNR
 from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.trainers.fixes import without_effect
@@ -70,6 +72,10 @@ def _objective(run: Run) -> list[str]:
 
 def _schedule(run: Run) -> str:
     stock = NoiseSchedule.sdxl()
+    if run.prediction_type == FLOW:
+        shift = flow_shift(run.schedule)
+        density = "a table of its own" if shift is None else f"shift {shift:g}"
+        return f"{density} (told 1000 s, to 1000; nothing of the image left at the end)"
     if run.schedule == stock:
         return (
             f"SDXL's own schedule (sigma to {stock.terminal_sigma:.3g}, {100 * stock.residual_signal:.2g} % "
@@ -156,7 +162,17 @@ def disappointments(run: Run) -> list[str]:
     return found
 
 
-def schedule_flags(schedule: NoiseSchedule) -> str | None:
+def sampling_flags(trained: Sampling) -> str | None:
+    """The flags that train on ``trained``; None if no flags do."""
+    words = f"--prediction_type {trained.prediction_type}"
+    if trained.prediction_type == FLOW:
+        shift = flow_shift(trained.schedule)
+        return None if shift is None else f"{words} --flow_shift {shift:g}"
+    schedule = _schedule_flags(trained.schedule)
+    return None if schedule is None else f"{words} {schedule}".strip()
+
+
+def _schedule_flags(schedule: NoiseSchedule) -> str | None:
     """The flags that make ``schedule`` of SDXL's own: "" for SDXL's own, None if no flags do."""
     if schedule == NoiseSchedule.sdxl():
         return ""

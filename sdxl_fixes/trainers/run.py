@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sdxl_fixes.checkpoint import Sampling
 from sdxl_fixes.errors import FlagError
 from sdxl_fixes.flags import STABLE_LOSS_IMAGES, TrainingFlags
 from sdxl_fixes.log import rank, world_size
+from sdxl_fixes.names import FLOW
 from sdxl_fixes.noise import InputPerturbation
 from sdxl_fixes.objective import Objective
 from sdxl_fixes.schedule import NoiseSchedule
@@ -73,8 +75,7 @@ def prepare(
     on: frozenset[str],
     refused: Mapping[str, str],
     flags: TrainingFlags,
-    schedule: NoiseSchedule,
-    prediction_type: str,
+    trained: Sampling,
     weightings: tuple[Weighting, ...] = (),
     resumed: bool = False,
     timestep_range: tuple[int, int | None] = (0, None),
@@ -87,6 +88,13 @@ def prepare(
             f"the fix {fix!r}, which your flags ask for, does not fit this {trainer.name.rpartition('/')[2]} "
             f"({refused[fix]}): --fixes all,-{fix} trains with upstream's own behaviour"
         )
+    schedule, prediction_type = trained.schedule, trained.prediction_type
+    for fix in ("schedule", "loss", "weighting") if prediction_type == FLOW else ():
+        if fix not in on and fix in trainer.fixes and trainer.fixes[fix].asked(args):
+            raise FlagError(
+                f"{FLOW} needs the fix {fix!r}, since the trainer's own code knows epsilon and v-prediction "
+                f"only: take it into --fixes, or leave out {trainer.fixes[fix].text}"
+            )
     sampler = flags.timesteps(
         schedule,
         seed=getattr(args, "seed", None) or 0,
@@ -109,12 +117,13 @@ def prepare(
         )
     perturbation = flags.perturbation if "noise" in on else None
     loss = flags.loss if "loss" in on else None
+    known = argparse.Namespace(**{**vars(args), "trains_flow": prediction_type == FLOW})
     due: dict[str, frozenset[str]] = {
         when: frozenset(
             mark
             for name in on
             if trainer.fixes[name].due == when
-            for mark in (name, *trainer.fixes[name].marks(args))
+            for mark in (name, *trainer.fixes[name].marks(known))
         )
         for when in ("step", "start")
     }
@@ -127,12 +136,10 @@ def prepare(
         on=on,
         weighting=weighting,
         step_loss=StepLoss(schedule, prediction_type, loss, weighting if "weighting" in on else None),
-        noising=Noising(schedule, perturbation),
+        noising=Noising(trained, perturbation),
         perturbation=perturbation,
         timesteps=sampler if "timesteps" in on else None,
-        stable_loss=_stable_loss(args, flags, schedule, prediction_type, weighting, resumed)
-        if "validation" in on
-        else None,
+        stable_loss=_stable_loss(args, flags, trained, weighting, resumed) if "validation" in on else None,
         due=due,
         options=options,
     )
@@ -141,14 +148,13 @@ def prepare(
 def _stable_loss(
     args: argparse.Namespace,
     flags: TrainingFlags,
-    schedule: NoiseSchedule,
-    prediction_type: str,
+    trained: Sampling,
     weighting: Weighting | None,
     resumed: bool,
 ) -> StableLoss:
     with warnings.catch_warnings():  # of epsilon at zero SNR, which the report says
         warnings.simplefilter("ignore", UserWarning)
-        objective = Objective(schedule, prediction_type, flags.loss, weighting)
+        objective = Objective(trained.schedule, trained.prediction_type, flags.loss, weighting)
     return StableLoss(
         Validation(objective),
         flags.stable_loss_steps or 1,

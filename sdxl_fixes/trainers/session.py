@@ -14,11 +14,12 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdxl_fixes.checkpoint import Sampling
 from sdxl_fixes.command_line import underscored
 from sdxl_fixes.errors import FixError, FlagError
 from sdxl_fixes.log import rank, stop
 from sdxl_fixes.trainers.patching import Patch, PatchSet
-from sdxl_fixes.trainers.report import schedule_flags
+from sdxl_fixes.trainers.report import sampling_flags
 from sdxl_fixes.trainers.run import Run
 from sdxl_fixes.trainers.source import belongs
 from sdxl_fixes.trainers.step import StepState
@@ -189,8 +190,9 @@ def run_script(
         session.launched = False
     run = session.on("saving")
     if run is not None and rank() == 0 and not session.has_reached("saving"):
+        said = sampling_flags(Sampling(run.schedule, run.prediction_type))
+        words = (said or f"--prediction_type {run.prediction_type}").replace("flow_shift", "shift")
         sys.exit(
             "sdxl-fixes: the training is done, but no model file that was saved carries its schedule: "
-            f"sdxl-fixes stamp FILE --prediction_type {run.prediction_type} "
-            f"{schedule_flags(run.schedule) or ''} writes it"
+            f"sdxl-fixes stamp FILE {words} writes it"
         )

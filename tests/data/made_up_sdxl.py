@@ -1,8 +1,8 @@
 """A training script of our own with the structure of diffusers' SDXL examples: what the adapter needs to
 find, in a second of CPU time.
 
-The "U-Net" is a convolution. Every step's inputs are written to steps.pt, so that a test can work the losses
-out by itself.
+The "U-Net" is a convolution, with --unet one of diffusers' class. Every step's inputs are written to
+steps.pt, so that a test can work the losses out by itself.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import os
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, EulerDiscreteScheduler
+from diffusers import DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from pipelines import StableDiffusionXLPipeline  # a stand-in for diffusers' (tests/data/pipelines.py)
 from safetensors.torch import save_file
@@ -32,8 +32,25 @@ def parse_args(input_args=None):
     parser.add_argument("--resume_from_checkpoint", default=None)
     parser.add_argument("--fixed_timestep", type=int, default=None)
     parser.add_argument("--no_loss", action="store_true")
+    parser.add_argument("--unet", action="store_true")
     parser.add_argument("--save_nothing", action="store_true")
     return parser.parse_args(input_args)
+
+
+def small_unet(told):
+    """What it is told of the noise goes to ``told``."""
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=2,
+    )
+    unet.time_proj.register_forward_pre_hook(lambda _, inputs: told.append(inputs[0]))
+    return unet
 
 
 def main(args):
@@ -51,7 +68,8 @@ def main(args):
             args.pretrained_model_name_or_path, subfolder="scheduler"
         )
     weight_dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-    unet = torch.nn.Conv2d(4, 4, 3, padding=1)
+    told = []
+    unet = small_unet(told) if args.unet else torch.nn.Conv2d(4, 4, 3, padding=1)
     optimizer = torch.optim.SGD(unet.parameters(), lr=0.01)
     unet, optimizer = accelerator.prepare(unet, optimizer)
     if args.resume_from_checkpoint:
@@ -66,7 +84,10 @@ def main(args):
         if args.fixed_timestep is not None:
             timesteps = torch.full_like(timesteps, args.fixed_timestep)
         noisy = noise_scheduler.add_noise(model_input, noise, timesteps)
-        model_pred = unet(noisy.float())
+        if args.unet:
+            model_pred = unet(noisy.float(), timesteps, torch.zeros(len(noisy), 1, 8))[0]
+        else:
+            model_pred = unet(noisy.float())
         if noise_scheduler.config.prediction_type == "v_prediction":
             target = noise_scheduler.get_velocity(model_input, noise, timesteps)
         else:
@@ -78,6 +99,7 @@ def main(args):
             noisy=noisy,
             model_pred=model_pred,
             target=target,
+            **({"told": told.pop()} if args.unet else {}),
         )
         prior_loss = 0.0
         if args.with_prior_preservation:
@@ -106,7 +128,7 @@ def main(args):
     StableDiffusionXLPipeline.from_pretrained(args.pretrained_model_name_or_path).save_pretrained(
         args.output_dir
     )
-    weight = accelerator.unwrap_model(unet).weight.detach().contiguous()
+    weight = next(accelerator.unwrap_model(unet).parameters()).detach().contiguous()
     save_file(
         {"unet.conv.lora_A.weight": weight},
         os.path.join(args.output_dir, "lora.safetensors"),

@@ -316,13 +316,13 @@ def test_an_edm_model_keeps_its_sigmas(train, base):
     )
 
 
-def test_a_flow_matching_model_is_refused(train, base):
+def test_a_flow_matching_model_has_no_other_end(train, base):
     model = base()
     (model / "scheduler" / "scheduler_config.json").write_text(
         '{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}'
     )
     said = refusal(train, "--terminal_sigma", "300", model=model, status=2)
-    assert "flow_prediction, sigma 0.003003 to inf, which is rectified flow" in said
+    assert "--terminal_sigma does not go with flow_prediction" in said
 
 
 def test_a_record_that_the_scheduler_config_contradicts_is_named(train, base, capsys):

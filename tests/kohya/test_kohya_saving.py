@@ -46,7 +46,11 @@ ADVICE = {
         Sampling(SDXL.with_terminal_sigma(100, "tail", 700), "v_prediction"),
         "--terminal_sigma 100 --terminal_sigma_method tail --terminal_sigma_start 700\n",
     ),
-    "flow": (Sampling(NoiseSchedule.flow(), "flow_prediction"), "no flags of this trainer train on"),
+    "flow": (
+        Sampling(NoiseSchedule.flow(2.5), "flow_prediction"),
+        "give --prediction_type flow_prediction --flow_shift 2.5\n",
+    ),
+    "a flow of its own": (Sampling(SDXL, "flow_prediction"), "no flags of this trainer train on"),
     "cosine": (Sampling(NoiseSchedule.cosine(), "epsilon"), "no flags of this trainer train on"),
 }
 

@@ -4,7 +4,17 @@ form, in float64."""
 import itertools
 
 import pytest
-from closed_form import LOSSES, TIMESTEPS, alphas_cumprod, covering, loss, weights
+import torch
+from closed_form import (
+    LOSSES,
+    TIMESTEPS,
+    alphas_cumprod,
+    covering,
+    flow_alphas_cumprod,
+    flow_rows,
+    loss,
+    weights,
+)
 from made_up_trainer import build, forget, run, steps
 
 SCRIPTS = ("sdxl_train.py", "sdxl_train_network.py")
@@ -16,21 +26,26 @@ def trainer(tmp_path_factory):
     forget()
 
 
-def expected(step, **form):
+def expected(step, flow=False, **form):
     """The step's loss, from what the script recorded."""
     mask = step["masks"]
     if mask is not None:
         mask = mask.double().reshape(-1, 1, 8, 2, 8, 2).mean((3, 5))  # as large as the latents
-    parts = (step["prediction"], step["target"], step["timesteps"], alphas_cumprod(zero_snr=True))
-    return loss(*parts, mask=mask, later=step["later"], **form)
+    rows, abar = step["timesteps"], alphas_cumprod(zero_snr=True)
+    if flow:
+        rows, abar = flow_rows(step["timesteps"], SHIFT), flow_alphas_cumprod(SHIFT)
+    parts = (step["prediction"], step["target"], rows, abar)
+    return loss(*parts, v=not flow, flow=flow, mask=mask, later=step["later"], **form)
 
 
 MASKS = {"whole": [], "masked": ["--masked_loss"]}
 PRIOR = {"alone": [], "prior": ["--regularise", "--prior_loss_weight", "0.25"]}
-V = ["--zero_terminal_snr", "--v_parameterization"]
-
-
-FACTORS = (LOSSES, weights("--min_snr_gamma"), TIMESTEPS, MASKS, PRIOR)
+SHIFT = 3.0
+PREDICTIONS = {
+    "v, zero SNR": (["--zero_terminal_snr", "--v_parameterization"], {}),
+    "flow": (["--prediction_type", "flow_prediction", "--flow_shift", str(SHIFT)], dict(flow=True)),
+}
+FACTORS = (LOSSES, weights("--min_snr_gamma"), TIMESTEPS, MASKS, PRIOR, PREDICTIONS)
 
 
 def combinations(script):
@@ -40,13 +55,17 @@ def combinations(script):
 
 def check(trainer, script, row):
     """One combination's losses against the closed form."""
-    parts = [factor[name] for factor, name in zip(FACTORS[:3], row[:3], strict=True)]
-    run(trainer, script, *V, *(flag for part in parts for flag in part[0]), *MASKS[row[3]], *PRIOR[row[4]])
+    parts = [factor[name] for factor, name in zip(FACTORS[:3], row[:3], strict=True)] + [PREDICTIONS[row[5]]]
+    run(trainer, script, *(flag for part in parts for flag in part[0]), *MASKS[row[3]], *PRIOR[row[4]])
     form = {key: value for part in parts for key, value in part[1].items()}
     recorded = steps(trainer)
     assert len(recorded) == 3
     for step in recorded:
         assert float(step["loss"]) == pytest.approx(expected(step, **form), rel=2e-5), row
+        if row[5] == "flow":  # x = (1 - s) x0 + s noise = x0 + s (noise - x0), told 1000 s
+            s = step["timesteps"].double().reshape(-1, 1, 1, 1) / 1000
+            moved = step["latents"].double() + s * step["target"].double()
+            assert torch.allclose(step["noisy"].double(), moved, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

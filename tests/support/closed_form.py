@@ -18,6 +18,26 @@ def alphas_cumprod(zero_snr=False, beta_end=0.012, sigma=None, count=1000):
     return torch.from_numpy(abar)
 
 
+def flow_levels(shift=1.0, count=1000):
+    """s of rectified flow by arXiv:2403.03206 eq. 23, u even in (0, 1]: float64."""
+    u = torch.arange(1, count + 1, dtype=torch.float64) / count
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def flow_rows(told, shift=1.0):
+    """The rows of the table whose T s the network was told, which must be among them."""
+    told, table = torch.as_tensor(told, dtype=torch.float64), 1000 * flow_levels(shift)
+    rows = (told[:, None] - table).abs().argmin(1)
+    assert torch.allclose(told, table[rows], rtol=1e-7, atol=0)
+    return rows
+
+
+def flow_alphas_cumprod(shift=1.0):
+    """alpha^2/(alpha^2 + sigma^2) of alpha = 1 - s, sigma = s: what has the same SNR."""
+    s = flow_levels(shift)
+    return (1 - s) ** 2 / ((1 - s) ** 2 + s**2)
+
+
 LAST_SIGMA = float(1 / alphas_cumprod()[-1] - 1) ** 0.5  # of SDXL's own schedule: 14.6
 
 
@@ -28,11 +48,13 @@ def loss(
     abar,
     *,
     v=True,
+    flow=False,
     loss="l2",
     c=0.1,
     gradient=None,
     min_snr=None,
     floor=False,
+    soft=None,
     debiased=False,
     share=0.0,
     mask=None,
@@ -51,9 +73,16 @@ def loss(
     slope = {"l2": 2 * r, "l1": r.sign(), "smooth_l1": 2 * r / root, "huber": 2 * delta * r / root}[loss]
     m = torch.ones(1, 1, 1, 1, dtype=torch.float64) if mask is None else mask.double()
     w = torch.ones(len(t), dtype=torch.float64)
+    # squared error of the prediction over that of x0
+    ratio = (snr.sqrt() + 1) ** 2 if flow else snr + 1
     if min_snr:
-        w = w * ((snr + floor).clamp(max=min_snr) / (snr + 1) if v else min_snr / snr.clamp(min=min_snr))
-    if debiased:
+        w = w * ((snr + floor).clamp(max=min_snr) / ratio if v or flow else min_snr / snr.clamp(min=min_snr))
+    if soft:
+        w = w * soft / (snr + soft) * (snr / ratio if v or flow else 1)
+    if debiased and flow:
+        root_snr = snr.clamp(max=1000).sqrt()
+        w = w * root_snr / (root_snr + 1) ** 2
+    elif debiased:
         # eps has no limit at SNR 0
         w = w / (snr.clamp(max=1000) + 1 if v else snr.clamp(LAST_SIGMA**-2, 1000).sqrt())
     if share:
@@ -71,15 +100,16 @@ def loss(
     return float((rho * m * gain * w[column]).mean())
 
 
-def trained(latents, noise, prediction, timesteps, abar, *, v=True, **form):
-    """The loss of a step in which the network was to predict of ``noise`` on ``latents``: epsilon, or v."""
+def trained(latents, noise, prediction, timesteps, abar, *, v=True, flow=False, **form):
+    """The loss of a step in which the network was to predict of ``noise`` on ``latents``: epsilon, or v, or
+    with ``flow`` noise - latents."""
     latents, noise, prediction = (
         torch.as_tensor(x, dtype=torch.float64) for x in (latents, noise, prediction)
     )
     timesteps = torch.as_tensor(timesteps, dtype=torch.int64)
     alpha, sigma = (root[timesteps].reshape(-1, 1, 1, 1) for root in (abar.sqrt(), (1 - abar).sqrt()))
-    target = alpha * noise - sigma * latents if v else noise
-    return loss(prediction, target, timesteps, abar, v=v, **form)
+    target = noise - latents if flow else alpha * noise - sigma * latents if v else noise
+    return loss(prediction, target, timesteps, abar, v=v, flow=flow, **form)
 
 
 # name -> (flags, what they mean above)

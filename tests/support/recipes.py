@@ -15,11 +15,13 @@ KOHYA = {
     "one_card_v_ztsnr": "sdxl_train.py",
     "lora_v_ztsnr": "sdxl_train_network.py",
     "epsilon": "sdxl_train.py",
+    "big_flow": "sdxl_train.py",
 }
 DIFFUSERS = {
     "big_v_ztsnr": "train_text_to_image_sdxl.py",
     "lora_v_ztsnr": "train_text_to_image_lora_sdxl.py",
     "epsilon": "train_text_to_image_sdxl.py",
+    "big_flow": "train_text_to_image_sdxl.py",
 }
 
 # What docs/recipes.md estimates memory and time from, counted by tests/kohya/real/count_unet.py on SDXL's

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sdxl_fixes import NoiseSchedule
+from sdxl_fixes.checkpoint import Sampling
 from sdxl_fixes.errors import FixError, FlagError
 from sdxl_fixes.flags import TrainingFlags
 from sdxl_fixes.trainers.fixes import Fix
@@ -27,8 +28,8 @@ TRAINER = Trainer("somebody/some-trainer", "--v", FIXES)
 
 def run(*on, **args):
     """A run with the fixes ``on``."""
-    parts = argparse.Namespace(**args), frozenset(on), {}, TrainingFlags(), NoiseSchedule.sdxl(), "epsilon"
-    return prepare(TRAINER, *parts)
+    parts = argparse.Namespace(**args), frozenset(on), {}, TrainingFlags()
+    return prepare(TRAINER, *parts, Sampling(NoiseSchedule.sdxl(), "epsilon"))
 
 
 @pytest.fixture
@@ -343,8 +344,8 @@ def test_a_weighting_that_is_switched_off_is_known_and_not_applied():
     """The trainer applies it itself then."""
     from sdxl_fixes.weighting import MinSNR
 
-    schedule, t = NoiseSchedule.sdxl(), torch.tensor([0, 500, 999])
-    known = (TRAINER, argparse.Namespace()), ({}, TrainingFlags(), schedule, "epsilon", (MinSNR(5),))
+    trained, t = Sampling(NoiseSchedule.sdxl(), "epsilon"), torch.tensor([0, 500, 999])
+    known = (TRAINER, argparse.Namespace()), ({}, TrainingFlags(), trained, (MinSNR(5),))
     off, on = (prepare(*known[0], frozenset(names), *known[1]) for names in (("loss",), ("weighting",)))
     assert off.weighting == on.weighting == MinSNR(5) and off.step_loss.weights(t) is None
     abar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)[t]
@@ -361,7 +362,7 @@ def test_stratified_timesteps_share_an_optimizer_step_over_ranks_and_accumulatio
     for number in ("0", "1"):
         monkeypatch.setenv("RANK", number)
         args = argparse.Namespace(gradient_accumulation_steps=2, seed=3)
-        settings, schedule = TrainingFlags(stratified_timesteps=True), NoiseSchedule.sdxl()
-        made = prepare(trainer, args, frozenset(["timesteps"]), {}, settings, schedule, "epsilon")
+        settings, on = TrainingFlags(stratified_timesteps=True), frozenset(["timesteps"])
+        made = prepare(trainer, args, on, {}, settings, settings.sampling())
         drawn += [t for _ in range(2) for t in made.timesteps.draw(2).tolist()]
     assert sorted(t // 125 for t in drawn) == list(range(8))

@@ -159,13 +159,15 @@ def test_a_loss_before_any_noising_stops_the_training():
 
 def test_noise_in_half_precision_is_perturbed_in_float32():
     """A perturbation of a tenth, drawn and added in bfloat16, would lose most of its digits."""
+    from sdxl_fixes.checkpoint import Sampling
     from sdxl_fixes.noise import InputPerturbation
     from sdxl_fixes.trainers.noising import Noising
 
     schedule, t = NoiseSchedule.sdxl(), torch.tensor([0, 999])
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
     torch.manual_seed(2)
-    noisy = Noising(schedule, InputPerturbation(0.1)).add_noise(torch.zeros(2, 4, 8, 8), noise, t)
+    trained = Sampling(schedule, "epsilon")
+    noisy = Noising(trained, InputPerturbation(0.1)).add_noise(torch.zeros(2, 4, 8, 8), noise, t)
     torch.manual_seed(2)
     seen = noise.double() + 0.1 * torch.randn(2, 4, 8, 8).double()
     sigma = torch.from_numpy(schedule.sqrt_one_minus_alphas_cumprod[t.numpy()]).reshape(-1, 1, 1, 1)

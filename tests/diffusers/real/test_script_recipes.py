@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import recipes
 import run_script as runner
-from closed_form import alphas_cumprod
+from closed_form import alphas_cumprod, flow_alphas_cumprod, flow_rows
 
 HERE = Path(__file__).resolve().parent
 pytestmark = [
@@ -69,10 +69,10 @@ def test_the_script_reads_every_flag_as_the_recipe_means_it(recipe, made, tmp_pa
             if value is True
             else str(ours[name]) == value or float(ours[name]) == float(value)
         ), name
-    assert (
-        read["settings"]["min_snr_gamma"] == float(wanted["snr_gamma"]) and read["args"]["snr_gamma"] is None
-    )
-    assert read["prediction_type"] == ("epsilon" if recipe == "epsilon" else "v_prediction")
+    gamma = float(wanted["snr_gamma"]) if "snr_gamma" in wanted else None
+    assert read["settings"]["min_snr_gamma"] == gamma and read["args"]["snr_gamma"] is None
+    predicts = {"epsilon": "epsilon", "big_flow": "flow_prediction"}.get(recipe, "v_prediction")
+    assert read["prediction_type"] == predicts
     assert (read["terminal_snr"] == 0) == (recipe != "epsilon")
 
 
@@ -108,7 +108,10 @@ def test_the_recipe_trains(recipe, made, tmp_path):
     flags = [flag for flag in flags if flag not in ("--use_8bit_adam", "--allow_tf32")]
     _, trace = runner.run_script("module", name, made, tmp_path / "run", *flags, steps=2, tensors=True)
     zero, floor = "--zero_terminal_snr" in flags, "--min_snr_floor" in flags
-    form = dict(v="--prediction_type" in flags, min_snr=5.0, floor=floor)
-    expected = runner.expected(trace, alphas_cumprod(zero), **form)
+    form, abar = dict(v="--prediction_type" in flags, min_snr=5.0, floor=floor), alphas_cumprod(zero)
+    if recipe == "big_flow":
+        form, abar = dict(v=False, flow=True), flow_alphas_cumprod()
+        trace["timesteps"] = [flow_rows(step).tolist() for step in trace["timesteps"]]
+    expected = runner.expected(trace, abar, **form)
     assert len(trace["losses"]) == 2 and trace["losses"] == pytest.approx(expected, rel=2e-5)
     assert [sorted(t // 500 for t in step) for step in trace["timesteps"]] == [[0, 1]] * 2  # stratified

@@ -107,7 +107,8 @@ def trace_tensors(steps, unet):
         return made
 
     def predicted(module, inputs, output):
-        if isinstance(module, unet) and torch.is_grad_enabled():
+        # a ControlNet, of the same class, returns several
+        if isinstance(module, unet) and isinstance(output, torch.Tensor) and torch.is_grad_enabled():
             steps.append([x.detach().float().tolist() for x in (*drawn[0], output)])
             drawn.clear()
 

@@ -11,7 +11,7 @@ import checkouts
 import pytest
 import recipes
 import runs
-from closed_form import alphas_cumprod
+from closed_form import alphas_cumprod, flow_alphas_cumprod, flow_rows
 
 HERE = Path(__file__).resolve().parent
 pytestmark = [
@@ -109,10 +109,15 @@ def test_the_recipe_trains(recipe, assets, tmp_path):
     trace = json.loads((tmp_path / "trace.json").read_text())
     keys = recipes.keys(recipe)
     zero, floor = bool(keys.get("zero_terminal_snr")), bool(keys.get("min_snr_floor"))
-    form = dict(v=bool(keys.get("v_parameterization")), min_snr=float(keys["min_snr_gamma"]), floor=floor)
-    expected = runs.expected(trace, alphas_cumprod(zero), **form)
+    form = dict(v=bool(keys.get("v_parameterization")), min_snr=keys.get("min_snr_gamma"), floor=floor)
+    flow, abar = "flow_shift" in keys, alphas_cumprod(zero)
+    if flow:
+        form, abar = dict(flow=True), flow_alphas_cumprod(keys["flow_shift"])
+        told = trace["timesteps"]
+        trace["timesteps"] = [flow_rows(step, keys["flow_shift"]).tolist() for step in told]
+    expected = runs.expected(trace, abar, **form)
     assert len(trace["losses"]) == 2 and trace["losses"] == pytest.approx(expected, rel=2e-5)
-    assert (trace["alphas_cumprod_999"] == 0) == zero
+    assert (trace["alphas_cumprod_999"] == 0) == (zero or flow)
     # of cached prompts, leftovers are smaller batches
     pairs = [step for step in trace["timesteps"] if len(step) == 2]
     assert pairs and [sorted(t // 500 for t in step) for step in pairs] == [[0, 1]] * len(pairs)  # stratified
