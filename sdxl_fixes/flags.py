@@ -38,6 +38,12 @@ class TrainingFlags:
     """The flags' values, checked, and what they describe, made once. Raises FlagError, in one sentence, for a
     value or a combination that makes no sense."""
 
+    match_base: bool = flag(
+        False,
+        "train on the schedule and with the prediction type that the base model says: by its record, else "
+        "markers, modelspec, scheduler config",
+        group="base",
+    )
     zero_terminal_snr: bool = flag(
         False, "train the last timestep on pure noise (arXiv:2305.08891)", group="schedule"
     )
@@ -146,8 +152,28 @@ class TrainingFlags:
         return self.zero_terminal_snr or self.terminal_sigma is not None
 
     def schedule(self, base: NoiseSchedule | None = None) -> NoiseSchedule:
-        """The schedule that the flags make of ``base`` (None: SDXL's own)."""
+        """The schedule that the flags make of ``base`` (None: SDXL's own); with ``match_base`` it is the
+        base's. Raises FlagError if it has to be and there is no base."""
+        if self.match_base:
+            if base is None:
+                raise FlagError("--match_base needs a base model, and there is none here: leave it out")
+            return base
         return self._of_sdxl if base is None else self._changed(base)
+
+    @property
+    def schedule_words(self) -> str:
+        """The schedule's flags as they were given."""
+        names = ("zero_terminal_snr", "terminal_sigma", "terminal_sigma_method", "terminal_sigma_start")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) not in (None, False)}
+        return " ".join(f"--{name}" + ("" if value is True else f" {value}") for name, value in given.items())
+
+    def agrees_with(self, schedule: NoiseSchedule) -> bool:
+        """Whether ``schedule`` is what the flags describe, so far as they do: a terminal sigma alone may be
+        reached in any way."""
+        if self.terminal_sigma_method is not None or self.terminal_sigma_start is not None:
+            return schedule == self._of_sdxl
+        sigma = math.inf if self.zero_terminal_snr else self.terminal_sigma
+        return sigma is None or math.isclose(schedule.terminal_sigma, sigma, rel_tol=1e-5)
 
     def weighting(self) -> Weighting | None:
         """The weighting that the flags describe. Raises FlagError for more than one."""
@@ -270,7 +296,7 @@ FLAGS: Mapping[str, Flag] = flags_of(TrainingFlags)
 
 
 def grouped(*groups: str) -> dict[str, Flag]:
-    """The flags of some groups: schedule, loss, weighting, noise, timesteps, validation."""
+    """The flags of some groups: base, schedule, loss, weighting, noise, timesteps, validation."""
     return {name: stated for name, stated in FLAGS.items() if stated.group in groups}
 
 

@@ -10,7 +10,7 @@ from sdxl_fixes.command_line import Flag, add_flags, flag, flags_of
 from sdxl_fixes.flags import FLAGS, grouped
 from sdxl_fixes.trainers.fixes import fixes_flag
 
-from .run import FIXES
+from .run import FIXES, TRAINS
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ScriptFlags:
     prediction_type: str | None = flag(
         None,
         "what the model is trained to predict",
-        choices=("epsilon", "v_prediction"),
+        choices=TRAINS,
         unset="as the base model",
     )
     float32_noising: bool = flag(False, "noise the latents in float32 in mixed precision, too")
@@ -37,7 +37,7 @@ class ScriptFlags:
     checked_caches: bool = flag(False, "key the script's caches by everything that changes their content")
 
 
-_SHARED = grouped("schedule", "loss", "weighting", "noise", "timesteps", "validation")
+_SHARED = grouped("base", "schedule", "loss", "weighting", "noise", "timesteps", "validation")
 _NOT_THERE = ("min_snr_gamma", "noise_offset")  # snr_gamma is diffusers' name; the offset is the scripts' own
 FLAGS_HERE: Mapping[str, Flag] = {
     **{name: stated for name, stated in _SHARED.items() if name not in _NOT_THERE},

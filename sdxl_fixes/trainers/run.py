@@ -16,6 +16,7 @@ from sdxl_fixes.noise import InputPerturbation
 from sdxl_fixes.objective import Objective
 from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.timesteps import TimestepSampler
+from sdxl_fixes.trainers.base import Base
 from sdxl_fixes.trainers.fixes import Fix
 from sdxl_fixes.trainers.noising import Noising
 from sdxl_fixes.trainers.stable_loss import StableLoss
@@ -58,6 +59,7 @@ class Run:
     # "step" or "start" -> marks that must have been seen
     due: Mapping[str, frozenset[str]] = field(default_factory=dict)
     options: Any = None  # the adapter's own
+    base: Base | None = None  # that decided
 
     def fix_of(self, mark: str) -> str:
         """The fix that a mark of its work belongs to."""
@@ -79,6 +81,7 @@ def prepare(
     resumed: bool = False,
     timestep_range: tuple[int, int | None] = (0, None),
     options: Any = None,
+    base: Base | None = None,
 ) -> Run:
     """The run of the fixes ``on``. Raises FlagError, before any model is loaded, for one that does not fit
     this version (``refused``: fix -> why) and for values that make no sense together."""
@@ -135,6 +138,7 @@ def prepare(
         else None,
         due=due,
         options=options,
+        base=base,
     )
 
 
