@@ -80,7 +80,7 @@ def train(args):
         if args.save_every_n_steps:
             spec = model_io.get_sai_model_spec(None, args)
             checkpoint_io.save_sd_model_on_epoch_end_or_stepwise_common(
-                args, False, accelerator, True, True, 0, 1, number + 1, lambda file, *_: sdxl_model_util.save_stable_diffusion_checkpoint(file, unet, spec), None
+                args, False, accelerator, True, True, 0, 1, number + 1, lambda file, *_, spec=spec: sdxl_model_util.save_stable_diffusion_checkpoint(file, unet, spec), None
             )
         recorder.add(epoch=0, step=number, loss=float(loss.detach()))
         times.append(time.perf_counter())
