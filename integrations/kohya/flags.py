@@ -35,7 +35,7 @@ READ = (  # kohya's own that we read with them
     *("dataset_class", "pretrained_model_name_or_path", "output_dir", "resume"),
     *("masked_loss", "prior_loss_weight"),
     *("train_text_encoder", "network_module", "network_train_unet_only", "network_weights", "save_model_as"),
-    *("use_safetensors", "controlnet_model_name_or_path", "weights"),
+    *("torch_compile", "use_safetensors", "controlnet_model_name_or_path", "weights"),
 )
 # difflib's ratio; noise_offset_type, which kohya_ss writes and sd-scripts ignores, has 0.83 with noise_offset
 ALIKE = 0.85

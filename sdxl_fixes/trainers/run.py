@@ -4,6 +4,7 @@ adapter."""
 from __future__ import annotations
 
 import argparse
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -90,6 +91,11 @@ def prepare(
             f"the fix {fix!r}, which your flags ask for, does not fit this {trainer.name.rpartition('/')[2]} "
             f"({refused[fix]}): --fixes all,-{fix} trains with upstream's own behaviour"
         )
+    if "validation" in on and (compiler := _compiler(args)):
+        raise FlagError(
+            "--stable_loss_steps cannot see the images that a compiled U-Net is given: leave it out, or "
+            f"{compiler}"
+        )
     sampler = flags.timesteps(
         schedule,
         seed=getattr(args, "seed", None) or 0,
@@ -140,6 +146,15 @@ def prepare(
         options=options,
         base=base,
     )
+
+
+def _compiler(args: argparse.Namespace) -> str:
+    """What has the whole U-Net compiled, as a flag; "" where nothing has. A trainer's own flag overrules the
+    launcher's environment."""
+    if hasattr(args, "torch_compile"):
+        return "--torch_compile" if args.torch_compile else ""
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    return "" if backend == "no" else f"--dynamo_backend {backend} of accelerate launch"
 
 
 def _stable_loss(

@@ -24,6 +24,7 @@ from sdxl_fixes.cli import main as cli
 from sdxl_fixes.diffusers import buckets, caches, crops, prompts
 from sdxl_fixes.diffusers.__main__ import main as launch
 from sdxl_fixes.diffusers.anchors import missing
+from sdxl_fixes.diffusers.flags import FLAGS_HERE
 from sdxl_fixes.diffusers.run import SESSION, start
 from sdxl_fixes.model_files.stamp import stamp_file
 from sdxl_fixes.trainers.patching import PatchSet
@@ -450,9 +451,18 @@ def test_the_report_warns_of_a_step_that_is_not_learnt(train, capsys):
     assert lost not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_the_launchers_help_lists_our_flags_and_ends_well(monkeypatch, capsys, word):
+    monkeypatch.setattr(sys, "argv", ["sdxl_fixes.diffusers", word])
+    launch()
+    said = capsys.readouterr().out
+    assert said.startswith("usage: python -m sdxl_fixes.diffusers PATH/TO/train_text_to_image_sdxl.py")
+    assert all(f"  --{name} " in said or f"  --{name}\n" in said for name in FLAGS_HERE)
+
+
 def test_the_launcher_says_what_it_cannot_run(monkeypatch, tmp_path):
     for words, sentence in (
-        (["--help"], "usage: python -m sdxl_fixes.diffusers"),
+        (["--fixes"], "usage: python -m sdxl_fixes.diffusers"),
         (["nowhere.py"], "there is no nowhere.py"),
         ([__file__], "is no SDXL training script"),
     ):
