@@ -123,7 +123,7 @@ def _on_the_hub(name: str) -> Sampling | None:
 def match(args: argparse.Namespace, flags: TrainingFlags) -> Base:
     """The base model that decides, after kohya's own flags were set as it says. Raises FlagError for flags
     and models that say otherwise, and for what this trainer does not train."""
-    base = read_base(args.pretrained_model_name_or_path)
+    base = read_base(getattr(args, "pretrained_model_name_or_path", None))
     v = ("--v_parameterization", "v_prediction") if given(args, "v_parameterization") else None
     check_flags(base, flags, v, TRAINS)
     check_others(base, {name: getattr(args, name, None) for name in _CONTINUED})
@@ -215,7 +215,7 @@ def _pickled(args: argparse.Namespace) -> str:
     if full and getattr(args, "use_safetensors", False):
         return ""
     if kind is None:  # upstream's default of full models
-        from_file = full and Path(args.pretrained_model_name_or_path).is_file()
+        from_file = full and Path(getattr(args, "pretrained_model_name_or_path", None) or "").is_file()
         return "without --save_model_as a .ckpt is saved, a pickle" if from_file else ""
     return f"--save_model_as {kind} saves a pickle" if kind in ("ckpt", "pt") else ""
 

@@ -175,7 +175,7 @@ class ModelFile:
 
     @property
     def sampling(self) -> Sampling | None:
-        """How the file says that it is sampled, as :func:`read_sampling`."""
+        """How the file itself says that it is sampled, as :func:`read_sampling` but for what is beside it."""
         return sampling_of_file(self.header.metadata, self.header.tensors)
 
     @property

@@ -34,10 +34,14 @@ class Base:
         return f"{self.name}: {self.sampling}, by {self.by}"
 
 
-def read_base(name: str, revision: str | None = None) -> Base:
+def read_base(name: str | None, revision: str | None = None) -> Base:
     """The base model ``name``: a file, a diffusers folder, or a name on the Hugging Face Hub, of which the
     scheduler config is read. One that says nothing is SDXL's own. Raises FlagError for what cannot be
     told."""
+    if not name:
+        raise FlagError(
+            "--match_base needs --pretrained_model_name_or_path: give the base model, or leave it out"
+        )
     path = Path(name)
     try:
         if not path.exists():
@@ -79,6 +83,11 @@ def _convention(path: Path) -> str:
             raise ValueError(
                 f"{path} is named as if it were of v-prediction, and says nothing: stamp it (sdxl-fixes "
                 "stamp), rename it"
+            )
+        if predicts == "epsilon" and "modelspec.merged_from" in header.metadata:
+            raise ValueError(
+                f"{path} was merged, and kohya's tools then write epsilon whatever it was: stamp it "
+                "(sdxl-fixes stamp --from FILE, one of those that it was merged of)"
             )
         if predicts == "epsilon":
             return "its metadata modelspec.prediction_type epsilon"

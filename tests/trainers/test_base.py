@@ -104,6 +104,7 @@ def test_a_name_on_the_hub_is_believed_by_its_scheduler(monkeypatch):
 UNKNOWN = {
     "edm": (marked("edm_vpred.sigma_max"), None, "is an EDM model by its marker edm_vpred.sigma_max"),
     "flow": (marked(), {SAYS: "sd3"}, "says flow .*, but not of which shift"),
+    "merged": (marked(), {SAYS: "epsilon", "modelspec.merged_from": "a, b"}, "was merged, .* stamp it"),
     "broken": (marked(), {"sdxl_fixes.schedule": "{"}, r"its schedule record .* is not JSON"),
 }
 
@@ -147,6 +148,8 @@ def test_what_is_nowhere_is_named_without_asking_the_hub(tmp_path, monkeypatch):
     for name in ("nowhere/model.safetensors", str(tmp_path / "nowhere"), "nowhere"):
         with pytest.raises(FlagError, match=rf"{name} is no folder and no name on the Hugging Face Hub"):
             read_base(name)
+    with pytest.raises(FlagError, match="--match_base needs --pretrained_model_name_or_path"):
+        read_base(None)
 
 
 # flags -> whether they agree with a base at zero terminal SNR, at sigma 300 (by beta_end), and SDXL's own
