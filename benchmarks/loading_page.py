@@ -36,7 +36,7 @@ prints such a page for its card.
 
 A model trained with `--zero_terminal_snr`, `--terminal_sigma` or `--v_parameterization` must be sampled the same way. UIs find that
 out from the file, and each reads something else; `sdxl-fixes stamp` writes all of it. Checkpoints saved through the kohya adapter
-have the first three, folders saved through the diffusers adapter all but the tensors, which nobody reads there:
+have all four, folders saved through the diffusers adapter all but the tensors, which nobody reads there:
 
 - `__metadata__["sdxl_fixes.schedule"]`: the whole schedule, as a JSON record. Our node, extension and adapters read it.
 - the empty tensors `v_pred` and `ztsnr`: only where they are the truth, because a UI that sees them builds SDXL's own table.

@@ -21,6 +21,7 @@ from sdxl_fixes.schedule import EXACT_KEY, NoiseSchedule, is_flow
 RECORD_KEY = "sdxl_fixes.schedule"
 MARKERS = ("v_pred", "ztsnr")
 UNET = "model.diffusion_model."
+_MODELSPEC, _KOHYA = "modelspec.prediction_type", "ss_zero_terminal_snr"
 _OBJECT = "the object of a scheduler_config.json or a schedule record"
 # for samplers that cannot start at infinity; the largest power of 2 whose noise fits float16
 STAND_IN_SIGMA = 4096.0
@@ -90,11 +91,24 @@ def metadata(schedule: NoiseSchedule, prediction_type: str) -> dict[str, str | N
 
 
 def sampling_of_file(metadata: Mapping[str, str], tensors: Collection[str]) -> Sampling | None:
-    """What a model file says by its metadata and its tensors' names: by its record, else by its markers, else
-    by modelspec's and kohya's metadata. None where nothing says other than SDXL's own. Raises ValueError for
-    a broken record or a newer version."""
-    v, zero_snr = (any(prefix + name in tensors for prefix in ("", UNET)) for name in MARKERS)
-    return read_record(metadata) or _marked(v, zero_snr) or _sampling_of_metadata(metadata)
+    """What a model file says by its metadata and its tensors' names, as :func:`said_of_file`. None where
+    nothing says other than SDXL's own. Raises ValueError for a broken record or a newer version."""
+    said = said_of_file(metadata, tensors)
+    return None if said is None else said[0]
+
+
+def said_of_file(metadata: Mapping[str, str], tensors: Collection[str]) -> tuple[Sampling, str] | None:
+    """The same, and by what it says it: by its record, else by its markers, else by modelspec's and kohya's
+    metadata."""
+    if (record := read_record(metadata)) is not None:
+        return record, "its record"
+    found = [name for name in MARKERS if any(prefix + name in tensors for prefix in ("", UNET))]
+    if (sampling := _marked(*(name in found for name in MARKERS))) is not None:
+        return sampling, f"its {'markers' if found[1:] else 'marker'} {' and '.join(found)}"
+    entries = {key: metadata[key] for key in (_MODELSPEC, _KOHYA) if key in metadata}
+    if (sampling := _sampling_of_metadata(metadata)) is not None:
+        return sampling, f"its metadata {', '.join(f'{key} {value}' for key, value in entries.items())}"
+    return None
 
 
 def read_record(metadata: Mapping[str, str]) -> Sampling | None:
@@ -126,8 +140,8 @@ def _sampling_of_metadata(metadata: Mapping[str, str]) -> Sampling | None:
     SwarmUI's, also of zero terminal SNR), zero terminal SNR by kohya's ``ss_zero_terminal_snr``. None where
     that is SDXL's own epsilon. ``sd3`` says flow, but not of which shift, which only a record does;
     ``ss_v2`` is about Stable Diffusion 2's architecture."""
-    predicts = metadata.get("modelspec.prediction_type")
-    zero_snr = predicts == "v-zsnr" or metadata.get("ss_zero_terminal_snr") == "True"
+    predicts = metadata.get(_MODELSPEC)
+    zero_snr = predicts == "v-zsnr" or metadata.get(_KOHYA) == "True"
     return None if predicts == "sd3" else _marked(predicts in ("v", "v-zsnr"), zero_snr)
 
 

@@ -41,6 +41,12 @@ class TrainingFlags:
     """The flags' values, checked, and what they describe, made once. Raises FlagError, in one sentence, for a
     value or a combination that makes no sense."""
 
+    match_base: bool = flag(
+        False,
+        "train on the schedule and with the prediction type that the base model says: by its record, else "
+        "markers, modelspec, scheduler config",
+        group="base",
+    )
     prediction_type: str | None = flag(
         None,
         "what the model is trained to predict; flow_prediction is rectified flow (arXiv:2209.03003)",
@@ -160,12 +166,33 @@ class TrainingFlags:
     def sampling(self, base: Sampling | None = None) -> Sampling:
         """The schedule that is trained on and what is predicted, as far as the flags say it, else as ``base``
         (None: SDXL's own epsilon). Nothing else decides either. Raises FlagError where the flags make no
-        sense of ``base``."""
+        sense of ``base``, and where ``match_base`` has to be obeyed and there is no base."""
+        if self.match_base:
+            if base is None:
+                raise FlagError("--match_base needs a base model, and there is none here: leave it out")
+            return base
         return self._of_sdxl if base is None else self._sampling(base)
 
     def schedule(self, base: NoiseSchedule | None = None) -> NoiseSchedule:
         """The schedule that the flags make of ``base`` (None: SDXL's own)."""
-        return self._of_sdxl.schedule if base is None else self._changed(base)
+        return self.sampling().schedule if base is None else self._changed(base)
+
+    @property
+    def schedule_words(self) -> str:
+        """The schedule's flags as they were given."""
+        names = (*SCHEDULE_FLAGS, "flow_shift")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) not in (None, False)}
+        return " ".join(f"--{name}" + ("" if value is True else f" {value}") for name, value in given.items())
+
+    def agrees_with(self, schedule: NoiseSchedule) -> bool:
+        """Whether ``schedule`` is what the flags describe, so far as they do: a terminal sigma alone may be
+        reached in any way."""
+        if self.flow_shift is not None:
+            return schedule == NoiseSchedule.flow(self.flow_shift, len(schedule))
+        if self.terminal_sigma_method is not None or self.terminal_sigma_start is not None:
+            return schedule == self._of_sdxl.schedule
+        sigma = math.inf if self.zero_terminal_snr else self.terminal_sigma
+        return sigma is None or math.isclose(schedule.terminal_sigma, sigma, rel_tol=1e-5)
 
     def weighting(self) -> Weighting | None:
         """The weighting that the flags describe. Raises FlagError for more than one."""
@@ -193,8 +220,9 @@ class TrainingFlags:
         """All of it, for a training loop of your own; ``options`` as for :meth:`timesteps`."""
         from sdxl_fixes.objective import Objective
 
+        trained = self.sampling()
         parts = (self.loss, self.weighting(), self.perturbation, self.offset, self.timesteps(**options))
-        return Objective(self._of_sdxl.schedule, self._of_sdxl.prediction_type, *parts)
+        return Objective(trained.schedule, trained.prediction_type, *parts)
 
     def _check(self) -> None:
         if self.flow_shift is not None and self.prediction_type != FLOW:
@@ -312,7 +340,7 @@ FLAGS: Mapping[str, Flag] = flags_of(TrainingFlags)
 
 
 def grouped(*groups: str) -> dict[str, Flag]:
-    """The flags of some groups: prediction, schedule, loss, weighting, noise, timesteps, validation."""
+    """The flags of some groups: base, prediction, schedule, loss, weighting, noise, timesteps, validation."""
     return {name: stated for name, stated in FLAGS.items() if stated.group in groups}
 
 

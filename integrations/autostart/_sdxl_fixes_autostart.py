@@ -21,7 +21,7 @@ SCRIPTS = (
     *("sdxl_train_control_net.py", "sdxl_train_control_net_lllite.py"),
 )
 FLAGS = (  # what sdxl_fixes.kohya adds to upstream's own; tests/test_autostart.py compares
-    *("fixes", "prediction_type", "flow_shift"),
+    *("fixes", "match_base", "prediction_type", "flow_shift"),
     *("terminal_sigma", "terminal_sigma_method", "terminal_sigma_start"),
     *("huber_l2_gradient", "min_snr_floor", "stratified_timesteps", "terminal_timestep_share"),
     *("stable_loss_steps", "stable_loss_images", "chunk_buckets", "chunk_layout"),

@@ -8,8 +8,8 @@ from pathlib import Path
 from sdxl_fixes.diffusers.anchors import is_sdxl_script, refused
 from sdxl_fixes.diffusers.flags import FLAGS_HERE
 from sdxl_fixes.diffusers.install import install
-from sdxl_fixes.diffusers.run import SESSION
-from sdxl_fixes.trainers.session import run_script
+from sdxl_fixes.diffusers.run import FIXES, SESSION
+from sdxl_fixes.trainers.session import help_text, run_script
 
 USAGE = (
     "usage: python -m sdxl_fixes.diffusers PATH/TO/train_text_to_image_sdxl.py [the script's own flags "
@@ -19,6 +19,9 @@ USAGE = (
 
 def main() -> None:
     """Run an unmodified SDXL example script of diffusers with the fixes installed."""
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(help_text(USAGE, FLAGS_HERE, FIXES))
+        return
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(USAGE)
     script = Path(sys.argv[1])

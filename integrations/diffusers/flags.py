@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 
 from sdxl_fixes.command_line import Flag, add_flags, flag, flags_of
 from sdxl_fixes.flags import FLAGS, grouped
-from sdxl_fixes.names import FLOW
 from sdxl_fixes.trainers.fixes import fixes_flag
 
-from .run import FIXES
+from .run import FIXES, TRAINS
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,11 @@ class ScriptFlags:
     checked_caches: bool = flag(False, "key the script's caches by everything that changes their content")
 
 
-_TRAINED = ("epsilon", "v_prediction", FLOW)  # where the script has no --prediction_type of its own
-_SHARED = grouped("prediction", "schedule", "loss", "weighting", "noise", "timesteps", "validation")
+_SHARED = grouped("base", "prediction", "schedule", "loss", "weighting", "noise", "timesteps", "validation")
 _NOT_THERE = ("min_snr_gamma", "noise_offset")  # snr_gamma is diffusers' name; the offset is the scripts' own
 FLAGS_HERE: Mapping[str, Flag] = {
     **{name: stated for name, stated in _SHARED.items() if name not in _NOT_THERE},
-    "prediction_type": replace(FLAGS["prediction_type"], choices=_TRAINED),
+    "prediction_type": replace(FLAGS["prediction_type"], choices=TRAINS),
     **flags_of(ScriptFlags),
     "fixes": fixes_flag(FIXES),
 }

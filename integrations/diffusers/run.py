@@ -19,6 +19,7 @@ from sdxl_fixes.model_files.header import FormatError
 from sdxl_fixes.model_files.model_file import read_sampling
 from sdxl_fixes.names import FLOW, check_prediction_type
 from sdxl_fixes.schedule import NoiseSchedule
+from sdxl_fixes.trainers.base import STOCK, Base, check_flags, hub_config, read_base
 from sdxl_fixes.trainers.fixes import Fix, allowed, given, switch_off
 from sdxl_fixes.trainers.patching import PatchSet
 from sdxl_fixes.trainers.report import tell
@@ -29,11 +30,21 @@ from .scripts import version
 
 
 def departs(args: argparse.Namespace) -> bool:
-    """Whether training leaves the base model's schedule or prediction type."""
+    """Whether training leaves the base model's schedule or prediction type; with a base that decides, whether
+    it is on another schedule than SDXL's own, or than its scheduler config says."""
+    if (base := getattr(args, "base_that_decides", None)) is not None:
+        config = Sampling(args.base_schedule, args.base_prediction_type)
+        return bool(base.sampling != config or config.schedule != STOCK.schedule)
     changed = given(args, "zero_terminal_snr") or getattr(args, "terminal_sigma", None) is not None
     predicts, base = (getattr(args, name, None) for name in ("prediction_type", "base_prediction_type"))
     # the scripts know no flow, whatever the base
     return changed or FLOW in (predicts, base) or predicts not in (None, base)
+
+
+def worth_saying(args: argparse.Namespace) -> bool:
+    """Whether saved files must say how they are sampled."""
+    base = getattr(args, "base_that_decides", None)
+    return departs(args) or (base is not None and base.sampling != STOCK)
 
 
 def caches_may_lie(args: argparse.Namespace) -> bool:
@@ -48,7 +59,7 @@ def caches_may_lie(args: argparse.Namespace) -> bool:
 
 FIXES = {
     "schedule": Fix(
-        {"zero_terminal_snr": None, "terminal_sigma": None, "prediction_type": None},
+        {"zero_terminal_snr": None, "terminal_sigma": None, "prediction_type": None, "match_base": None},
         options=("terminal_sigma_method", "terminal_sigma_start", "flow_shift"),
         parts={"trains_flow": "UNet2DConditionModel.forward"},
         wanted=departs,
@@ -74,8 +85,9 @@ FIXES = {
     "crops": Fix({"true_crop_coordinates": None}, due="start"),
     "caches": Fix({"checked_caches": None}, due="start", wanted=caches_may_lie),
     "previews": Fix(due="later", wanted=departs),
-    "saving": Fix(due="later", wanted=departs),
+    "saving": Fix(due="later", wanted=worth_saying),
 }
+TRAINS = ("epsilon", "v_prediction", FLOW)
 # fixes that have no place in EDM-style training
 TRAINING = ("loss", "weighting", "noise", "timesteps", "validation")
 DIFFUSERS = Trainer(
@@ -133,10 +145,12 @@ def start(
     known = argparse.Namespace(**{**vars(args), "min_snr_gamma": args.snr_gamma})
     flags = TrainingFlags.from_args(known) if may_act else TrainingFlags()
     known.base_prediction_type = "epsilon"
+    decides = match(args, flags) if flags.match_base else None
     maybe = frozenset(name for name in may_act if FIXES[name].asked(known))
-    base, edm = _base(args) if maybe else (Sampling(NoiseSchedule.sdxl(), "epsilon"), False)
-    known.base_prediction_type = base.prediction_type
-    on = frozenset(name for name in may_act if FIXES[name].asked(known)) if maybe else maybe
+    base, edm = _base(args, decides is not None) if maybe or decides else (STOCK, False)
+    known.base_prediction_type, known.base_schedule = base.prediction_type, base.schedule
+    known.base_that_decides = decides
+    on = frozenset(name for name in may_act if FIXES[name].asked(known)) if maybe or decides else maybe
     if edm and "schedule" in on:
         raise FlagError(
             f"{args.pretrained_model_name_or_path} is an EDM model with sigmas of its own: "
@@ -144,9 +158,9 @@ def start(
         )
     if edm or getattr(args, "do_edm_style_training", False):
         refuse_edm(on)
-    trained = flags.sampling(base)
+    trained = flags.sampling(base if decides is None else decides.sampling)
     _check(known, on, trained.prediction_type)
-    if sigma_space and "schedule" in on:
+    if sigma_space and ("schedule" in on or decides is not None):
         _check_sigma_space(trained)
     weighting = flags.weighting() if may_act else None
     run = prepare(
@@ -158,9 +172,19 @@ def start(
         trained,
         () if weighting is None else (weighting,),
         resumed=bool(getattr(args, "resume_from_checkpoint", None)),
+        base=decides,
     )
     _tell(run, may_act, dropped)
     return run
+
+
+def match(args: argparse.Namespace, flags: TrainingFlags) -> Base:
+    """The base model that decides. Raises FlagError for flags that say otherwise, and for what these scripts
+    do not train."""
+    base = read_base(args.pretrained_model_name_or_path, getattr(args, "revision", None))
+    asked = args.prediction_type
+    check_flags(base, flags, asked and (f"--prediction_type {asked}", asked), TRAINS)
+    return base
 
 
 def _check(args: argparse.Namespace, on: frozenset[str], prediction_type: str) -> None:
@@ -250,16 +274,12 @@ def refuse_edm(fixes: Collection[str]) -> None:
         )
 
 
-def _base(args: argparse.Namespace) -> tuple[Sampling, bool]:
-    """How the base model was trained (its schedule is SDXL's own if it has no betas), and whether that is
-    EDM-style."""
-    from diffusers import DDPMScheduler
-
+def _base(args: argparse.Namespace, decides: bool) -> tuple[Sampling, bool]:
+    """How the base model was trained by its scheduler config (SDXL's own schedule if that has no betas), and
+    whether EDM-style; ``decides``: not that config alone is believed."""
     where = args.pretrained_model_name_or_path
     try:
-        config = DDPMScheduler.load_config(
-            where, subfolder="scheduler", revision=getattr(args, "revision", None)
-        )
+        config = hub_config(where, getattr(args, "revision", None))
         if "EDM" in config.get("_class_name", ""):
             predicts = check_prediction_type(config.get("prediction_type", "epsilon"))
             return Sampling(NoiseSchedule.sdxl(), predicts), True
@@ -268,7 +288,7 @@ def _base(args: argparse.Namespace) -> tuple[Sampling, bool]:
         raise FlagError(
             f"--pretrained_model_name_or_path {where}: no noise schedule in its scheduler folder ({error})"
         ) from error
-    if Path(where).is_dir():
+    if Path(where).is_dir() and not decides:
         _warn_of_record(Path(where), said)
     return said, False
 
@@ -285,5 +305,5 @@ def _warn_of_record(folder: Path, config: Sampling) -> None:
     if said != config:
         warn(
             f"the record in {folder} says {said}, its scheduler config {config}, which is what is trained "
-            f"on: sdxl-fixes stamp {folder} puts the record into the config"
+            f"on: sdxl-fixes stamp {folder} puts the record into the config, and --match_base trains by it"
         )

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from sdxl_fixes.kohya.flags import OURS
 from sdxl_fixes.kohya.install import install
-from sdxl_fixes.kohya.run import SESSION
+from sdxl_fixes.kohya.run import FIXES, SESSION
 from sdxl_fixes.kohya.scripts import REFUSED, SCRIPTS
-from sdxl_fixes.trainers.session import run_script
+from sdxl_fixes.trainers.session import help_text, run_script
 
 USAGE = (
     "usage: python -m sdxl_fixes.kohya PATH/TO/sdxl_train.py [the script's own flags and ours; --help "
@@ -19,6 +19,9 @@ USAGE = (
 
 def main() -> None:
     """Run an unmodified SDXL trainer of sd-scripts with the fixes installed."""
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(help_text(USAGE, OURS, FIXES))
+        return
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(USAGE)
     script = Path(sys.argv[1])

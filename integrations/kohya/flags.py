@@ -20,6 +20,7 @@ from .run import FIXES, SESSION, start
 
 _NOT_KOHYAS = (
     "flow_shift",
+    "match_base",
     *("terminal_sigma", "terminal_sigma_method", "terminal_sigma_start"),
     *("huber_l2_gradient", "min_snr_floor", *grouped("timesteps", "validation")),
 )
@@ -39,6 +40,7 @@ READ = (  # kohya's own that we read with them
     *("dataset_class", "pretrained_model_name_or_path", "output_dir", "resume"),
     *("masked_loss", "prior_loss_weight"),
     *("train_text_encoder", "network_module", "network_train_unet_only", "network_weights", "save_model_as"),
+    *("torch_compile", "use_safetensors", "controlnet_model_name_or_path", "weights"),
 )
 # difflib's ratio; noise_offset_type, which kohya_ss writes and sd-scripts ignores, has 0.83 with noise_offset
 ALIKE = 0.85

@@ -21,6 +21,7 @@ _SAMPLING, _SAVING, _MODELS = (
     "library.model_io|library.train_util",
     "library.sdxl_model_util",
 )
+_FILES = "library.checkpoint_io|library.train_util"
 _FUNCTIONS, _SDXL, _UNET = (
     "library.custom_train_functions",
     "library.strategy_sdxl",
@@ -52,6 +53,10 @@ PATCHES = (
           "checks the flags before any model is loaded"),
     Patch(("run",), "accelerate.accelerator:Accelerator.backward", ("self", "loss"), SESSION.backward,
           "stops a step in which a fix that is on was not reached"),
+    Patch(("run",), "accelerate.accelerator:Accelerator.save_state", ("self", "output_dir"),
+          checkpoint.save_state, "state folders know their schedule"),
+    Patch(("run",), "accelerate.accelerator:Accelerator.load_state", ("self", "input_dir"),
+          checkpoint.load_state, "and are resumed on no other"),
 
     Patch(("schedule",), f"{_FUNCTIONS}:prepare_scheduler_for_custom_training", ("noise_scheduler", "device"),
           schedule.prepare,
@@ -123,7 +128,12 @@ PATCHES = (
     Patch(("saving",), f"{_SAVING}:get_sai_model_spec", ("state_dict", "args"), checkpoint.model_spec,
           "the schedule's record and prediction type in the metadata"),
     Patch(("saving",), f"{_MODELS}:save_file", ("tensors", "filename"), checkpoint.save_file,
-          "marker tensors v_pred and ztsnr, where they say the truth", only=("sdxl_train.py",)),
+          "marker tensors v_pred and ztsnr, where they say the truth; beside the file a scheduler config",
+          only=("sdxl_train.py",)),
+    Patch(("saving",), f"{_FILES}:save_sd_model_on_epoch_end_or_stepwise_common", ("args", "on_epoch_end"),
+          checkpoint.save_and_remove, "which goes with a file that is removed", only=("sdxl_train.py",)),
+    Patch(("saving",), "library.huggingface_util:upload", ("args", "src", "dest_suffix"), checkpoint.upload,
+          "and with one that is uploaded", only=("sdxl_train.py",)),
     Patch(("saving",), f"{_MODELS}:save_diffusers_checkpoint", ("output_dir",), checkpoint.save_folder,
           "diffusers folders get the trained scheduler (upstream: the source's)", only=("sdxl_train.py",)),
 )

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
-from sdxl_fixes.checkpoint import Sampling, markers, metadata
+from sdxl_fixes.checkpoint import Sampling, markers, metadata, sampling_of_config
 from sdxl_fixes.command_line import Flag
 from sdxl_fixes.errors import FlagError
 from sdxl_fixes.flags import TrainingFlags
-from sdxl_fixes.log import warn
+from sdxl_fixes.log import say, warn
 from sdxl_fixes.model_files.header import FormatError
-from sdxl_fixes.model_files.model_file import read_sampling
+from sdxl_fixes.model_files.model_file import is_pickle, read_sampling
 from sdxl_fixes.names import FLOW, HUBER_KINDS, HUBER_SCHEDULES, LOSS_TYPES
-from sdxl_fixes.schedule import NoiseSchedule
+from sdxl_fixes.trainers.base import STOCK, Base, check_flags, check_others, hub_config, read_base
 from sdxl_fixes.trainers.fixes import Fix, allowed, given, switch_off
 from sdxl_fixes.trainers.report import sampling_flags, tell
 from sdxl_fixes.trainers.run import Run, Trainer, prepare
@@ -27,6 +28,9 @@ from .scripts import SCRIPTS, TESTED, digest, version
 
 def changes_schedule(args: argparse.Namespace) -> bool:
     """Whether training leaves SDXL's own schedule."""
+    base: Base | None = getattr(args, BASE, None)
+    if base is not None:
+        return base.sampling.schedule != STOCK.schedule
     sigma, flow = getattr(args, "terminal_sigma", None), getattr(args, "prediction_type", None) == FLOW
     return given(args, "zero_terminal_snr") or sigma is not None or flow
 
@@ -36,6 +40,10 @@ def worth_saying(args: argparse.Namespace) -> bool:
     return changes_schedule(args) or given(args, "v_parameterization") or bool(bases(args))
 
 
+BASE = "base_that_decides"  # the attribute of our copy of the arguments
+TRAINS = ("epsilon", "v_prediction", FLOW)
+# what training may go on from: flags of one script or another
+_CONTINUED = ("network_weights", "controlnet_model_name_or_path", "weights")
 _WEIGHTS = {
     "min_snr_gamma": "apply_snr_weight",
     "debiased_estimation_loss": "apply_debiased_estimation",
@@ -44,9 +52,10 @@ _WEIGHTS = {
 }
 FIXES = {
     "schedule": Fix(
-        {"zero_terminal_snr": None, "terminal_sigma": None, "prediction_type": (FLOW,)},
+        {"zero_terminal_snr": None, "terminal_sigma": None, "prediction_type": (FLOW,), "match_base": None},
         options=("terminal_sigma_method", "terminal_sigma_start", "flow_shift"),
         parts={"trains_flow": "get_noise_noisy_latents_and_timesteps"},
+        wanted=changes_schedule,
     ),
     "loss": Fix(
         {"loss_type": HUBER_KINDS},
@@ -78,13 +87,6 @@ def weightings(args: argparse.Namespace, flags: TrainingFlags) -> tuple[Weightin
     return tuple(found)
 
 
-def _bases(args: argparse.Namespace) -> list[Path]:
-    """The models that are trained on: the checkpoint, a LoRA that is continued (a name on the Hugging Face
-    Hub says nothing here)."""
-    names = [getattr(args, name, None) for name in ("pretrained_model_name_or_path", "network_weights")]
-    return [Path(name) for name in names if name and Path(name).exists()]
-
-
 def bases(args: argparse.Namespace) -> dict[str, Sampling]:
     """What the models that are trained on say about how they are sampled, those that say anything."""
     return {name: said for name, said in _look(args).items() if isinstance(said, Sampling)}
@@ -92,19 +94,54 @@ def bases(args: argparse.Namespace) -> dict[str, Sampling]:
 
 def _look(args: argparse.Namespace) -> dict[str, Sampling | str]:
     """The same, or what is wrong with a record or scheduler config, in a sentence; nothing of what cannot be
-    read. A folder's scheduler of SDXL's own is what every tool writes, and says nothing."""
+    read. A scheduler config of SDXL's own in a folder or on the hub is what every tool writes, and says
+    nothing."""
     found: dict[str, Sampling | str] = {}
-    for path in _bases(args):
+    for name in filter(
+        None, (getattr(args, name, None) for name in ("pretrained_model_name_or_path", *_CONTINUED))
+    ):
+        path = Path(name)
         try:
-            said = read_sampling(path)
+            said = read_sampling(path) if path.exists() else _on_the_hub(name)
         except (OSError, FormatError):
             continue
         except ValueError as error:
             found[str(path)] = str(error)
             continue
-        if said is not None and not (path.is_dir() and said == Sampling(NoiseSchedule.sdxl(), "epsilon")):
+        if said is not None and (path.is_file() or said != STOCK):
             found[str(path)] = said
     return found
+
+
+@functools.cache
+def _on_the_hub(name: str) -> Sampling | None:
+    """What the scheduler config of a model on the Hugging Face Hub says; the trainer reads it, too."""
+    try:
+        return sampling_of_config(hub_config(name))
+    except OSError:
+        return None
+
+
+def match(args: argparse.Namespace, flags: TrainingFlags) -> Base:
+    """The base model that decides, after kohya's own flags were set as it says. Raises FlagError for flags
+    and models that say otherwise, and for what this trainer does not train."""
+    base = read_base(getattr(args, "pretrained_model_name_or_path", None))
+    said = getattr(args, "prediction_type", None)
+    asked = (f"--prediction_type {said}", said) if said else None
+    if given(args, "v_parameterization"):
+        asked = ("--v_parameterization", "v_prediction")
+    check_flags(base, flags, asked, TRAINS)
+    check_others(base, {name: getattr(args, name, None) for name in _CONTINUED})
+    schedule = base.sampling.schedule
+    if len(schedule) != len(STOCK.schedule):
+        raise FlagError(
+            f"--match_base: {base}, over {len(schedule)} timesteps, and this trainer has "
+            f"{len(STOCK.schedule)}: take another base model"
+        )
+    args.v_parameterization = base.sampling.prediction_type == "v_prediction"
+    flow = base.sampling.prediction_type == FLOW
+    args.prediction_type, args.zero_terminal_snr = (FLOW, False) if flow else (None, schedule.zero_terminal)
+    return base
 
 
 def trains_text(args: argparse.Namespace) -> bool:
@@ -125,9 +162,11 @@ def start(args: argparse.Namespace, ours: Mapping[str, Flag] | None = None) -> R
     flags = (
         TrainingFlags.from_args(known) if may_act else TrainingFlags(prediction_type=known.prediction_type)
     )
-    trained = flags.sampling()
+    base = match(args, flags) if flags.match_base else None
+    trained = flags.sampling() if base is None else base.sampling
     if trained.prediction_type == FLOW:
         _check_flow(args)
+    args = argparse.Namespace(**vars(args), **{BASE: base})  # ours: it sees no more than kohya's at the start
     script = SESSION.script_name()
     # nobody asks for these by a flag of their own
     without = {fix for fix in SCRIPTS.get(script or "", {}) if FIXES[fix].due == "later"}
@@ -145,7 +184,9 @@ def start(args: argparse.Namespace, ours: Mapping[str, Flag] | None = None) -> R
         resumed=bool(getattr(args, "resume", None)),
         options=options,
         timestep_range=(getattr(args, "min_timestep", None) or 0, getattr(args, "max_timestep", None)),
+        base=base,
     )
+    _check_pickled(run)
     _tell(run, may_act, dropped)
     return run
 
@@ -196,8 +237,35 @@ def _no_place(script: str | None, asked: frozenset[str], args: argparse.Namespac
     return found
 
 
+def _full(args: argparse.Namespace) -> bool:
+    """Whether whole models are saved."""
+    return SESSION.script_name() in (None, "sdxl_train.py") and not hasattr(args, "network_module")
+
+
+def _pickled(args: argparse.Namespace) -> str:
+    """What is saved if that is a pickle, as half a sentence; else ""."""
+    kind, full = getattr(args, "save_model_as", ""), _full(args)
+    if full and getattr(args, "use_safetensors", False):
+        return ""
+    if kind is None:  # upstream's default of full models
+        from_file = full and Path(getattr(args, "pretrained_model_name_or_path", None) or "").is_file()
+        return "without --save_model_as a .ckpt is saved, a pickle" if from_file else ""
+    return f"--save_model_as {kind} saves a pickle" if kind in ("ckpt", "pt") else ""
+
+
+def _check_pickled(run: Run) -> None:
+    """Raise FlagError if what is saved could not say that it is sampled otherwise than SDXL's own way."""
+    trained, pickled = Sampling(run.schedule, run.prediction_type), _pickled(run.args)
+    if "saving" in run.on and pickled and trained != STOCK:
+        raise FlagError(
+            f"{pickled}, which cannot say that the model is sampled as {trained}, and no stamp can mend "
+            "that: give --save_model_as safetensors, or --fixes all,-saving"
+        )
+
+
 def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
     args, root = run.args, SESSION.patches.root
+    pickled = _pickled(args) if "saving" in run.on else ""
     prompts = []
     if options := run.options:
         prompts.append(
@@ -206,16 +274,14 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
         )
     files = []
     if "saving" in run.on:
-        full = SESSION.script_name() in (None, "sdxl_train.py") and not hasattr(args, "network_module")
-        names = markers(run.schedule, run.prediction_type) if full else ()
+        full = _full(args)
+        names = markers(run.schedule, run.prediction_type) if full and not pickled else ()
         spec = metadata(run.schedule, run.prediction_type)["modelspec.prediction_type"]
         tensors = [f"markers {' '.join(names)}"] if names else []
+        said = ["schedule record", *tensors, *([f"modelspec {spec}"] if spec else [])]
+        beside = ["scheduler config beside it"] if full else []
         folder = str(getattr(args, "save_model_as", None)).startswith("diffusers")
-        files.append(
-            "its scheduler"
-            if folder
-            else ", ".join(["schedule record", *tensors, *([f"modelspec {spec}"] if spec else [])])
-        )
+        files.append("its scheduler" if folder else pickled or ", ".join([*said, *beside]))
     if "previews" in run.on:
         files.append("previews sample the same")
     known = version(root) if root is not None else ""
@@ -229,11 +295,11 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
         )
     if run.stable_loss is not None and trains_text(args):
         warn("--stable_loss_steps: text embeddings stay as first seen, though the text encoder is trained")
-    if "saving" in run.on and getattr(args, "save_model_as", None) in ("ckpt", "pt"):
-        warn(
-            f"--save_model_as {args.save_model_as}: such a file carries neither record nor markers: take "
-            "safetensors"
-        )
+    if pickled:
+        warn(f"{pickled}, which carries neither record nor markers: take --save_model_as safetensors")
+    model = Path(getattr(args, "pretrained_model_name_or_path", None) or "")
+    if is_pickle(model) and model.is_file() and run.base is None:
+        say(f"{model} is a pickle, which is never opened here, so it cannot be told how it was trained")
     trained = Sampling(run.schedule, run.prediction_type)
     for name, base in _look(args).items():
         if isinstance(base, str):
@@ -246,14 +312,15 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
 def _flags_for(base: Sampling) -> str:
     """The flags that train on as ``base`` was, or what they cannot do."""
     flags = sampling_flags(base)
-    if base.prediction_type == "sample" or flags is None:
+    if base.prediction_type not in TRAINS:
         return "no flags of this trainer train on as the base was trained"
+    if flags is None:
+        return "to go on as the base was trained, give --match_base"
     words = flags.replace("--prediction_type epsilon", "").replace(
         "--prediction_type v_prediction", "--v_parameterization"
     )
-    words = words.strip()
-    return "to go on as the base was trained, " + (
-        f"give {words}" if words else "leave the schedule's flags and v_parameterization out"
+    return "to go on as the base was trained, give --match_base, or " + (
+        words.strip() or "leave the schedule's flags and v_parameterization out"
     )
 
 

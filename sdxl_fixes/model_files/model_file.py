@@ -16,6 +16,7 @@ from sdxl_fixes.checkpoint import (
     overruled,
     read_json,
     read_record,
+    said_of_file,
     sampling_of_config,
     sampling_of_file,
     sampling_of_json,
@@ -24,6 +25,7 @@ from sdxl_fixes.model_files.header import FormatError, Header, Tensor, read_head
 from sdxl_fixes.model_files.write import recover
 
 SCHEDULER_CONFIG = "scheduler_config.json"
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # ComfyUI's markers of models that are told another timestep (0.25 log sigma): wrong in any model with a noise
 # schedule
 EDM_MARKERS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
@@ -51,29 +53,53 @@ _EMBEDDING = {
 
 def read_sampling(path: Path, predicts: str | None = None) -> Sampling | None:
     """How a model file, a diffusers folder, a scheduler_config.json or a schedule record (.json) says that it
-    is sampled; None where nothing is said.
+    is sampled; None where nothing is said, as :func:`read_said`."""
+    said = read_said(path, predicts)
+    return None if said is None else said[0]
+
+
+def read_said(path: Path, predicts: str | None = None) -> tuple[Sampling, str] | None:
+    """The same, and by what it is said, for people.
 
     A file is believed by its record, else by its marker tensors, else by the metadata of modelspec and kohya
-    (ss_); a folder by the record in its U-Net, else by its scheduler config. ``predicts`` is for a JSON
-    record that tells a schedule alone. Only headers are read, and nothing is written. Raises OSError or
-    FormatError for what cannot be read, ValueError, in one sentence that names the file, for what is there
-    but broken.
+    (ss_), else by the scheduler config beside it (a pickle by that alone); a folder by the record in its
+    U-Net, else by its scheduler config. ``predicts`` is for a JSON record that tells a schedule alone. Only
+    headers are read, and nothing is written. Raises OSError or FormatError for what cannot be read,
+    ValueError, in one sentence that names the file, for what is there but broken.
     """
     if path.is_dir():
-        files = unet_files(path)
-        return (files and _sampling_of(files[0])) or read_scheduler(path)[0]
+        files, config = unet_files(path), read_scheduler(path)[0]
+        by_file = next(filter(None, map(_said_by, files)), None)
+        return by_file or (None if config is None else (config, "its scheduler config"))
+    config_file = beside(path, "." + SCHEDULER_CONFIG)
+    if config_file.is_file() and path.suffix != ".json":
+        said = None if is_pickle(path) else _said_by(path)
+        return said or (_of_json(config_file), f"{config_file.name} beside it")
     _check_readable(path)
-    if path.suffix != ".json":
-        return _sampling_of(path)
+    return (_of_json(path, predicts), "it") if path.suffix == ".json" else _said_by(path)
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file is one that is never opened here, by its name."""
+    return path.suffix.lower() in PICKLES
+
+
+def beside(path: Path, suffix: str) -> Path:
+    """The companion of a file: model.safetensors -> model.scheduler_config.json, model.yaml."""
+    known = is_pickle(path) or path.suffix == ".safetensors"
+    return path.with_name((path.stem if known else path.name) + suffix)
+
+
+def _of_json(path: Path, predicts: str | None = None) -> Sampling:
     content = read_json(path)
     with _named(path):
         return sampling_of_json(content, predicts)
 
 
-def _sampling_of(path: Path) -> Sampling | None:
+def _said_by(path: Path) -> tuple[Sampling, str] | None:
     header = read_header(path)
     with _named(path):
-        return sampling_of_file(header.metadata, header.tensors)
+        return said_of_file(header.metadata, header.tensors)
 
 
 def read_scheduler(folder: Path) -> tuple[Sampling | None, list[str]]:
@@ -110,7 +136,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _check_readable(path: Path) -> None:
-    if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+    if is_pickle(path):
         raise FormatError(f"{path} is a pickle, which is never opened here: convert it to safetensors first")
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}: give a .safetensors file or a folder")
@@ -149,7 +175,7 @@ class ModelFile:
 
     @property
     def sampling(self) -> Sampling | None:
-        """How the file says that it is sampled, as :func:`read_sampling`."""
+        """How the file itself says that it is sampled, as :func:`read_sampling` but for what is beside it."""
         return sampling_of_file(self.header.metadata, self.header.tensors)
 
     @property

@@ -151,8 +151,3 @@ def _metadata(old: Header, sampling: Sampling) -> dict[str, str]:
     if "ss_zero_terminal_snr" in entries:  # kohya's own word for it
         entries["ss_zero_terminal_snr"] = str(sampling.zero_terminal)
     return entries
-
-
-def beside(path: Path, suffix: str) -> Path:
-    """The companion of a file: model.safetensors -> model.scheduler_config.json, model.yaml."""
-    return path.with_name(path.name.removesuffix(".safetensors") + suffix)

@@ -46,8 +46,9 @@ def report(run: Run, version: str, prompts: Iterable[str] = (), files: Iterable[
     """The lines. ``version`` says what is known of this version of the trainer; ``prompts`` and ``files`` are
     what only the adapter knows of data and of what is saved."""
     head = f"{__version__} in {run.trainer.name}{f' ({version})' if version else ''}"
+    base = [] if run.base is None else [f"  {'base':<9}  {run.base}"]
     if not run.on:
-        return f"{head}: no fix is on, it trains as upstream does"
+        return "\n".join([f"{head}: no fix is on, it trains as upstream does", *base])
     lines = {
         "objective": _objective(run),
         "weights": [_weights(run)],
@@ -57,6 +58,7 @@ def report(run: Run, version: str, prompts: Iterable[str] = (), files: Iterable[
     return "\n".join(
         [
             head,
+            *base,
             *(f"  {name:<9}  {'; '.join(part for part in parts if part)}" for name, parts in lines.items()),
         ]
     )

@@ -4,6 +4,7 @@ adapter."""
 from __future__ import annotations
 
 import argparse
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from sdxl_fixes.noise import InputPerturbation
 from sdxl_fixes.objective import Objective
 from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.timesteps import TimestepSampler
+from sdxl_fixes.trainers.base import Base
 from sdxl_fixes.trainers.fixes import Fix
 from sdxl_fixes.trainers.noising import Noising
 from sdxl_fixes.trainers.stable_loss import StableLoss
@@ -60,6 +62,7 @@ class Run:
     # "step" or "start" -> marks that must have been seen
     due: Mapping[str, frozenset[str]] = field(default_factory=dict)
     options: Any = None  # the adapter's own
+    base: Base | None = None  # that decided
 
     def fix_of(self, mark: str) -> str:
         """The fix that a mark of its work belongs to."""
@@ -80,6 +83,7 @@ def prepare(
     resumed: bool = False,
     timestep_range: tuple[int, int | None] = (0, None),
     options: Any = None,
+    base: Base | None = None,
 ) -> Run:
     """The run of the fixes ``on``. Raises FlagError, before any model is loaded, for one that does not fit
     this version (``refused``: fix -> why) and for values that make no sense together."""
@@ -95,6 +99,11 @@ def prepare(
                 f"{FLOW} needs the fix {fix!r}, since the trainer's own code knows epsilon and v-prediction "
                 f"only: take it into --fixes, or leave out {trainer.fixes[fix].text}"
             )
+    if "validation" in on and (compiler := _compiler(args)):
+        raise FlagError(
+            "--stable_loss_steps cannot see the images that a compiled U-Net is given: leave it out, or "
+            f"{compiler}"
+        )
     sampler = flags.timesteps(
         schedule,
         seed=getattr(args, "seed", None) or 0,
@@ -142,7 +151,17 @@ def prepare(
         stable_loss=_stable_loss(args, flags, trained, weighting, resumed) if "validation" in on else None,
         due=due,
         options=options,
+        base=base,
     )
+
+
+def _compiler(args: argparse.Namespace) -> str:
+    """What has the whole U-Net compiled, as a flag; "" where nothing has. A trainer's own flag overrules the
+    launcher's environment."""
+    if hasattr(args, "torch_compile"):
+        return "--torch_compile" if args.torch_compile else ""
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    return "" if backend == "no" else f"--dynamo_backend {backend} of accelerate launch"
 
 
 def _stable_loss(

@@ -8,16 +8,18 @@ sentence.
 
 from __future__ import annotations
 
+import argparse
 import runpy
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxl_fixes.checkpoint import Sampling
-from sdxl_fixes.command_line import underscored
+from sdxl_fixes.command_line import Flag, add_flags, underscored
 from sdxl_fixes.errors import FixError, FlagError
 from sdxl_fixes.log import rank, stop
+from sdxl_fixes.trainers.fixes import Fix
 from sdxl_fixes.trainers.patching import Patch, PatchSet
 from sdxl_fixes.trainers.report import sampling_flags
 from sdxl_fixes.trainers.run import Run
@@ -168,6 +170,19 @@ class Session:
 
     def _look(self) -> str:
         return f"sdxl-fixes doctor {next(iter(reversed(self._scripts())), 'SCRIPT')} tells more"
+
+
+def help_text(usage: str, ours: Mapping[str, Flag], fixes: Mapping[str, Fix]) -> str:
+    """What ``--help`` of a launcher shows: our flags, and the names of the trainer's own that fixes serve."""
+    named = dict.fromkeys(
+        flag for fix in fixes.values() for flag in (*fix.flags, *fix.needs, *fix.options) if flag not in ours
+    )
+    served = f"flags of the trainer's own that fixes serve: {', '.join(f'--{name}' for name in named)}"
+    parser = argparse.ArgumentParser(
+        usage=usage.removeprefix("usage: "), add_help=False, epilog=served if named else None
+    )
+    add_flags(parser, ours)
+    return parser.format_help()
 
 
 def run_script(

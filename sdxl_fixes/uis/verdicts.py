@@ -17,8 +17,14 @@ from typing import Any
 import yaml
 
 from sdxl_fixes.checkpoint import STAND_IN_SIGMA, UNET, Sampling, flow_shift
-from sdxl_fixes.model_files.model_file import SCHEDULER_CONFIG, ModelFile, read_sampling, read_scheduler
-from sdxl_fixes.model_files.stamp import beside, model_files
+from sdxl_fixes.model_files.model_file import (
+    SCHEDULER_CONFIG,
+    ModelFile,
+    beside,
+    read_sampling,
+    read_scheduler,
+)
+from sdxl_fixes.model_files.stamp import model_files
 from sdxl_fixes.schedule import NoiseSchedule
 
 # where ComfyUI, Forge, reForge and A1111 end zero terminal SNR: alphas_cumprod 4.897345e-08

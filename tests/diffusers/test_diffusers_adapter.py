@@ -24,6 +24,7 @@ from sdxl_fixes.cli import main as cli
 from sdxl_fixes.diffusers import buckets, caches, crops, prompts
 from sdxl_fixes.diffusers.__main__ import main as launch
 from sdxl_fixes.diffusers.anchors import missing
+from sdxl_fixes.diffusers.flags import FLAGS_HERE
 from sdxl_fixes.diffusers.run import SESSION, start
 from sdxl_fixes.model_files.stamp import stamp_file
 from sdxl_fixes.trainers.patching import PatchSet
@@ -338,6 +339,89 @@ def test_a_record_that_the_scheduler_config_contradicts_is_named(train, base, ca
     assert "the record in" not in capsys.readouterr().err
 
 
+def based(base, sampling, config=None):
+    """A base model folder whose U-Net has the record of ``sampling`` and whose scheduler says ``config``."""
+    folder = base(**(config or {}))
+    (folder / "unet").mkdir()
+    stamp_file(models.model(folder / "unet" / "x.safetensors", "diffusers_unet"), sampling)
+    return folder
+
+
+V_ZERO = Sampling(NoiseSchedule.sdxl().zero_terminal_snr(), "v_prediction")
+E_300 = Sampling(NoiseSchedule.sdxl().with_terminal_sigma(300, "beta_end"), "epsilon")
+ZERO_CONFIG = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+SAID_300 = ("--terminal_sigma", "300", "--terminal_sigma_method", "beta_end")
+# the base: its record or None, its scheduler config -> the flags that train the same without --match_base
+MATCHED = {
+    "record v ztsnr": (V_ZERO, {}, (*V, "--zero_terminal_snr")),
+    "config v ztsnr": (None, ZERO_CONFIG, (*V, "--zero_terminal_snr")),
+    "record eps 300, config v ztsnr": (E_300, ZERO_CONFIG, None),
+    "record eps 300": (E_300, {}, SAID_300),
+    "config v": (None, {"prediction_type": "v_prediction"}, V),
+    "plain": (None, {}, ()),
+}
+MORE = ("--loss_type", "huber", "--snr_gamma", "5", "--min_snr_floor", "--ip_noise_gamma", "0.1")
+
+
+@pytest.mark.parametrize("case", MATCHED)
+def test_the_base_alone_trains_as_its_flags_do(train, base, case, capsys, tmp_path):
+    record, config, flags = MATCHED[case]
+    folder = base(**config) if record is None else based(base, record, config)
+    matched = train("--match_base", *MORE, model=folder)
+    said = capsys.readouterr().err
+    assert "in huggingface/diffusers example" in said and "the record in" not in said
+    by = "its scheduler config" if record is None else "its record"
+    assert f"  base       {folder}: " in said and f", by {by}\n" in said
+    with safe_open(tmp_path / "out" / "lora.safetensors", framework="pt") as file:
+        carried = (file.metadata() or {}).get("sdxl_fixes.schedule")
+    expected = record or (None if case == "plain" else Sampling(*SESSION_SAID[case]))
+    if expected is None:
+        assert carried is None
+    else:
+        assert NoiseSchedule.from_json(carried) == expected.schedule
+        assert json.loads(carried)["prediction_type"] == expected.prediction_type
+    flags, other = (
+        (SAID_300, base()) if flags is None else (flags, folder if record is None else base(**config))
+    )
+    assert same(matched, train(*flags, *MORE, model=other))
+    again = folder if record is None else based(base, record, config)
+    assert same(matched, train("--match_base", *flags, *MORE, model=again))  # the same flags are fine
+
+
+SESSION_SAID = {
+    "config v ztsnr": (V_ZERO.schedule, "v_prediction"),
+    "config v": (NoiseSchedule.sdxl(), "v_prediction"),
+}
+
+
+@pytest.mark.parametrize(
+    ("sampling", "flags", "sentence"),
+    [
+        (V_ZERO, ("--prediction_type", "epsilon"), "--prediction_type epsilon contradicts --match_base"),
+        (V_ZERO, ("--terminal_sigma", "300"), "--terminal_sigma 300.0 contradicts --match_base"),
+        (E_300, ("--zero_terminal_snr",), "--zero_terminal_snr contradicts --match_base"),
+        (E_300, V, "--prediction_type v_prediction contradicts --match_base"),
+        (
+            Sampling(NoiseSchedule.sdxl(), "sample"),
+            (),
+            "and this trainer trains epsilon or v_prediction or flow_prediction: take another base model",
+        ),
+    ],
+)
+def test_what_contradicts_the_base_is_refused_before_anything_is_loaded(
+    train, base, sampling, flags, sentence
+):
+    said = refusal(train, "--match_base", *flags, model=based(base, sampling), status=2)
+    assert sentence in said and str(sampling) in said and "by its record" in said
+
+
+def test_match_base_goes_with_the_schedule_that_is_switched_off(train, base, capsys):
+    folder = based(base, V_ZERO)
+    without = train("--match_base", "--fixes", "all,-schedule", model=folder)
+    assert "--fixes all,-schedule: --match_base has no effect" in capsys.readouterr().err
+    assert same(without, train(model=folder, how="unpatched"))
+
+
 def test_the_report_names_what_is_on(train, capsys):
     train("--terminal_sigma", "300", *V)
     report = capsys.readouterr().err
@@ -367,9 +451,18 @@ def test_the_report_warns_of_a_step_that_is_not_learnt(train, capsys):
     assert lost not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_the_launchers_help_lists_our_flags_and_ends_well(monkeypatch, capsys, word):
+    monkeypatch.setattr(sys, "argv", ["sdxl_fixes.diffusers", word])
+    launch()
+    said = capsys.readouterr().out
+    assert said.startswith("usage: python -m sdxl_fixes.diffusers PATH/TO/train_text_to_image_sdxl.py")
+    assert all(f"  --{name} " in said or f"  --{name}\n" in said for name in FLAGS_HERE)
+
+
 def test_the_launcher_says_what_it_cannot_run(monkeypatch, tmp_path):
     for words, sentence in (
-        (["--help"], "usage: python -m sdxl_fixes.diffusers"),
+        (["--fixes"], "usage: python -m sdxl_fixes.diffusers"),
         (["nowhere.py"], "there is no nowhere.py"),
         ([__file__], "is no SDXL training script"),
     ):

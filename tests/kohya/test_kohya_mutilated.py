@@ -4,6 +4,7 @@ And ``doctor``, which only reads, tells beforehand which of the two it will be.
 """
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -354,6 +355,31 @@ def test_fixes_that_are_not_asked_for_may_be_out_of_reach(trainer):
 def test_a_diffusers_folder_that_was_saved_ends_well(trainer):
     run(trainer, FT, *ALL, "--diffusers")
     assert (trainer / "out" / "scheduler" / "scheduler_config.json").exists()
+
+
+def test_a_config_goes_with_every_file_that_is_saved_uploaded_and_removed(trainer):
+    from diffusers import DDIMScheduler
+
+    (trainer / "out").mkdir(exist_ok=True)
+    foreign = trainer / "out" / "step00000000.scheduler_config.json"
+    foreign.write_text("{}")
+    run(trainer, FT, *ALL, "--save_every_n_steps", "1")
+    names = {"step00000002", "step00000003", "model"}  # the first was removed, as upstream removes it
+    found = {file.name for file in (trainer / "out").glob("*.*") if "pt" not in file.suffix}
+    configs = {f"{name}.scheduler_config.json" for name in names}
+    assert found == {f"{name}.safetensors" for name in names} | configs | {foreign.name}
+    for name in configs:
+        assert DDIMScheduler.from_pretrained(trainer / "out" / name).alphas_cumprod[-1] == 0
+    uploaded = sys.modules["library.huggingface_util"].UPLOADED
+    assert [suffix for _, suffix, _ in uploaded] == [
+        f"/step0000000{n}.{end}" for n in (1, 2, 3) for end in ("safetensors", "scheduler_config.json")
+    ]
+    assert all(src == f"{trainer / 'out'}{suffix}" for src, suffix, _ in uploaded)
+
+
+def test_without_saving_nothing_is_beside_a_file(trainer):
+    run(trainer, FT, "--save_every_n_steps", "1", "--zero_terminal_snr", "--fixes", "all,-saving")
+    assert not list((trainer / "out").glob("*.json")) and (trainer / "out" / "model.safetensors").exists()
 
 
 def test_a_step_that_only_allocates_an_optimizers_state_is_not_training(trainer, right):

@@ -9,6 +9,7 @@ from made_up_trainer import build, edit
 from sdxl_fixes.cli import main
 from sdxl_fixes.kohya import scripts
 from sdxl_fixes.kohya.doctor import examine
+from sdxl_fixes.kohya.flags import OURS
 from sdxl_fixes.kohya.patches import PATCHES
 
 
@@ -89,6 +90,15 @@ def launcher(*words, cwd):
         cwd=cwd,
         timeout=120,
     )
+
+
+def test_launchers_help_lists_our_flags_names_kohyas_and_ends_well(tmp_path):
+    process = launcher("--help", cwd=tmp_path)
+    assert process.returncode == 0 and not process.stderr
+    assert process.stdout.startswith("usage: python -m sdxl_fixes.kohya PATH/TO/sdxl_train.py")
+    listed, _, served = process.stdout.partition("flags of the trainer's own that fixes serve: ")
+    assert all(f"  --{name} " in listed or f"  --{name}\n" in listed for name in OURS)
+    assert "--zero_terminal_snr" in served and "--min_snr_gamma" in served and "--fixes" not in served
 
 
 def test_launcher_names_what_is_missing(checkout):

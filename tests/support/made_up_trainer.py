@@ -11,6 +11,7 @@ import torch
 SOURCE = Path(__file__).parents[1] / "data" / "made_up_sd_scripts"
 MOVED = (
     "args",
+    "checkpoint_io",
     "dataset",
     "logging_util",
     "loss",

@@ -402,6 +402,33 @@ def test_a_compiled_network_stays_one_graph_and_is_not_kept(kohya, flags, monkey
     assert loss is None or not loss.kept
 
 
+@pytest.mark.parametrize(
+    ("flags", "backend", "sentence"),
+    [
+        (dict(torch_compile=True), "no", "--torch_compile"),
+        (dict(torch_compile=False), "INDUCTOR", None),  # kohya then tells accelerate not to
+        ({}, "INDUCTOR", "--dynamo_backend inductor of accelerate launch"),
+        ({}, "NO", None),
+    ],
+)
+def test_under_a_compiled_u_net_the_flag_is_refused_at_the_start(
+    kohya, flags, backend, sentence, monkeypatch
+):
+    from accelerate.utils import TorchDynamoPlugin
+
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
+    if not flags:  # what accelerate makes of it
+        assert (TorchDynamoPlugin().backend.value.lower() != "no") == (sentence is not None)
+    if sentence is None:
+        assert kohya(stable_loss_steps=2, **flags) is not None
+    else:
+        with pytest.raises(
+            FlagError, match=rf"^--stable_loss_steps cannot see .* leave it out, or {sentence}$"
+        ):
+            kohya(stable_loss_steps=2, **flags)
+    assert kohya(**flags) is None
+
+
 @pytest.mark.parametrize("network_trainer", [False, True])
 def test_kohyas_trainers_log_after_every_second_optimizer_step(kohya, network_trainer, monkeypatch, capsys):
     extra = dict(

@@ -3,6 +3,7 @@
 import time
 
 import library.args as args_util
+import library.checkpoint_io as checkpoint_io
 import library.config_util as config_util
 import library.custom_train_functions as custom_train_functions
 import library.logging_util as logging_util
@@ -76,6 +77,11 @@ def train(args):
         optimizer.step()
         optimizer.zero_grad()
         sampling.sample_images_common(None, accelerator, args, None, number + 1)
+        if args.save_every_n_steps:
+            spec = model_io.get_sai_model_spec(None, args)
+            checkpoint_io.save_sd_model_on_epoch_end_or_stepwise_common(
+                args, False, accelerator, True, True, 0, 1, number + 1, lambda file, *_, spec=spec: sdxl_model_util.save_stable_diffusion_checkpoint(file, unet, spec), None
+            )
         recorder.add(epoch=0, step=number, loss=float(loss.detach()))
         times.append(time.perf_counter())
         steps.append(

@@ -13,7 +13,9 @@ from closed_form import alphas_cumprod
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sdxl_fixes import NoiseSchedule
+from sdxl_fixes import NoiseSchedule, read_sampling
+from sdxl_fixes.checkpoint import Sampling
+from sdxl_fixes.model_files.stamp import stamp_file
 
 pytestmark = [
     pytest.mark.diffusers,
@@ -191,6 +193,34 @@ def test_lora_files_carry_the_record_and_load(run, tmp_path, script):
                 == NoiseSchedule.sdxl().zero_terminal_snr()
             )
             assert not {"v_pred", "ztsnr"} & set(file.keys())
+
+
+@pytest.mark.parametrize("script", ("t2i_lora", "dreambooth", "t2i"))
+@pytest.mark.parametrize("case", ("v ztsnr by its scheduler", "epsilon 300 by its record"))
+def test_the_base_alone_trains_as_its_flags_do(run, made, tmp_path, script, case):
+    """To the bit, with a scheduler config that says nothing beside a record, and the saved file says it."""
+    flags, base, other = (*V, "--zero_terminal_snr"), "base-v-ztsnr", "base-v-ztsnr"
+    schedule = NoiseSchedule.sdxl().zero_terminal_snr()
+    if case == "epsilon 300 by its record":
+        flags, base, other = (
+            ("--terminal_sigma", "300", "--terminal_sigma_method", "beta_end"),
+            "base-300",
+            "base",
+        )
+        schedule = NoiseSchedule.sdxl().with_terminal_sigma(300, "beta_end")
+        shutil.copytree(made / "base", made / base, dirs_exist_ok=True)
+        unet = made / base / "unet" / "diffusion_pytorch_model.safetensors"
+        stamp_file(unet, Sampling(schedule, "epsilon"), force=True)
+    form = ("--loss_type", "huber", "--snr_gamma", "5", "--min_snr_floor", "--ip_noise_gamma", "0.1")
+    process, matched = run("module", script, "--match_base", *form, base=base, folder="a", steps=2)
+    assert f"by its {'record' if base == 'base-300' else 'scheduler config'}" in process.stderr
+    assert matched == run("module", script, *flags, *form, base=other, folder="b", steps=2)[1]
+    out = tmp_path / "a" / "out"
+    saved = out / ("unet/diffusion_pytorch_model" if script == "t2i" else "pytorch_lora_weights")
+    with safe_open(saved.with_suffix(".safetensors"), framework="pt") as file:
+        assert NoiseSchedule.from_json(file.metadata()["sdxl_fixes.schedule"]) == schedule
+    if script == "t2i":
+        assert read_sampling(out / "scheduler" / "scheduler_config.json").schedule == schedule
 
 
 def test_min_snr_at_zero_snr_upstream_nan_and_0_here_right(run):  # report 3.1, 3.2

@@ -5,12 +5,16 @@ import json
 import sys
 
 import checkouts
+import numpy as np
 import pytest
 import runs
+import torch
 from closed_form import alphas_cumprod
 from safetensors import safe_open
 
-from sdxl_fixes import MinSNR, NoiseSchedule
+from sdxl_fixes import MinSNR, NoiseSchedule, read_sampling
+from sdxl_fixes.checkpoint import Sampling
+from sdxl_fixes.model_files.stamp import stamp_file
 
 pytestmark = [
     pytest.mark.kohya,
@@ -283,16 +287,13 @@ def test_a_stamped_base_trained_without_its_flags_is_warned_about_and_told_the_t
 ):
     """Losses stay upstream's to the bit; the saved file says what was trained, and a later stamp finds room
     in it."""
-    from sdxl_fixes.checkpoint import Sampling
-    from sdxl_fixes.model_files.stamp import stamp_file
-
     base, zero = (
         tmp_path / "base.safetensors",
         Sampling(NoiseSchedule.sdxl().zero_terminal_snr(), "v_prediction"),
     )
     stamp_file(assets / "model.safetensors", zero, force=True, output=base)
     process, trace = train("module", script, "--pretrained_model_name_or_path", str(base))
-    assert "give --v_parameterization --zero_terminal_snr" in process.stderr
+    assert "give --match_base, or --v_parameterization --zero_terminal_snr" in process.stderr
     keys, metadata = saved(tmp_path)
     assert NoiseSchedule.from_json(metadata["sdxl_fixes.schedule"]) == NoiseSchedule.sdxl() and not keys & {
         "v_pred",
@@ -311,3 +312,82 @@ def test_a_stamped_base_trained_without_its_flags_is_warned_about_and_told_the_t
         "--zero_terminal_snr",
     )
     assert "WARNING: " + str(base) not in process.stderr
+
+
+SDXL = NoiseSchedule.sdxl()
+LINEAR = NoiseSchedule.linear()
+# what the base says -> the flags that train the same, if there are any
+BASES = {
+    "v ztsnr": (SDXL.zero_terminal_snr(), "v_prediction", ("--v_parameterization", "--zero_terminal_snr")),
+    "epsilon 300": (
+        SDXL.with_terminal_sigma(300, "beta_end"),
+        "epsilon",
+        ("--terminal_sigma", "300", "--terminal_sigma_method", "beta_end"),
+    ),
+    "v on linear betas": (LINEAR, "v_prediction", None),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("case", BASES)
+def test_the_base_alone_trains_as_its_flags_do(train, assets, tmp_path, script, case):
+    """To the bit; where no flags do, as the closed form says. What is saved goes on from there."""
+    schedule, prediction_type, flags = BASES[case]
+    base, said = tmp_path / "base.safetensors", Sampling(schedule, prediction_type)
+    stamp_file(assets / "model.safetensors", said, force=True, output=base)
+    name = ("--pretrained_model_name_or_path", str(base))
+    form = ("--loss_type", "huber", "--min_snr_gamma", "5", "--min_snr_floor")
+    moments = ("--save_every_n_steps", "1", "--save_last_n_steps", "1")
+    process, trace = train("module", script, *name, "--match_base", *form, *moments, tensors=True)
+    assert f"{base}: {said}, by its record" in process.stderr
+    out = tmp_path / "out"
+    files = sorted(out.glob("*.safetensors"))
+    assert [read_sampling(file) for file in files] == [said] * 3  # of four, one was removed
+    configs = {file.with_suffix(".scheduler_config.json") for file in files}
+    assert set(out.glob("*.json")) == (configs if script == "sdxl_train.py" else set())
+    if flags is not None:
+        assert trace == train("module", script, *name, *flags, *form, tensors=True)[1]
+    else:
+        abar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+        expected = runs.expected(trace, torch.from_numpy(abar), loss="huber", min_snr=5.0, floor=True)
+        assert trace["losses"] == pytest.approx(expected, rel=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "diffusers_safetensors"])
+def test_a_folder_that_is_saved_samples_what_was_trained(train, assets, tmp_path, kind):
+    base = ("--pretrained_model_name_or_path", str(assets / "diffusers"))
+    train(
+        "module",
+        "sdxl_train.py",
+        *base,
+        "--v_parameterization",
+        "--zero_terminal_snr",
+        "--save_model_as",
+        kind,
+        steps=1,
+    )
+    (folder,) = [path.parent.parent for path in (tmp_path / "out").rglob("scheduler/scheduler_config.json")]
+    assert read_sampling(folder) == Sampling(SDXL.zero_terminal_snr(), "v_prediction")
+
+
+def test_a_state_is_resumed_on_its_own_schedule_alone(train, tmp_path):
+    state = ("--save_state", "--save_every_n_steps", "1", "--v_parameterization")
+    train("module", "sdxl_train_network.py", *state, "--zero_terminal_snr", steps=1)
+    (folder,) = (tmp_path / "out").glob("*step*-state")
+    resume = ("--resume", str(folder), "--v_parameterization")
+    process, trace = train("module", "sdxl_train_network.py", *resume, check=False)
+    assert process.returncode and "was trained with v_prediction on" in process.stderr.splitlines()[-1]
+    assert not trace["losses"]
+    assert train("module", "sdxl_train_network.py", *resume, "--zero_terminal_snr")[1]["losses"]
+
+
+def test_a_pickle_is_refused_before_any_model_is_loaded(train):
+    for flags in (
+        ("--save_model_as", "ckpt"),
+        ("--save_model_as", "ckpt", "--network_module", "networks.lora"),
+    ):
+        script = SCRIPTS[len(flags) > 2]
+        process, trace = train("module", script, "--v_parameterization", *flags, check=False)
+        last = process.stderr.strip().splitlines()[-1]
+        assert process.returncode == 2 and "--save_model_as ckpt saves a pickle, which cannot say" in last
+        assert not trace["losses"] and "Traceback" not in process.stderr

@@ -1,0 +1,63 @@
+"""The folders that accelerate saves a training's state into: the schedule and the place in the stratified
+timesteps, in a file of its own, since accelerate refuses states with another number of registered objects,
+and these go from and to trainers without the fixes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sdxl_fixes.atomic import replacing
+from sdxl_fixes.errors import FixError
+from sdxl_fixes.schedule import NoiseSchedule
+from sdxl_fixes.trainers.session import Session
+
+RECORD = "sdxl_fixes.json"
+
+
+def save_state(
+    session: Session,
+    original: Callable[..., Any],
+    accelerator: Any,
+    folder: str | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """In the place of accelerate's: the state, and ours beside it."""
+    result = original(accelerator, folder, *args, **kwargs)
+    run = session.run
+    if run is not None and run.on and folder is not None:
+        state = {
+            "schedule": run.schedule.to_record(),
+            "prediction_type": run.prediction_type,
+            "timesteps": None if run.timesteps is None else run.timesteps.state_dict(),
+        }
+        with replacing(Path(folder) / RECORD) as file:
+            file.write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
+    return result
+
+
+def load_state(
+    session: Session,
+    original: Callable[..., Any],
+    accelerator: Any,
+    folder: str | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Resume, if the state was trained on the schedule of this run. Raises FixError otherwise."""
+    run, file = session.run, Path(folder or "") / RECORD
+    if run is not None and folder is not None and file.is_file():
+        state = json.loads(file.read_text(encoding="utf-8"))
+        trained = NoiseSchedule.from_record(state["schedule"])
+        if run.on and (trained, state["prediction_type"]) != (run.schedule, run.prediction_type):
+            raise FixError(
+                f"{folder} was trained with {state['prediction_type']} on {trained!r}, and the flags of "
+                "this run describe "
+                f"{run.prediction_type} on {run.schedule!r}: resume with the flags that it was started with"
+            )
+        if run.timesteps is not None and state["timesteps"] is not None:
+            run.timesteps.load_state_dict(state["timesteps"])
+    return original(accelerator, folder, *args, **kwargs)
