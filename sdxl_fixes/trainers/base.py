@@ -87,7 +87,7 @@ def _convention(path: Path) -> str:
         if predicts == "epsilon" and "modelspec.merged_from" in header.metadata:
             raise ValueError(
                 f"{path} was merged, and kohya's tools then write epsilon whatever it was: stamp it "
-                "(sdxl-fixes stamp --from FILE, one of those that it was merged of)"
+                "(sdxl-fixes stamp --force --from FILE, one of those that it was merged of)"
             )
         if predicts == "epsilon":
             return "its metadata modelspec.prediction_type epsilon"
