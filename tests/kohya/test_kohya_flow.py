@@ -3,6 +3,7 @@ what makes a step is ever not finite."""
 
 import argparse
 import functools
+import inspect
 import itertools
 import json
 
@@ -218,7 +219,8 @@ def test_a_saved_folder_names_a_class_that_samples_flow_in_both_of_its_files(sta
     index = json.loads((tmp_path / "model_index.json").read_text())
     cls = getattr(diffusers, index["scheduler"][1])
     loaded = cls.from_pretrained(tmp_path, subfolder="scheduler")
-    loaded.set_timesteps(4)  # raises for a class that knows no flow
+    loaded.set_timesteps(4)
+    assert "use_flow_sigmas" in inspect.signature(cls.__init__).parameters  # else it is carried along unread
     assert loaded.config.prediction_type == "flow_prediction" and loaded.config.flow_shift == 3
     assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
     assert loaded.config.use_flow_sigmas and float(loaded.timesteps[0]) > 990
