@@ -135,7 +135,7 @@ class _Exact:
             raise ValueError("set_timesteps needs num_inference_steps or timesteps, and not both")
         _check_form(self, self.noise_schedule)
         told = self.noise_schedule.levels(self._flow)[2]
-        t = told[self._rows(num_inference_steps)] if timesteps is None else self._checked(timesteps)
+        t = self._checked(timesteps) if num_inference_steps is None else told[self._rows(num_inference_steps)]
         self.num_inference_steps = len(t)
         t = self._order(t)
         levels = [self._level(one) for one in t]

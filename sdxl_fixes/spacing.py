@@ -83,7 +83,8 @@ def _angles(schedule: NoiseSchedule) -> Array:
     u = np.linspace(_LOW - 40, _HIGH + 40, 20001)  # the density falls as exp(-|u|)
     density = np.sqrt(math.sinh(_HIGH - _LOW) / (np.cosh(u - _LOW) * np.cosh(u - _HIGH)))
     passed = np.append(np.interp(schedule.log_sigmas[::-1], u, np.cumsum(density)), 0.0)
-    return np.maximum(passed[:-1] - passed[1:], 1e-12 * passed[0])  # noisier timesteps than that count, too
+    widths: Array = np.maximum(passed[:-1] - passed[1:], 1e-12 * passed[0])  # noisier ones count, too
+    return widths
 
 
 def _even(widths: Array, steps: int) -> Timesteps:
