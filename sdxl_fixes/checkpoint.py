@@ -222,10 +222,10 @@ def flow_shift(schedule: NoiseSchedule) -> float | None:
 
 def samplable(schedule: NoiseSchedule) -> NoiseSchedule:
     """The schedule itself or, if it ends at an infinite sigma, with a finite one at its last timestep:
-    STAND_IN_SIGMA or, if that is more, twice the sigma of the timestep before."""
+    STAND_IN_SIGMA or, if that is more, 1.1 times the sigma of the timestep before."""
     if not schedule.zero_terminal:
         return schedule
-    return schedule.with_terminal_sigma(max(STAND_IN_SIGMA, 2 * float(schedule.sigmas[-2])), "last")
+    return schedule.with_terminal_sigma(max(STAND_IN_SIGMA, 1.1 * float(schedule.sigmas[-2])), "last")
 
 
 def scheduler_config(
