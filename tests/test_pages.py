@@ -306,8 +306,8 @@ def test_half_of_the_steps_start_where_the_page_says():
             starts.append(schedule.sigmas[int(first)])
         ends += [min(starts), max(starts)]
     said = (
-        "`dpmpp_2m` starts at sigma {:.0f} to {:.0f}, `euler` at {:.1f} to {:.1f}, with trailing steps both at "
-        "{:.1f} to {:.1f}"
+        "`dpmpp_2m` starts at sigma {:.0f} to {:.0f}, `euler` at {:.1f} to {:.1f}, with trailing steps both "
+        "at {:.1f} to {:.1f}"
     )
     assert said.format(*ends) in text
 
