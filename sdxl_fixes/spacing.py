@@ -82,7 +82,7 @@ def _angles(schedule: NoiseSchedule) -> Array:
     and from there to the clean image; finite at both ends."""
     u = np.linspace(_LOW - 40, _HIGH + 40, 20001)  # the density falls as exp(-|u|)
     density = np.sqrt(math.sinh(_HIGH - _LOW) / (np.cosh(u - _LOW) * np.cosh(u - _HIGH)))
-    passed = np.append(np.interp(schedule.log_sigmas[::-1], u, np.cumsum(density)), 0.0)
+    passed = np.append(np.interp(schedule.log_sigmas[::-1], u, np.cumsum(density) - density / 2), 0.0)
     widths: Array = np.maximum(passed[:-1] - passed[1:], 1e-12 * passed[0])  # noisier ones count, too
     return widths
 
