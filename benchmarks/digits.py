@@ -142,7 +142,7 @@ def sample(
     condition: tuple[torch.Tensor, ...],
 ) -> torch.Tensor:
     """A digit [B, 1, 8, 8] for each row of the ``condition``."""
-    scheduler = schedule.scheduler(sampler, prediction_type)
+    scheduler = schedule.scheduler(sampler, prediction_type, "log_sigma")
     scheduler.set_timesteps(steps)
     generator = torch.Generator().manual_seed(seed + 1000)
     count = len(condition[0])

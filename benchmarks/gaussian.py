@@ -21,19 +21,23 @@ MEAN_OVER_SCALE = 2.0
 
 
 def predict(
-    schedule: NoiseSchedule, prediction_type: str, sample: torch.Tensor, timestep: Any
+    schedule: NoiseSchedule,
+    prediction_type: str,
+    sample: torch.Tensor,
+    timestep: Any,
+    scales: tuple[float, ...] = SCALES,
+    between: bool = False,
 ) -> torch.Tensor:
-    """What a perfect network returns for ``sample`` [B, 3, 1, 1] at ``timestep``, which must be one that it
-    was trained on."""
+    """What a perfect network returns for ``sample`` [B, len(scales), 1, 1] at ``timestep``, which must be one
+    that it was trained on; ``between``: any time of rectified flow."""
     alphas, sigmas, told = schedule.levels(prediction_type == "flow_prediction")
     row = int(abs(told - float(timestep)).argmin())
-    if abs(told[row] - float(timestep)) > 1e-3:
+    alpha, sigma = float(alphas[row]), float(sigmas[row])
+    if between:
+        alpha, sigma = 1 - float(timestep) / len(schedule), float(timestep) / len(schedule)
+    elif abs(told[row] - float(timestep)) > 1e-3:
         raise ValueError(f"the network was asked at timestep {float(timestep)}, which it was not trained on")
-    alpha, sigma, scale = (
-        float(alphas[row]),
-        float(sigmas[row]),
-        torch.tensor(SCALES, dtype=torch.float64).reshape(1, 3, 1, 1),
-    )
+    scale = torch.tensor(scales, dtype=torch.float64).reshape(1, -1, 1, 1)
     sample, mean = sample.double(), MEAN_OVER_SCALE * scale
     x0 = mean + scale**2 * alpha / (alpha**2 * scale**2 + sigma**2) * (sample - alpha * mean)
     return prediction.target(prediction_type, x0, (sample - alpha * x0) / sigma, alpha, sigma)
@@ -59,14 +63,16 @@ def sampled(
     samples: int = 2,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    scales: tuple[float, ...] = SCALES,
+    between: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and spread that ``scheduler`` returns in ``steps`` steps, over the true scale, shape [3]. 2
-    samples (-1 and 1) are exact for a scheduler that draws no noise of its own; the initial noise of more is
-    whitened."""
+    """Mean and spread that ``scheduler`` returns in ``steps`` steps, over the true scale, one for each of
+    ``scales``. 2 samples (-1 and 1) are exact for a scheduler that draws no noise of its own; the initial
+    noise of more is whitened."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(samples, 3, 1, 1, generator=generator, dtype=torch.float64)
+    noise = torch.randn(samples, len(scales), 1, 1, generator=generator, dtype=torch.float64)
     noise = (
-        torch.tensor([-1.0, 1.0], dtype=torch.float64).reshape(2, 1, 1, 1).repeat(1, 3, 1, 1)
+        torch.tensor([-1.0, 1.0], dtype=torch.float64).reshape(2, 1, 1, 1).repeat(1, len(scales), 1, 1)
         if samples == 2
         else noise
     )
@@ -74,12 +80,11 @@ def sampled(
     scheduler.set_timesteps(steps, device=device)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
-    x = (noise.to(device, dtype) * scheduler.init_noise_sigma).to(dtype)
+    x = (noise.to(device, dtype) * getattr(scheduler, "init_noise_sigma", 1.0)).to(dtype)
+    scaled = getattr(scheduler, "scale_model_input", lambda x, t: x)  # flow-matching classes have neither
     options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for t in scheduler.timesteps:
-        output = predict(schedule, prediction_type, scheduler.scale_model_input(x, t).cpu(), t).to(
-            device, dtype
-        )
+        output = predict(schedule, prediction_type, scaled(x, t).cpu(), t, scales, between).to(device, dtype)
         x = scheduler.step(output, t, x, return_dict=False, **options)[0]
-    x = x.double().cpu()[:, :, 0, 0] / torch.tensor(SCALES)
+    x = x.double().cpu()[:, :, 0, 0] / torch.tensor(scales)
     return x.mean(0), x.std(0, correction=0)

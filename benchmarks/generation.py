@@ -30,7 +30,7 @@ def work(job: lab.Job, folder: Path) -> dict[str, Any]:
     for name in SAMPLERS:
         for kind in KINDS:
             scheduler = (
-                ZERO.scheduler(name, "v_prediction")
+                ZERO.scheduler(name, "v_prediction", "log_sigma")
                 if kind == "ours"
                 else schedulers.stock(name, ZERO, "v_prediction", kind.split(", ")[1])
             )
@@ -52,8 +52,9 @@ def page(found: dict[str, list[Any]]) -> list[str]:
         "sampler, and these models are not perfect: compare within a column. *leading* is the spacing in "
         "SDXL's own config (which names",
         "Euler; here it is carried over to the others), *trailing* the best that diffusers can be set to. "
-        "heun asks the network",
-        "twice a step.",
+        "*ours* has steps even",
+        "in log sigma, which since then is no longer the default of ddpm, ddim, euler and euler_a. heun asks "
+        "the network twice a step.",
         "",
         "| | kept | spread | contrast inside a picture |",
         "|---|---|---|---|",

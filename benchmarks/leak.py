@@ -49,7 +49,7 @@ def work(job: lab.Job, folder: Path) -> dict[str, Any]:
     if end == "v_prediction":
         return {"curve": curve}
     ddim = [
-        lab.generate(unet, schedule.scheduler("ddim", end), job.seed, network)
+        lab.generate(unet, schedule.scheduler("ddim", end, "log_sigma"), job.seed, network)
         for network in (None, bounded(schedule))
     ]
     return {"curve": curve, "ddim": [lab.brightness(pictures) for pictures in ddim]}

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Sampler
 
-from sdxl_fixes.names import LEFTOVERS
+from sdxl_fixes.names import LEFTOVERS, check_seed
 
 FORMAT = "sdxl-fixes buckets 1"
 _KEYS, _ORDER, _REPEATS = range(3)  # what random bits are for
@@ -220,7 +220,6 @@ class ChunkBucketBatchSampler(Sampler[list[int]]):
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("world_size", world_size, 1),
-            ("seed", seed, 0),
         ):
             if int(value) != value or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value}")
@@ -236,7 +235,7 @@ class ChunkBucketBatchSampler(Sampler[list[int]]):
         self._chunks = chunks if callable(chunks) else _chunk_counts(chunks, len(found))
         self._repeats = _repeats(repeats, len(found))
         self._settings = Settings(int(batch_size), int(world_size), leftovers, bool(aligned))
-        self._seed, self._rank = int(seed), rank
+        self._seed, self._rank = check_seed(seed), rank
         self._epoch = self._loaded_epoch = 0
         self._place: _Place | None = None  # of this epoch, once it is needed
 
@@ -387,7 +386,7 @@ class ChunkBucketBatchSampler(Sampler[list[int]]):
 
     def _resumed(self, state: Mapping[str, Any]) -> _Place:
         """Replay the segments of a state, and continue the last or plan what it left."""
-        epoch = self._data(int(state["seed"]), int(state["epoch"]))
+        epoch = self._data(check_seed(state["seed"]), int(state["epoch"]))
         segments = [_segment(entry) for entry in state["segments"]]
         if state["fingerprint"] != epoch.fingerprint:
             raise ValueError(
@@ -430,7 +429,8 @@ def _segment(entry: Mapping[str, Any]) -> tuple[Settings, int]:
 
 
 def _bits(seed: int, epoch: int, segment: int, purpose: int, count: int) -> Bits:
-    return np.random.Philox(key=[seed, epoch], counter=[0, 0, segment, purpose]).random_raw(count)
+    key = np.array([seed, epoch], dtype=np.uint64)  # of a list numpy makes float64 from 2^63 on
+    return np.random.Philox(key=key, counter=[0, 0, segment, purpose]).random_raw(count)
 
 
 def _argsort(group: Ints, bits: Bits) -> Ints:

@@ -23,7 +23,8 @@ MARKERS = ("v_pred", "ztsnr")
 UNET = "model.diffusion_model."
 _MODELSPEC, _KOHYA = "modelspec.prediction_type", "ss_zero_terminal_snr"
 _OBJECT = "the object of a scheduler_config.json or a schedule record"
-# for samplers that cannot start at infinity; the largest power of 2 whose noise fits float16
+# for samplers that cannot start at infinity; the largest power of 2 whose noise fits float16 (more only where
+# the timestep before the last is as noisy already)
 STAND_IN_SIGMA = 4096.0
 # diffusers' classes that noise and step by timestep, and know no sigma: of all, they can start at SNR 0 (not
 # with epsilon)
@@ -234,8 +235,11 @@ def flow_shift(schedule: NoiseSchedule) -> float | None:
 
 
 def samplable(schedule: NoiseSchedule) -> NoiseSchedule:
-    """The schedule itself or, if it ends at an infinite sigma, with STAND_IN_SIGMA at its last timestep."""
-    return schedule.with_terminal_sigma(STAND_IN_SIGMA, "last") if schedule.zero_terminal else schedule
+    """The schedule itself or, if it ends at an infinite sigma, with a finite one at its last timestep:
+    STAND_IN_SIGMA or, if that is more, 1.1 times the sigma of the timestep before."""
+    if not schedule.zero_terminal:
+        return schedule
+    return schedule.with_terminal_sigma(max(STAND_IN_SIGMA, 1.1 * float(schedule.sigmas[-2])), "last")
 
 
 def scheduler_config(

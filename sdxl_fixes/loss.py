@@ -6,7 +6,8 @@ sample (arXiv:2403.16728).
     smooth_l1  2 (sqrt(r^2 + delta^2) - delta)           the form of latent consistency models; 2 |r| far out
 
 The names are kohya's. sqrt(r^2 + delta^2) - delta cancels to 0 in float32 below |r| = 1e-4, so it is computed
-as r^2 / (sqrt(r^2 + delta^2) + delta).
+as r^2 / (sqrt(r^2 + delta^2) + delta); r^2 overflows from 1.8e19 on, so from 2^60 on, where it is one, the
+loss goes on as a line.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from sdxl_fixes.names import HUBER_C, HUBER_KINDS, HUBER_SCALE, HUBER_SCHEDULE, 
 from sdxl_fixes.schedule import Array, NoiseSchedule
 from sdxl_fixes.tensors import append_dims
 
+_LINE = 2.0**60
+
 
 def l2(residual: torch.Tensor) -> torch.Tensor:
     """r^2, elementwise."""
@@ -35,8 +38,9 @@ def l1(residual: torch.Tensor) -> torch.Tensor:
 
 def smooth_l1(residual: torch.Tensor, delta: torch.Tensor | float) -> torch.Tensor:
     """2 (sqrt(r^2 + delta^2) - delta), elementwise; ``delta`` > 0 broadcasts against the residual."""
-    square = residual**2
-    return 2 * square / (torch.sqrt(square + delta**2) + delta)
+    square = residual.clamp(-_LINE, _LINE) ** 2
+    beyond = torch.relu(residual.abs() - _LINE)  # 0 but there, and adds no gradient
+    return 2 * square / (torch.sqrt(square + delta**2) + delta) + 2 * beyond
 
 
 def huber(residual: torch.Tensor, delta: torch.Tensor | float) -> torch.Tensor:

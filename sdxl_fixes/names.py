@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 from sdxl_fixes.errors import shown
 
 FLOW = "flow_prediction"
@@ -14,6 +17,17 @@ HUBER_SCHEDULE, HUBER_C, HUBER_SCALE = "snr", 0.1, 1.0  # where nothing is said
 CHUNK = 75  # tokens of a prompt; 77 with BOS and EOS
 SPLITS = ("none", "commas")
 LEFTOVERS = ("merge", "smaller", "drop")
+
+
+def check_seed(seed: Any) -> int:
+    """Return it as an int, or raise ValueError: what orders are drawn by is 64 bits, as torch's seeds are."""
+    try:
+        whole = operator.index(seed)
+    except TypeError:
+        whole = -1
+    if not 0 <= whole < 2**64:
+        raise ValueError(f"seed must be a whole number in 0..{2**64 - 1}, got {shown(seed)}")
+    return whole
 
 
 def check_prediction_type(prediction_type: str) -> str:

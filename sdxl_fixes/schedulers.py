@@ -2,8 +2,8 @@
 
 Each class is a drop-in for diffusers' class of the same name, and chooses when an instance is made. What
 plain diffusers follows exactly (a named beta schedule with its own timestep spacings; of DDIM's, leading) is
-an instance of diffusers' own class. Everything else is an instance of ours: ``log_sigma`` spacing,
-trained_betas, rescale_betas_zero_snr, a terminal sigma above 4096, flow_prediction. There
+an instance of diffusers' own class. Everything else is an instance of ours: our spacings (``first_order``,
+``log_sigma``), trained_betas, rescale_betas_zero_snr, a terminal sigma above 4096, flow_prediction. There
 
 - latents stay at the scale of the training samples, x = alpha x0 + sigma noise, also in Euler and Heun, where
   diffusers divides by alpha: nothing is infinite at SNR 0, and nothing overflows in half precision;
@@ -36,10 +36,11 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from diffusers.utils.torch_utils import randn_tensor
 
 from sdxl_fixes import prediction
-from sdxl_fixes.checkpoint import STAND_IN_SIGMA, TIMESTEP_CLASSES, scheduler_config
-from sdxl_fixes.schedule import EXACT_KEY, NoiseSchedule
-from sdxl_fixes.spacing import Timesteps, timesteps
-from sdxl_fixes.tensors import Table
+from sdxl_fixes.checkpoint import STAND_IN_SIGMA, TIMESTEP_CLASSES, sampling_of_config, scheduler_config
+from sdxl_fixes.errors import shown
+from sdxl_fixes.schedule import EXACT_KEY, Array, NoiseSchedule
+from sdxl_fixes.spacing import OURS, Timesteps, timesteps
+from sdxl_fixes.tensors import Table, append_dims
 
 Fixed = TypeVar("Fixed")
 Level = tuple[float, float]  # what multiplies the image, what multiplies the noise
@@ -85,14 +86,15 @@ class _Exact:
         return (init | {EXACT_KEY: kept} if kept else init), unused, hidden
 
     def register_to_config(self, **kwargs: Any) -> None:
-        """As diffusers', except that log_sigma, which stock classes do not know, is kept beside a spacing
-        that they do. Reads the schedule anew."""
-        if kwargs.get("timestep_spacing") == "log_sigma":
-            kept = {**(kwargs.get(EXACT_KEY) or {}), "timestep_spacing": "log_sigma"}
+        """As diffusers', except that a spacing which stock classes do not know is kept beside one that they
+        do. Reads the schedule anew."""
+        if kwargs.get("timestep_spacing") in OURS:
+            kept = {**(kwargs.get(EXACT_KEY) or {}), "timestep_spacing": kwargs["timestep_spacing"]}
             kwargs |= {"timestep_spacing": "trailing", EXACT_KEY: kept}
         super().register_to_config(**kwargs)  # type: ignore[misc]
         self.noise_schedule = NoiseSchedule.from_config(self.config)
-        self._tables = [Table(level) for level in self.noise_schedule.levels(self._flow)]
+        alpha, sigma, told = self.noise_schedule.levels(self._flow)
+        self._tables = [Table(table) for table in (alpha, sigma, (told[1:] + told[:-1]) / 2)]
 
     @property
     def init_noise_sigma(self) -> float:
@@ -110,40 +112,44 @@ class _Exact:
     def add_noise(
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
-        """As diffusers', at any trained timestep (shape [B]), with or without set_timesteps."""
-        alpha, sigma, told = self._tables
-        timesteps = timesteps.to(original_samples.device)
-        index = torch.searchsorted(told.on(timesteps.device), timesteps.float() - 1e-3).clamp(
-            max=len(self.noise_schedule) - 1
-        )
-        ndim = original_samples.ndim
-        return prediction.add_noise(original_samples, noise, alpha(index, ndim), sigma(index, ndim)).to(
-            original_samples.dtype
-        )
+        """As diffusers', at any trained timestep (shape [B]; of rectified flow at any at all), with or
+        without set_timesteps."""
+        ndim, timesteps = original_samples.ndim, timesteps.to(original_samples.device).float()
+        if self._flow:
+            s = append_dims(timesteps / len(self.noise_schedule), ndim)
+            level = 1 - s, s
+        else:
+            alpha, sigma, middles = self._tables
+            index = torch.searchsorted(middles.on(timesteps.device), timesteps)
+            level = alpha(index, ndim), sigma(index, ndim)
+        return prediction.add_noise(original_samples, noise, *level).to(original_samples.dtype)
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Any = None, timesteps: Any = None
     ) -> None:
-        """Plan ``num_inference_steps`` steps, or steps at the trained ``timesteps`` that are given, falling.
-        Raises ValueError for timesteps that are not trained ones, and for settings that overrule the
-        schedule."""
+        """Plan ``num_inference_steps`` steps, or steps at the ``timesteps`` that are given, falling, in the
+        numbers that the network is told (those of ``self.timesteps``): trained ones; of rectified flow any
+        between the first and the last that are trained. Raises ValueError for others, and for settings that
+        overrule the schedule or that end in NaN."""
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("set_timesteps needs num_inference_steps or timesteps, and not both")
-        rows = (
-            self._rows(num_inference_steps) if num_inference_steps is not None else self._checked(timesteps)
-        )
-        alpha, sigma, told = self.noise_schedule.levels(self._flow)
-        rows = self._order(rows)
+        _check_form(self, self.noise_schedule)
+        told = self.noise_schedule.levels(self._flow)[2]
+        t = self._checked(timesteps) if num_inference_steps is None else told[self._rows(num_inference_steps)]
+        self.num_inference_steps = len(t)
+        t = self._order(t)
+        levels = [self._level(one) for one in t]
         to_first = self._option("final_sigmas_type") == "sigma_min"  # not to the clean image
-        end = (float(alpha[0]), float(sigma[0])) if to_first else CLEAN
-        self._levels = [*zip(alpha[rows].tolist(), sigma[rows].tolist(), strict=True), end]
-        ratios = sigma if self._flow else self.noise_schedule.sigmas
-        self.sigmas = torch.from_numpy(np.append(ratios[rows], ratios[0] if to_first else 0.0)).float()
-        self.timesteps = torch.from_numpy(told[rows]).to(
+        self._levels = [*levels, self._level(told[0]) if to_first else CLEAN]
+        # of flow s, of others the noise-to-signal ratio
+        ratios = [
+            sigma if self._flow else sigma / alpha if alpha else math.inf for alpha, sigma in self._levels
+        ]
+        self.sigmas = torch.tensor(ratios, dtype=torch.float32)
+        self.timesteps = torch.from_numpy(t).to(
             device=device, dtype=torch.float32 if self._flow else self._timesteps_dtype
         )
         self._told = self.timesteps.tolist()
-        self.num_inference_steps = len(set(rows.tolist()))
         self._reset()
 
     @property
@@ -173,17 +179,36 @@ class _Exact:
     def _rows(self, steps: int) -> Timesteps:
         return timesteps(self.noise_schedule, steps, self._spacing(), self._option("steps_offset") or 0)
 
-    def _checked(self, given: Any) -> Timesteps:
-        rows, last = np.asarray(given).astype(np.int64), len(self.noise_schedule) - 1
-        if rows.ndim != 1 or not len(rows) or (np.diff(rows) >= 0).any() or rows[0] > last or rows[-1] < 0:
+    def _checked(self, given: Any) -> Array:
+        told = self.noise_schedule.levels(self._flow)[2]
+        t = self._unordered(np.array(given.tolist() if hasattr(given, "tolist") else given, dtype=np.float64))
+        right = t.ndim == 1 and len(t) > 0 and bool((np.diff(t) < 0).all())
+        # flow's are no round numbers, and may be given as float32 or the error below shows them
+        most = min(told[-1] * (1 + 1e-5), len(told)) if self._flow else told[-1]
+        right = right and bool(t[0] <= most and t[-1] >= told[0] * (1 - 1e-5))
+        if not right or not (self._flow or (t == np.round(t)).all()):
+            kind = "numbers" if self._flow else "whole numbers"
             raise ValueError(
-                f"timesteps must be whole numbers that fall from at most {last} to at least 0, got {given}"
+                f"timesteps must be {kind} that fall from at most {told[-1]:g} to at least {told[0]:g}, "
+                f"got {shown(given)}"
             )
-        return rows
+        return t
 
-    def _order(self, rows: Timesteps) -> Timesteps:
+    def _order(self, t: Array) -> Array:
         """The timesteps in the order in which the network is asked."""
-        return rows
+        return t
+
+    def _unordered(self, t: Array) -> Array:
+        """Timesteps that were given, also in that order."""
+        return t
+
+    def _level(self, timestep: Any) -> Level:
+        """Of any trained timestep; of rectified flow of any at all."""
+        alpha, sigma, told = self.noise_schedule.levels(self._flow)
+        t, row = float(timestep), int(np.searchsorted((told[1:] + told[:-1]) / 2, float(timestep)))
+        if self._flow and not math.isclose(t, told[row], rel_tol=1e-7):  # float32's
+            return 1 - t / len(told), t / len(told)
+        return float(alpha[row]), float(sigma[row])
 
     def _reset(self) -> None:
         self._step_index: int | None = None
@@ -201,10 +226,8 @@ class _Exact:
         if not self._told:
             self.set_timesteps(len(self.noise_schedule))
         t = float(timestep)
-        alpha, sigma, told = self.noise_schedule.levels(self._flow)
-        row = min(int(np.searchsorted(told, t - 1e-3)), len(told) - 1)
         later = (level for at, level in zip(self._told, self._levels, strict=False) if at < t)
-        return (float(alpha[row]), float(sigma[row])), next(later, self._levels[-1])
+        return self._level(t), next(later, self._levels[-1])
 
     def _find(self, timestep: Any) -> int:
         if not self._told:
@@ -258,6 +281,10 @@ class _Exact:
         return x
 
 
+# diffusers' classes that raise NotImplementedError at the first step of a model that predicts the image
+_NO_SAMPLE = ("EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler")
+
+
 def _settings(cls: Any) -> dict[str, Any]:
     """A scheduler class's own settings and their defaults."""
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
@@ -268,11 +295,11 @@ def _stock_follows(name: str, config: Mapping[str, Any]) -> bool:
     """Whether diffusers' class of that name samples exactly the schedule of its whole ``config``. Where
     nobody can (epsilon at SNR 0), it does as well as it can, with a warning."""
     told = (config.get(key) for key in (EXACT_KEY, "rescale_betas_zero_snr"))
-    asked = any(told) or config["trained_betas"] is not None or config["timestep_spacing"] == "log_sigma"
+    asked = any(told) or config["trained_betas"] is not None or config["timestep_spacing"] in OURS
     try:
         schedule = NoiseSchedule.from_config(config)
     except ValueError:
-        if config.get(EXACT_KEY) or config["timestep_spacing"] == "log_sigma":
+        if config.get(EXACT_KEY) or config["timestep_spacing"] in OURS:
             raise
         return True  # only diffusers knows it
     sigma_space = name not in TIMESTEP_CLASSES
@@ -287,7 +314,31 @@ def _stock_follows(name: str, config: Mapping[str, Any]) -> bool:
         return True  # at timesteps of its own
     if name == "DDIMScheduler" and config["timestep_spacing"] != "leading":
         return False  # it goes to t - T // steps, whatever the next timestep of the list
+    if name in _NO_SAMPLE and config["prediction_type"] == "sample":
+        return False
     return schedule.terminal_sigma <= STAND_IN_SIGMA and config["prediction_type"] != "flow_prediction"
+
+
+def _check_form(made: Any, schedule: NoiseSchedule) -> None:
+    """Raise ValueError for settings of an instance, diffusers' or ours, by which it takes no step, or one to
+    NaN: forms that divide by the signal at SNR 0, or by the noise at the clean image."""
+    name, config, refused = type(made).__name__, made.config, list[tuple[str, str, Any]]()
+    if name == "DDPMScheduler" and isinstance(made, _Exact):
+        if not config["variance_type"].startswith("fixed_small"):
+            refused.append(("variance_type", f"does not go with {schedule!r}", "fixed_small"))
+    if name == "DPMSolverMultistepScheduler" and schedule.zero_terminal:
+        if not config["algorithm_type"].endswith("++"):
+            refused.append(("algorithm_type", "divides by the signal, 0 at SNR 0", "dpmsolver++"))
+    clean = config.get("final_sigmas_type", "zero") == "zero"
+    if name == "UniPCMultistepScheduler" and (clean or schedule.zero_terminal):
+        where = "at the clean image" if clean else "at SNR 0"
+        for key, right in (("solver_type", "bh2"), ("predict_x0", True)):
+            if config[key] != right:
+                refused.append((key, f"divides by 0 {where}", right))
+        if clean and not config["lower_order_final"] and config["solver_order"] > 1:
+            refused.append(("lower_order_final", f"divides by 0 {where}", True))
+    for key, why, right in refused:
+        raise ValueError(f"{name}'s {key} {config[key]!r} {why}: use {right!r}")
 
 
 def _blank(name: str) -> Any:
@@ -316,11 +367,6 @@ class DDPMScheduler(_Exact, diffusers.DDPMScheduler):  # type: ignore[misc]
         generator: Any = None,
         return_dict: bool = True,
     ) -> Any:
-        if not self.config["variance_type"].startswith("fixed_small"):
-            raise ValueError(
-                f"variance_type {self.config['variance_type']!r} does not go with "
-                f"{self.noise_schedule!r}: use 'fixed_small'"
-            )
         (alpha, sigma), after = self._around(timestep)
         x0, _ = self._predicted(model_output, sample, (alpha, sigma))
         x = self._first_order(
@@ -400,7 +446,11 @@ class EulerAncestralDiscreteScheduler(_Exact, diffusers.EulerAncestralDiscreteSc
 class HeunDiscreteScheduler(_Exact, diffusers.HeunDiscreteScheduler):  # type: ignore[misc]
     """diffusers' HeunDiscreteScheduler, except that the second evaluation corrects the predicted image as
     linear in log SNR (the exponential form, arXiv:2211.01095 eq. 10) instead of the slope in sigma, which
-    explodes where sigmas lie far apart."""
+    explodes where sigmas lie far apart.
+
+    From SNR 0 log SNR is infinitely far, and the predicted image is linear in r = alpha/sigma instead, of
+    which every smooth one is a power series: the step's integral of exp(log r - log r') (r/r') over log r is
+    1/2."""
 
     _timesteps_dtype = torch.float32
 
@@ -414,9 +464,13 @@ class HeunDiscreteScheduler(_Exact, diffusers.HeunDiscreteScheduler):  # type: i
         """As of the others; ``num_train_timesteps``, which diffusers' constructor passes, is the config's."""
         super().set_timesteps(num_inference_steps, device, timesteps)
 
-    def _order(self, rows: Timesteps) -> Timesteps:
+    def _order(self, t: Array) -> Array:
         # each is first the end of a step, then the beginning of the next
-        return np.concatenate((rows[:1], np.repeat(rows[1:], 2)))
+        return np.concatenate((t[:1], np.repeat(t[1:], 2)))
+
+    def _unordered(self, t: Array) -> Array:
+        twice = len(t) % 2 == 1 and np.array_equal(t[1::2], t[2::2])
+        return np.concatenate((t[:1], t[1::2])) if twice else t
 
     def _reset(self) -> None:
         super()._reset()
@@ -443,7 +497,7 @@ class HeunDiscreteScheduler(_Exact, diffusers.HeunDiscreteScheduler):  # type: i
             return _result(self._first_order(level, after, x0, noise), x0, sample, return_dict)
         (before, x, start), self._first = self._first, None
         stays = _stays(start, level)
-        second = 1 - (1 - stays) / -math.log(stays) if stays > 0 else 1.0
+        second = 1 - (1 - stays) / -math.log(stays) if stays > 0 else 0.5
         x = level[1] / start[1] * x + level[0] * ((1 - stays) * before + second * (x0 - before))
         return _result(x, x0, sample, return_dict)
 
@@ -471,8 +525,6 @@ class _Multistep(_Exact):
     ) -> Any:
         at = self._step_index if self._step_index is not None else self._begin_index
         at = self._find(timestep) if at is None else at
-        if self._levels[at][0] == 0:
-            self._check_form()
         taken = super().step(  # type: ignore[misc]
             model_output.float(), timestep, sample.float(), return_dict=False, **options
         )
@@ -480,9 +532,6 @@ class _Multistep(_Exact):
             self.lower_order_nums = 0  # nothing can be extrapolated from infinitely far away
         x = taken[0].to(sample.dtype)
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
-
-    def _check_form(self) -> None:
-        """Raise ValueError for a form of the solver that divides by the signal."""
 
 
 class DPMSolverMultistepScheduler(_Multistep, diffusers.DPMSolverMultistepScheduler):  # type: ignore[misc]
@@ -502,13 +551,6 @@ class DPMSolverMultistepScheduler(_Multistep, diffusers.DPMSolverMultistepSchedu
         given = {} if variance_noise is None else {"variance_noise": variance_noise}
         return self._in_float32(model_output, timestep, sample, return_dict, generator=generator, **given)
 
-    def _check_form(self) -> None:
-        if not self.config["algorithm_type"].endswith("++"):
-            raise ValueError(
-                f"algorithm_type {self.config['algorithm_type']!r} divides by the signal, 0 at "
-                "SNR 0: use dpmsolver++"
-            )
-
 
 class UniPCMultistepScheduler(_Multistep, diffusers.UniPCMultistepScheduler):  # type: ignore[misc]
     """diffusers' UniPCMultistepScheduler."""
@@ -523,13 +565,6 @@ class UniPCMultistepScheduler(_Multistep, diffusers.UniPCMultistepScheduler):  #
         self.timestep_list = [None] * self.config["solver_order"]
         self.last_sample = None
 
-    def _check_form(self) -> None:
-        if self.config["solver_type"] != "bh2" or not self.config["predict_x0"]:
-            raise ValueError(
-                "UniPC starts from SNR 0 only with solver_type 'bh2' and predict_x0: the other "
-                "forms divide by 0 there"
-            )
-
 
 # name -> class, its own settings
 SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -543,6 +578,7 @@ SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "heun": (HeunDiscreteScheduler, {}),
 }
 CLASSES = {cls.__name__: cls for cls, _ in SAMPLERS.values()}
+_FIRST_ORDER = {SAMPLERS[name][0] for name in ("ddpm", "ddim", "euler", "euler_a")}
 for _drop_in in CLASSES.values():
     # pipelines write a scheduler's module and class into model_index.json, and a folder must load without us
     _drop_in.__module__ = _drop_in.__bases__[-1].__module__
@@ -552,15 +588,16 @@ def scheduler(
     schedule: NoiseSchedule,
     name: str,
     prediction_type: str = "epsilon",
-    timestep_spacing: str = "log_sigma",
+    timestep_spacing: str | None = None,
     **options: Any,
 ) -> SchedulerMixin:
     """A scheduler for diffusers' pipelines that samples exactly ``schedule``.
 
     ``name`` is one of ddpm, ddim, euler, euler_a, dpmpp_2m, dpmpp_2m_sde, unipc, heun. ``timestep_spacing``
-    is log_sigma or one of diffusers' (trailing, linspace, leading); ``options`` are more settings of
-    diffusers' class (``use_karras_sigmas=True``, ``solver_order=3``). Raises ValueError for an unknown name,
-    setting or prediction type, and for epsilon at SNR 0.
+    is first_order (the default of the first four), log_sigma (of the others), or one of diffusers' (trailing,
+    linspace, leading); ``options`` are more settings of diffusers' class (``use_karras_sigmas=True``,
+    ``solver_order=3``). Raises ValueError for an unknown name, setting or prediction type, for settings that
+    end in NaN, and for epsilon at SNR 0.
     """
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}: expected one of {', '.join(SAMPLERS)}")
@@ -576,7 +613,7 @@ def fix_scheduler(
     fixed: Fixed,
     schedule: NoiseSchedule | None = None,
     prediction_type: str | None = None,
-    timestep_spacing: str = "log_sigma",
+    timestep_spacing: str | None = None,
     **options: Any,
 ) -> Fixed:
     """``fixed``, a scheduler of diffusers or a pipeline that has one, made to sample its own schedule
@@ -597,9 +634,9 @@ def fix_scheduler(
             f"there is no drop-in for {name}: take another, for example pipe.scheduler = "
             "schedule.scheduler('euler', ...)"
         )
-    trained = NoiseSchedule.from_config(theirs.config) if schedule is None else schedule
-    predicts = prediction_type or theirs.config["prediction_type"]
-    ours = _made(CLASSES[name], trained, predicts, timestep_spacing, theirs.config, options)
+    config = dict(theirs.config) | ({"prediction_type": prediction_type} if prediction_type else {})
+    trained = sampling_of_config(config).schedule if schedule is None else schedule
+    ours = _made(CLASSES[name], trained, config["prediction_type"], timestep_spacing, theirs.config, options)
     if theirs is pipe:
         return cast(Fixed, ours)
     pipe.scheduler = ours
@@ -610,15 +647,17 @@ def _made(
     cls: Any,
     schedule: NoiseSchedule,
     prediction_type: str,
-    spacing: str,
+    spacing: str | None,
     base: Mapping[str, Any] | None,
     options: Mapping[str, Any],
 ) -> Any:
     if prediction.check_prediction_type(prediction_type) == "epsilon" and schedule.zero_terminal:
         raise ValueError(EPSILON)
+    spacing = spacing or ("first_order" if cls in _FIRST_ORDER else "log_sigma")
     made = cls.from_config(
         {**config_for(cls, schedule, prediction_type, base), **options}, timestep_spacing=spacing
     )
+    _check_form(made, schedule)
     if isinstance(made, _Exact):
         made._rows(1)  # refuse now what set_timesteps would
     return made

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sdxl_fixes.names import check_seed
 from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.tensors import Table
 
@@ -76,7 +77,7 @@ class TimestepSampler:
             stratified,
         )
         self._seed, self._rank, self._world_size, self._accumulation, self._drawn = (
-            int(seed),
+            check_seed(seed),
             rank,
             world_size,
             accumulation,
@@ -147,14 +148,15 @@ class TimestepSampler:
                 f"one has {self._accumulation}: "
                 "save at the end of a step to change the accumulation"
             )
-        self._drawn, self._seed = steps * self._accumulation + inside, int(state["seed"])
+        self._drawn, self._seed = steps * self._accumulation + inside, check_seed(state["seed"])
 
     def _strata(self, batch_size: int) -> np.ndarray[Any, np.dtype[np.float64]]:
         step, micro = divmod(self._drawn, self._accumulation)
         self._drawn += 1
         count = batch_size * self._world_size * self._accumulation
         # raw bits, which numpy keeps stable between versions, unlike Generator.permutation
-        slices, places = np.random.Philox(key=[self._seed, step]).random_raw(2 * count).reshape(2, count)
+        key = np.array([self._seed, step], dtype=np.uint64)  # of a list numpy makes float64 from 2^63 on
+        slices, places = np.random.Philox(key=key).random_raw(2 * count).reshape(2, count)
         points: np.ndarray[Any, np.dtype[np.float64]] = (
             np.argsort(slices, kind="stable") + (places >> np.uint64(11)) * 2.0**-53
         ) / count

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from sdxl_fixes.loss import ScheduledHuber, l2
+from sdxl_fixes.names import check_seed
 from sdxl_fixes.objective import Objective
 from sdxl_fixes.trainers.step import StepLoss
 
@@ -36,7 +37,7 @@ class Validation:
         steps = len(objective.schedule)
         if not 1 <= points <= steps:
             raise ValueError(f"points must lie in 1..{steps}, the trained timesteps, got {points}")
-        self.objective, self.seed = copy(objective), int(seed)
+        self.objective, self.seed = copy(objective), check_seed(seed)
         loss = objective.loss_function
         if isinstance(loss, ScheduledHuber) and loss.l2_gradient == "batch":
             alone = replace(loss, l2_gradient=None)

@@ -455,11 +455,21 @@ def test_planning_a_million_samples_takes_50_mb_at_most():
         (([0], [1]), {"repeats": [1, 2]}, "repeats must be a number, or 1 numbers"),
         (([0], [1]), {"repeats": -1}, "repeats must be"),
         (([0], [1]), {"seed": -1}, "seed must be"),
+        (([0], [1]), {"seed": 2**64}, "seed must be"),
     ],
 )
 def test_nonsense_is_refused_in_a_sentence(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         ChunkBucketBatchSampler(*arguments, **{"batch_size": 2, **options})
+
+
+def test_every_seed_of_64_bits_is_another():
+    seeds = [0, 2**63, 2**63 + 1, 2**64 - 1]
+    orders = {
+        tuple(map(tuple, ChunkBucketBatchSampler([0] * 40, [1] * 40, batch_size=4, seed=seed)))
+        for seed in seeds
+    }
+    assert len(orders) == len(seeds)
 
 
 @pytest.mark.parametrize("options", [{"leftovers": "drop"}, {"repeats": 0}])

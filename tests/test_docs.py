@@ -218,12 +218,15 @@ def test_the_table_in_the_page_is_the_codes(page, make):
 
 
 def test_the_closed_form_of_the_leak_is_the_one_that_the_schedulers_page_measures():
-    ideal = re.search(r"^\| \*ideal\* \|(.*)$", (DOCS / "schedulers.md").read_text(), re.M)[1].split("|")
-    for cell, sigma in zip(ideal[:3], (SDXL.terminal_sigma, 100, 300), strict=True):
-        lost, spreads = cell.split("/")
-        assert (float(lost), float(spreads.split(",")[1])) == pytest.approx(
-            (-100 * leak_of(64, sigma)[0], leak_of(64, sigma)[1]), abs=0.06
-        )
+    page = (DOCS / "schedulers.md").read_text()
+    by_sigma = page.split("## Brightness by terminal sigma")[1]
+    for name, sigma in (("14.6", SDXL.terminal_sigma), ("100 beta_end", 100), ("300 rescale", 300)):
+        lost = re.search(rf"^\| {name} \| ([\d.]+) % \|", by_sigma, re.M)[1]
+        assert float(lost) == pytest.approx(100 * leak_of(64, sigma)[0], abs=0.06)
+    stock = page.split("### To 14.6")[1]
+    spread, lost = re.search(r"^\| \*ideal\* .*\| ([\d.]+) \| ([\d.]+) % \|$", stock, re.M).groups()
+    expected = leak_of(64, SDXL.terminal_sigma)
+    assert (float(lost) / 100, float(spread)) == pytest.approx(expected, abs=0.006)
 
 
 def said(page):

@@ -49,6 +49,29 @@ def test_values_are_the_textbook_forms(kind):
     assert got.dtype == torch.float32 and got.shape == (4, 3, 5, 5)
 
 
+@pytest.mark.parametrize("kind", ["huber", "smooth_l1"])
+@pytest.mark.parametrize("r", [1e17, 2.0**60, 1.5e19, -2e19, 1e30, -1e37])
+def test_residuals_whose_square_is_infinite_have_their_value_and_slope(kind, r):
+    residual = torch.tensor([r], requires_grad=True)
+    value = (huber if kind == "huber" else smooth_l1)(residual, 0.5)
+    (slope,) = torch.autograd.grad(value.sum(), residual)
+    assert value.item() == pytest.approx(exact(kind, r, 0.5), rel=1e-6)
+    assert slope.item() == pytest.approx(np.sign(r) * (1.0 if kind == "huber" else 2.0), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["huber", "smooth_l1"])
+def test_ordinary_residuals_keep_every_bit_of_the_plain_formula(kind):
+    residual = (residuals((4, 4, 16, 16)) * 1e3).requires_grad_()
+    delta = torch.tensor([0.1, 1.0, 0.3, 0.05]).reshape(-1, 1, 1, 1)
+    square = residual**2
+    plain = 2 * square / (torch.sqrt(square + delta**2) + delta)
+    plain = delta * plain if kind == "huber" else plain
+    got = (huber if kind == "huber" else smooth_l1)(residual, delta)
+    assert torch.equal(got, plain)
+    slopes = [torch.autograd.grad(value.sum(), residual)[0] for value in (got, plain)]
+    assert torch.equal(*slopes)
+
+
 @pytest.mark.parametrize(
     ("kind", "slopes"),
     [

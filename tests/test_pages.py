@@ -297,31 +297,33 @@ def test_the_readmes_toml_trains_and_says_what_the_page_says(tmp_path, capsys, m
 
 def test_half_of_the_steps_start_where_the_page_says():
     text = words(ROOT / "docs" / "generate.md")
-    schedule = NoiseSchedule.sdxl().zero_terminal_snr()
-    ends = []
-    for spacing in ("log_sigma", "trailing"):
+    schedule, ends = NoiseSchedule.sdxl().zero_terminal_snr(), []
+    for sampler, spacing in (("dpmpp_2m", None), ("euler", None), ("dpmpp_2m", "trailing")):
         starts = []
         for steps in range(20, 51):
-            scheduler = schedule.scheduler("dpmpp_2m", "v_prediction", timestep_spacing=spacing)
+            scheduler = schedule.scheduler(sampler, "v_prediction", timestep_spacing=spacing)
             scheduler.set_timesteps(steps)
             first = scheduler.timesteps[steps - int(steps * 0.5)]  # as diffusers' pipelines count
             starts.append(schedule.sigmas[int(first)])
         ends += [min(starts), max(starts)]
-    assert "start at sigma {:.0f} to {:.0f}, trailing ones at {:.1f} to {:.1f}".format(*ends) in text
+    said = (
+        "`dpmpp_2m` starts at sigma {:.0f} to {:.0f}, `euler` at {:.1f} to {:.1f}, with trailing steps both "
+        "at {:.1f} to {:.1f}"
+    )
+    assert said.format(*ends) in text
 
 
 def test_the_samplers_table_is_the_measured_one():
-    measured = (ROOT / "docs" / "schedulers.md").read_text().split("## 25 steps")[1].split("## ")[0]
-    cells = {
-        name: line.rstrip(" |").split("/")[-1].split(",")
-        for name, line in re.findall(r"^\| ([^|*]+?) \|(.*)$", measured, re.M)
-    }
-    for name, *numbers in re.findall(
-        r"^\| `([^|]*?)`[^|]*" + r"\| ([\d.]+) " * 4, (ROOT / "docs" / "generate.md").read_text(), re.M
-    ):
+    measured = (ROOT / "docs" / "schedulers.md").read_text().split("### 25 steps")[1].split("###")[0]
+    cells = {name: line.split("|") for name, line in re.findall(r"^\| ([^|*]+?) \|(.*)\|$", measured, re.M)}
+    rows = re.findall(
+        r"^\| `([^|]*?)`[^|]*" + r"\| ([\d.]+) " * 6, (ROOT / "docs" / "generate.md").read_text(), re.M
+    )
+    assert len(rows) == 6
+    for name, *numbers in rows:
         for sampler in name.split("`, `"):
             made = [
-                cells[f"{sampler}, {whose}"][i].strip() for i in (0, 1) for whose in ("ours", "diffusers")
+                cells[f"{sampler}, {whose}"][i].strip() for i in (0, 1, 3) for whose in ("ours", "diffusers")
             ]
             assert numbers == made, sampler
 

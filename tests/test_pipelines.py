@@ -67,6 +67,15 @@ class KnowsTheImage:
         return ((alpha * (sample - alpha * x0) / sigma - sigma * x0).float(),)
 
 
+class KnowsTheFlow(KnowsTheImage):
+    """The same for rectified flow: the velocity, at any s = t/1000."""
+
+    def __call__(self, sample, timestep, **kwargs):
+        self.asked.append(float(timestep))
+        x0 = self.x0.repeat(len(sample) // len(self.x0), 1, 1, 1)
+        return ((sample[:, :4] - x0) / (float(timestep) / 1000),)
+
+
 X0 = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(9))
 
 
@@ -84,6 +93,39 @@ def test_text_to_image(parts, knows, sampler):
         **PROMPT, num_inference_steps=9, guidance_scale=1.0, output_type="latent", height=8, width=8
     ).images
     assert knows.asked[0] == 999 and len(set(knows.asked)) == 9
+    assert torch.allclose(got, X0, atol=1e-3)
+
+
+FLOW = NoiseSchedule.flow(6)
+
+
+@pytest.fixture
+def knows_flow(parts, monkeypatch):
+    network = KnowsTheFlow(FLOW, X0)
+    monkeypatch.setattr(parts["unet"], "forward", network)
+    return network
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_rectified_flow_from_text_and_from_an_image(parts, knows_flow, sampler):
+    scheduler = FLOW.scheduler(sampler, "flow_prediction")
+    options = dict(guidance_scale=1.0, output_type="latent")
+    pipe = pipeline(diffusers.StableDiffusionXLPipeline, parts, scheduler)
+    got = pipe(**PROMPT, num_inference_steps=9, height=8, width=8, **options).images
+    assert knows_flow.asked[0] == 1000 and len(set(knows_flow.asked)) == 9
+    assert torch.allclose(got, X0, atol=1e-3)
+    knows_flow.asked.clear()
+    pipe = pipeline(diffusers.StableDiffusionXLImg2ImgPipeline, parts, scheduler)
+    got = pipe(**PROMPT, image=X0, strength=0.5, num_inference_steps=10, **options).images
+    assert len(set(knows_flow.asked)) == 5 and knows_flow.asked[0] < 1000
+    assert torch.allclose(got, X0, atol=1e-3)
+
+
+def test_timesteps_of_one_s_own_in_a_flow_pipeline(parts, knows_flow):
+    pipe = pipeline(diffusers.StableDiffusionXLPipeline, parts, FLOW.scheduler("euler", "flow_prediction"))
+    options = dict(timesteps=[1000, 750.5, 300], guidance_scale=1.0, output_type="latent", height=8, width=8)
+    got = pipe(**PROMPT, **options).images
+    assert knows_flow.asked == [1000, 750.5, 300]
     assert torch.allclose(got, X0, atol=1e-3)
 
 
@@ -184,8 +226,14 @@ def test_a_pipeline_folder_loads_without_and_with_the_plugin(parts, tmp_path):
 # ---------------------------------------------------------------- guidance
 
 
-def test_rescaled_guidance_is_the_pipeline_s_own_where_it_has_one(parts):
-    pipe = pipeline(diffusers.StableDiffusionXLPipeline, parts, ZERO.scheduler("euler", "v_prediction"))
+@pytest.mark.parametrize(
+    ("sampler", "prediction_type"),
+    [("euler", "v_prediction"), ("dpmpp_2m", "flow_prediction")],
+)
+def test_rescaled_guidance_is_the_pipeline_s_own_where_it_has_one(parts, sampler, prediction_type):
+    schedule = FLOW if prediction_type == "flow_prediction" else ZERO
+    scheduler = schedule.scheduler(sampler, prediction_type)
+    pipe = pipeline(diffusers.StableDiffusionXLPipeline, parts, scheduler)
     options = {
         **PROMPT,
         **NEGATIVE,

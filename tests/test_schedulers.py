@@ -3,6 +3,7 @@ saved, loaded, in any dtype."""
 
 import copy
 import inspect
+import itertools
 import json
 import math
 import pickle
@@ -200,6 +201,54 @@ def test_heun_does_not_explode_where_diffusers_does(spacing):
     assert spread.max() < 1.1 and exploded.max() > 50
 
 
+def test_heun_s_step_from_snr_0_is_of_second_order():
+    """One step to sigma 300 at scale 64 (pixel sums), against the exact solution: data N(0, a^2) keeps
+    x / sqrt(alpha^2 a^2 + sigma^2). First order -2.2e-2, a weight of 1 +2.1e-2, of 1/2 -7e-4."""
+    scheduler = ZERO.scheduler("heun", "v_prediction")
+    row = int(np.abs(np.log(ZERO.sigmas / 300)).argmin())
+    scheduler.set_timesteps(timesteps=[999, row, 0])
+    x = torch.tensor([[[[-1.0]]], [[[1.0]]]])
+    for t in scheduler.timesteps[:2]:
+        alpha, sigma = ZERO.sqrt_alphas_cumprod[int(t)], ZERO.sqrt_one_minus_alphas_cumprod[int(t)]
+        x0 = alpha * 64**2 / (alpha**2 * 64**2 + sigma**2) * x
+        x = scheduler.step((alpha * (x - alpha * x0) / sigma - sigma * x0).float(), t, x).prev_sample
+    exact = math.sqrt(ZERO.alphas_cumprod[row] * (64**2 - 1) + 1)
+    assert abs(float(x[1, 0, 0, 0]) / exact - 1) < 1.5e-3
+
+
+@pytest.mark.parametrize("name", ["14.6", "inf", "flow"])
+@pytest.mark.parametrize("spacing", [None, "trailing"])
+def test_options_of_unipc_give_numbers_or_are_refused_at_once(name, spacing):
+    schedule, refused = SCHEDULES[name], 0
+    for order, solver, x0, lower, final in itertools.product(
+        (1, 2, 3), ("bh1", "bh2"), (True, False), (True, False), ("zero", "sigma_min")
+    ):
+        options = dict(solver_order=order, solver_type=solver, predict_x0=x0, lower_order_final=lower)
+        try:
+            scheduler = schedule.scheduler(
+                "unipc", "v_prediction", spacing, **options, final_sigmas_type=final
+            )
+        except ValueError as error:
+            assert "divides by 0 at" in str(error)
+            refused += 1
+            continue
+        assert torch.isfinite(loop(scheduler, 6)).all(), options
+    assert refused == {"14.6": 20, "inf": 38, "flow": 38}[name]
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing", None])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_takes_a_model_that_predicts_the_image(sampler, spacing):
+    """diffusers' Euler ancestral and Heun raise NotImplementedError at the first step."""
+    x = STOCK.scheduler(sampler, "sample", spacing)
+    x.set_timesteps(4)
+    sample = torch.randn(1, 4, 8, 8) * x.init_noise_sigma
+    for t in x.timesteps:
+        x.scale_model_input(sample, t)
+        sample = x.step(torch.full_like(sample, 0.5), t, sample).prev_sample
+    assert torch.allclose(sample, torch.full_like(sample, 0.5), atol=0.5 if spacing == "leading" else 0.06)
+
+
 def test_karras_steps_from_snr_0():
     scheduler = ZERO.scheduler("dpmpp_2m", "v_prediction", use_karras_sigmas=True)
     mean, spread = gaussian.sampled(scheduler, ZERO, "v_prediction", 25)
@@ -336,7 +385,7 @@ def test_custom_timesteps_and_their_errors():
     scheduler = ZERO.scheduler("euler", "v_prediction")
     scheduler.set_timesteps(timesteps=[999, 700, 300, 20])
     assert scheduler.timesteps.tolist() == [999, 700, 300, 20]
-    for wrong in ([300, 700], [1000, 3], [5, 5], []):
+    for wrong in ([300, 700], [1000, 3], [5, 5], [], [999.7, 500.2], [700, math.nan], 7):
         with pytest.raises(
             ValueError, match="timesteps must be whole numbers that fall from at most 999 to at least 0"
         ):
@@ -421,7 +470,7 @@ def test_spacing_given_to_the_class_or_to_from_config():
         **SDXL, timestep_spacing="log_sigma", prediction_type="v_prediction"
     )
     assert exact(scheduler) and scheduler.config.timestep_spacing == "trailing"
-    assert torch.equal(loop(scheduler, 6), loop(STOCK.scheduler("euler", "v_prediction"), 6))
+    assert torch.equal(loop(scheduler, 6), loop(STOCK.scheduler("euler", "v_prediction", "log_sigma"), 6))
     plain = schedulers.EulerDiscreteScheduler.from_config(scheduler.config, timestep_spacing="leading")
     assert type(plain) is diffusers.EulerDiscreteScheduler and plain.config.timestep_spacing == "leading"
     back = schedulers.EulerDiscreteScheduler.from_config(plain.config, timestep_spacing="log_sigma")
@@ -462,15 +511,15 @@ def test_wrong_arguments_are_one_sentence():
         ZERO.scheduler("euler", "v_prediction", "even")
     with pytest.raises(ValueError, match="use_beta_sigmas does not go with"):
         ZERO.scheduler("dpmpp_2m", "v_prediction", use_beta_sigmas=True)
-    with pytest.raises(ValueError, match="use dpmsolver"):
+    with pytest.raises(ValueError, match="use 'dpmsolver\\+\\+'"):
         loop(
             ZERO.scheduler(
                 "dpmpp_2m", "v_prediction", algorithm_type="dpmsolver", final_sigmas_type="sigma_min"
             ),
             5,
         )
-    with pytest.raises(ValueError, match="only with solver_type 'bh2'"):
-        loop(ZERO.scheduler("unipc", "v_prediction", solver_type="bh1"), 5)
+    with pytest.raises(ValueError, match="solver_type 'bh1' divides by 0 at the clean image: use 'bh2'"):
+        ZERO.scheduler("unipc", "v_prediction", solver_type="bh1")
     with pytest.raises(ValueError, match=r"s_churn 0\.5 does not go with"):
         scheduler = ZERO.scheduler("euler", "v_prediction")
         scheduler.set_timesteps(3)

@@ -112,6 +112,19 @@ def test_slices_are_dealt_anew_every_step_and_by_every_seed():
     assert first != owners(1)
 
 
+def test_every_seed_of_64_bits_is_another_and_others_are_refused():
+    seeds = [0, 1, 2**53 + 1, 2**63 - 1, 2**63, 2**63 + 1, 2**64 - 1]
+    drawn = {tuple(TimestepSampler(SDXL, stratified=True, seed=seed).draw(64).tolist()) for seed in seeds}
+    assert len(drawn) == len(seeds)
+    state = TimestepSampler(SDXL, stratified=True, seed=2**63 + 1).state_dict()
+    resumed = TimestepSampler(SDXL, stratified=True)
+    resumed.load_state_dict(state)
+    assert tuple(resumed.draw(64).tolist()) in drawn
+    for wrong in (-1, 2**64, 7.5, float("nan"), "7"):
+        with pytest.raises(ValueError, match=rf"seed must be a whole number in 0\.\.{2**64 - 1}, got "):
+            TimestepSampler(SDXL, seed=wrong)
+
+
 def test_a_single_stratified_draw_is_uniform():
     samplers = [
         TimestepSampler(SDXL, stratified=True, seed=seed, world_size=4, rank=1, accumulation=2)
