@@ -119,8 +119,8 @@ class TimestepSampler:
             # the last, 1, is not searched: float32 may round u up to it
             self._cumulative = Table(np.cumsum(self.probabilities)[:-1])
         else:
-            counts = np.rint(np.cumsum(self.probabilities) * _UNIT).astype(np.int64)
-            counts[-1] = _UNIT
+            below = np.cumsum(self.probabilities)
+            counts = np.rint(below / below[-1] * _UNIT).astype(np.int64)
             self.probabilities = np.diff(counts, prepend=0) / _UNIT
             self._cumulative = Table(counts[:-1], np.int64)
         self._weights = Table(self._importance(t)) if weighted or terminal_share else None
