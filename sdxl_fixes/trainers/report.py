@@ -137,7 +137,7 @@ def _timesteps(run: Run) -> str:
         words.append("importance-weighted" if sampler.weighted else "so the expected loss is another")
     words += [f"{100 * share:g} % above SDXL's last sigma, importance-weighted"] if share else []
     base = sampler.base
-    words += [f"sigma times side/{base} on a canvas of another area than {base} x {base}"] if base else []
+    words += [f"sigma times the canvas's side over {base}"] if base else []
     return ", ".join(words)
 
 
@@ -186,9 +186,9 @@ def _of_draws(run: Run) -> list[str]:
     last = float(sampler.probabilities[-1]) * len(run.schedule)
     if run.schedule.zero_terminal and sampler.max_timestep == len(run.schedule) and last < 0.01:
         found.append(
-            f"--timestep_density {run.flags.timestep_density} draws the last timestep, where sampling begins "
-            f"on pure noise, {last:.1g} times as often as uniform draws do: --timestep_uniform_share 0.1 "
-            "draws it"
+            f"--timestep_density {run.flags.timestep_density} hardly draws the last timestep, where sampling "
+            f"begins on pure noise ({last:.1g} times as often as uniform draws do): --timestep_uniform_share "
+            "0.1 draws it"
         )
     return found
 
