@@ -368,7 +368,7 @@ def test_an_optimizer_step_has_one_draw_of_a_density_in_each_slice_of_it(
             assert above[t] < (k + 1) / count + 1e-12 and above[t + 1] > k / count - 1e-12
 
 
-def test_rare_timesteps_are_drawn_as_rarely_as_their_mass():
+def test_rare_timesteps_are_drawn_as_rarely_as_their_mass(monkeypatch):
     """A mass of 2.7e-7, of which float32 would lose a tenth: by the numbers that stand for it."""
     sampler = TimestepSampler(SDXL, density=Laplace())
     counts = np.rint(np.cumsum(Laplace().masses(SDXL)) / Laplace().masses(SDXL).sum() * 2**53)
@@ -377,6 +377,9 @@ def test_rare_timesteps_are_drawn_as_rarely_as_their_mass():
         u = torch.tensor([first + 500, int(counts[t]) - 500])  # sums of a thousand round
         assert torch.searchsorted(sampler._cumulative.on(u.device), u, right=True).tolist() == [t, t]
     assert sampler.probabilities[999] == pytest.approx(2.6659e-7, rel=1e-4)
+    stratified = TimestepSampler(SDXL, density=Laplace(), stratified=True)
+    monkeypatch.setattr(stratified, "_strata", lambda count: np.array([1 - 2.67e-7, 1 - 2.66e-7]))
+    assert stratified.draw(2).tolist() == [998, 999]
 
 
 # ---------------------------------------------------------------- resolution

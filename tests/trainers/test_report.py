@@ -28,9 +28,7 @@ def run(prediction_type="v_prediction", schedule=ZTSNR, **flags):
         (
             dict(timestep_density="logit_normal"),
             "timesteps, logit-normal, mean 0, std 1, so the expected loss is another\n",
-            [
-                "hardly draws the last timestep, where sampling begins on pure noise (0 times as often as uniform"
-            ],
+            ["hardly draws the last timestep, where sampling begins on pure noise (0 times as often"],
         ),
         (
             dict(timestep_density="beta", timestep_density_weighted=True, stratified_timesteps=True),
