@@ -124,8 +124,7 @@ def test_every_fix_trains_and_validation_samples_the_schedule(run, made, script)
     )
 
 
-@pytest.mark.parametrize("script", ["t2i", "dreambooth"])
-def test_flows_objective_trains_in_v(run, script):
+def test_flows_objective_trains_in_v(run, script="dreambooth"):
     """Draws uniform in s, but for a fifth, with their importance weights and flow's: the closed form. The
     shift by resolution is by the size of the latents that the script has noised."""
     density = ("--timestep_density", "beta", "--timestep_density_weighted", "--timestep_uniform_share", "0.2")
