@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sdxl_fixes.checkpoint import Sampling
 from sdxl_fixes.command_line import Flag, flag, flags_of, read_values
+from sdxl_fixes.densities import Beta, Density, Laplace, LogitNormal, Mode
 from sdxl_fixes.errors import FlagError
 from sdxl_fixes.names import (
+    DENSITIES,
     FLOW,
     HUBER_C,
     HUBER_KINDS,
@@ -23,7 +25,7 @@ from sdxl_fixes.names import (
     PREDICTION_TYPES,
 )
 from sdxl_fixes.schedule import TERMINAL_SIGMA_METHODS, NoiseSchedule
-from sdxl_fixes.weighting import Debiased, MinSNR, SoftMinSNR, Weighting
+from sdxl_fixes.weighting import Debiased, FlowMatching, MinSNR, SoftMinSNR, Weighting
 
 if TYPE_CHECKING:  # they import torch, which a command line that is only read does without
     from sdxl_fixes.loss import Loss, ScheduledHuber
@@ -34,6 +36,13 @@ if TYPE_CHECKING:  # they import torch, which a command line that is only read d
 T = TypeVar("T")
 
 STABLE_LOSS_IMAGES = 16  # where no flag says how many
+# density -> its flags, in the order of its parameters
+_SHAPED_BY: Mapping[str, tuple[Callable[..., Density], tuple[str, ...]]] = {
+    "logit_normal": (LogitNormal, ("logit_mean", "logit_std")),
+    "laplace": (Laplace, ("laplace_mean", "laplace_scale")),
+    "mode": (Mode, ("mode_scale",)),
+    "beta": (Beta, ("beta_alpha", "beta_beta")),
+}
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,12 @@ class TrainingFlags:
     debiased_estimation_loss: bool = flag(
         False, "weight by 1/sqrt(SNR) (arXiv:2310.08442)", group="weighting"
     )
+    flow_weighting: bool = flag(
+        False,
+        "weight v_prediction's (or epsilon's) loss so that its gradients are rectified flow's "
+        "(arXiv:2209.03003)",
+        group="weighting",
+    )
     ip_noise_gamma: float | None = flag(
         None, "input perturbation strength (arXiv:2301.11706); 0.1 is the paper's", group="noise"
     )
@@ -123,6 +138,59 @@ class TrainingFlags:
         None,
         "draw this share of the timesteps above SDXL's last sigma, 14.6, weighted so that the expected loss "
         "is unchanged",
+        group="timesteps",
+    )
+    timestep_density: str = flag(
+        DENSITIES[0],
+        "how often each noise level is drawn: logit_normal, mode (arXiv:2403.03206) and beta in s = "
+        "sigma/(1 + sigma), laplace in log SNR (arXiv:2407.03297), uniform in the timestep",
+        choices=DENSITIES,
+        group="timesteps",
+    )
+    timestep_density_weighted: bool = flag(
+        False,
+        "weight the loss so that under --timestep_density its expectation stays that of uniform draws",
+        group="timesteps",
+    )
+    timestep_uniform_share: float | None = flag(
+        None,
+        "draw this share uniformly instead of by --timestep_density: every timestep gets some, and no weight "
+        "exceeds 1/share",
+        group="timesteps",
+    )
+    logit_mean: float | None = flag(
+        None,
+        "mean of log sigma under --timestep_density logit_normal; positive draws more noise",
+        group="timesteps",
+        unset=0.0,
+    )
+    logit_std: float | None = flag(
+        None, "its standard deviation under logit_normal", group="timesteps", unset=1.0
+    )
+    laplace_mean: float | None = flag(
+        None,
+        "mean of log SNR under --timestep_density laplace; positive draws less noise",
+        group="timesteps",
+        unset=0.0,
+    )
+    laplace_scale: float | None = flag(None, "its scale under laplace", group="timesteps", unset=0.5)
+    mode_scale: float | None = flag(
+        None,
+        "scale of --timestep_density mode: positive draws more of the middle, 0 is uniform in s",
+        group="timesteps",
+        unset=1.29,
+    )
+    beta_alpha: float | None = flag(
+        None,
+        "alpha of --timestep_density beta; 1 and 1 are uniform in s, flow's own draws",
+        group="timesteps",
+        unset=1.0,
+    )
+    beta_beta: float | None = flag(None, "its beta", group="timesteps", unset=1.0)
+    resolution_shift: int | None = flag(
+        None,
+        "side in pixels of the canvas whose noise stays; of other areas sigma grows as the side does "
+        "(arXiv:2403.03206 eq. 23)",
         group="timesteps",
     )
     stable_loss_steps: int | None = flag(
@@ -142,6 +210,7 @@ class TrainingFlags:
     _of_sdxl: Sampling = field(init=False, repr=False, compare=False)
     loss: Loss | ScheduledHuber = field(init=False, repr=False, compare=False)
     weightings: Mapping[str, Weighting] = field(init=False, repr=False, compare=False)  # by flag
+    density: Density | None = field(init=False, repr=False, compare=False)
     perturbation: InputPerturbation | None = field(init=False, repr=False, compare=False)
     offset: OffsetNoise | None = field(init=False, repr=False, compare=False)
 
@@ -151,6 +220,7 @@ class TrainingFlags:
             "_of_sdxl": self._sampling(Sampling(NoiseSchedule.sdxl(), "epsilon")),
             "loss": self._loss(),
             "weightings": self._weightings(),
+            "density": self._density(),
             "perturbation": self._perturbation(),
             "offset": self._offset(),
         }
@@ -205,16 +275,27 @@ class TrainingFlags:
     def timesteps(self, schedule: NoiseSchedule | None = None, **options: Any) -> TimestepSampler | None:
         """The timestep sampler, if one was asked for, of ``schedule`` (None: the one that the flags make of
         SDXL's own); ``options`` are TimestepSampler's (range, seed, ranks, accumulation)."""
-        if not (self.stratified_timesteps or self.terminal_timestep_share):
+        asked = {
+            "--terminal_timestep_share": self.terminal_timestep_share,
+            f"--timestep_density {self.timestep_density}": self.density,
+            "--resolution_shift": self.resolution_shift,
+            "--stratified_timesteps": self.stratified_timesteps,
+        }
+        name = next((name for name, value in asked.items() if value), None)
+        if name is None:
             return None
         from sdxl_fixes.timesteps import TimestepSampler
 
-        share, table = self.terminal_timestep_share or 0.0, self.schedule() if schedule is None else schedule
-        name = "--terminal_timestep_share" if share else "--stratified_timesteps"
-        stratified = self.stratified_timesteps
-        return _checked(
-            name, lambda: TimestepSampler(table, terminal_share=share, stratified=stratified, **options)
-        )
+        options |= {
+            "density": self.density,
+            "weighted": self.timestep_density_weighted,
+            "uniform_share": self.timestep_uniform_share or 0.0,
+            "terminal_share": self.terminal_timestep_share or 0.0,
+            "base": self.resolution_shift,
+            "stratified": self.stratified_timesteps,
+        }
+        table = self.schedule() if schedule is None else schedule
+        return _checked(name, lambda: TimestepSampler(table, **options))
 
     def objective(self, **options: Any) -> Objective:
         """All of it, for a training loop of your own; ``options`` as for :meth:`timesteps`."""
@@ -249,12 +330,12 @@ class TrainingFlags:
             raise FlagError(
                 "--min_snr_floor needs --min_snr_gamma: give the gamma (5 is usual), or leave it out"
             )
-        if not 0 <= (self.terminal_timestep_share or 0) < 1:
-            raise FlagError(
-                f"--terminal_timestep_share {self.terminal_timestep_share:g}: expected a share in [0, 1), or "
-                "leave it out"
-            )
-        for name in ("stable_loss_steps", "stable_loss_images"):
+        for name in ("terminal_timestep_share", "timestep_uniform_share"):
+            value = getattr(self, name)
+            if not 0 <= (value or 0) < 1:
+                raise FlagError(f"--{name} {value:g}: expected a share in [0, 1), or leave it out")
+        self._check_density()
+        for name in ("stable_loss_steps", "stable_loss_images", "resolution_shift"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise FlagError(f"--{name} {value}: expected 1 or more, or leave it out")
@@ -283,6 +364,21 @@ class TrainingFlags:
         shift = 1.0 if self.flow_shift is None else self.flow_shift
         schedule = _checked("--flow_shift", lambda: NoiseSchedule.flow(shift, len(base.schedule)))
         return Sampling(schedule, FLOW)
+
+    def _check_density(self) -> None:
+        if self.timestep_density == DENSITIES[0]:
+            for name in ("timestep_density_weighted", "timestep_uniform_share"):
+                if getattr(self, name):
+                    raise FlagError(
+                        f"--{name} needs --timestep_density {' or '.join(DENSITIES[1:])}: give one of "
+                        "them, or leave it out"
+                    )
+        for density, (_, names) in _SHAPED_BY.items():
+            for name in names if density != self.timestep_density else ():
+                if getattr(self, name) is not None:
+                    raise FlagError(
+                        f"--{name} needs --timestep_density {density}: give both, or leave it out"
+                    )
 
     def _changed(self, start: NoiseSchedule) -> NoiseSchedule:
         sigma = self.terminal_sigma
@@ -317,7 +413,21 @@ class TrainingFlags:
             found["--soft_min_snr_gamma"] = _checked("--soft_min_snr_gamma", lambda: SoftMinSNR(soft_gamma))
         if self.debiased_estimation_loss:
             found["--debiased_estimation_loss"] = Debiased()
+        if self.flow_weighting:
+            if found:
+                raise FlagError(
+                    f"--flow_weighting and {next(iter(found))} are different weightings of the same loss: "
+                    "give one of them"
+                )
+            found["--flow_weighting"] = FlowMatching()
         return found
+
+    def _density(self) -> Density | None:
+        if self.timestep_density == DENSITIES[0]:
+            return None
+        make, names = _SHAPED_BY[self.timestep_density]
+        given = [FLAGS[name].unset if (v := getattr(self, name)) is None else v for name in names]
+        return _checked(f"--timestep_density {self.timestep_density}", lambda: make(*given))
 
     def _perturbation(self) -> InputPerturbation | None:
         gamma, random = self.ip_noise_gamma, self.ip_noise_gamma_random_strength

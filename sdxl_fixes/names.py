@@ -14,6 +14,7 @@ HUBER_KINDS = ("huber", "smooth_l1")
 LOSS_TYPES = ("l2", "l1", *HUBER_KINDS)
 HUBER_SCHEDULES = ("constant", "exponential", "snr")
 HUBER_SCHEDULE, HUBER_C, HUBER_SCALE = "snr", 0.1, 1.0  # where nothing is said
+DENSITIES = ("uniform", "logit_normal", "laplace", "mode", "beta")
 CHUNK = 75  # tokens of a prompt; 77 with BOS and EOS
 SPLITS = ("none", "commas")
 LEFTOVERS = ("merge", "smaller", "drop")

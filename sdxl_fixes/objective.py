@@ -102,6 +102,7 @@ class Objective:
         self._check_index(latents, index)
         self._check(latents)
         dtype = torch.promote_types(latents.dtype, torch.float32)
+        size = (latents.shape[-2], latents.shape[-1])
         if noise is None:
             noise = torch.randn(latents.shape, dtype=dtype, device=latents.device, generator=generator)
             noise = noise if self.offset is None else self.offset(noise, generator)
@@ -112,7 +113,7 @@ class Objective:
             )
         noise = noise.to(latents.device, dtype)
         if index is None:
-            index = self.timesteps.draw(len(latents), latents.device, generator, training)
+            index = self.timesteps.draw(len(latents), latents.device, generator, training, size)
         seen = self.perturbation(noise, generator) if training and self.perturbation is not None else noise
         alpha, sigma = self._alpha(index, latents.ndim), self._sigma(index, latents.ndim)
         return Step(
@@ -121,7 +122,7 @@ class Objective:
             target=predictions.target(self.prediction_type, latents, noise, alpha, sigma),
             noise=noise,
             index=index,
-            importance=self.timesteps.weights(index),
+            importance=self.timesteps.weights(index, size),
         )
 
     @property

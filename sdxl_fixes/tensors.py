@@ -17,17 +17,17 @@ class Table:
     """One number per timestep. Calling it looks timesteps up: copied to a device once, then without a host
     sync."""
 
-    def __init__(self, values: npt.NDArray[np.float64]) -> None:
-        self._host = torch.from_numpy(np.array(values, dtype=np.float32))
+    def __init__(self, values: npt.ArrayLike, dtype: npt.DTypeLike = np.float32) -> None:
+        self._host = torch.from_numpy(np.array(values, dtype=dtype))
         self._on: dict[torch.device, torch.Tensor] = {}
 
     def __call__(self, index: torch.Tensor, ndim: int = 1) -> torch.Tensor:
-        """Values at ``index`` (integers, shape [B]) as float32 of shape [B, 1, ...] with ``ndim``
-        dimensions."""
+        """Values at ``index`` (integers, shape [B]) as float32 (or ``dtype``) of shape [B, 1, ...] with
+        ``ndim`` dimensions."""
         return append_dims(self.on(index.device)[index], ndim)
 
     def on(self, device: torch.device) -> torch.Tensor:
-        """The whole table, float32, shape [T]."""
+        """The whole table, float32 (or ``dtype``), shape [T]."""
         table = self._on.get(device)
         if table is None:
             table = self._on[device] = self._host.to(device)

@@ -100,6 +100,31 @@ class Debiased(Weighting):
 
 
 @dataclass(frozen=True)
+class FlowMatching(Weighting):
+    """Weighs a loss as rectified flow's, (sqrt(SNR) + 1)^2 on the x0 loss: for v (1 + sigma)^2/(1 + sigma^2),
+    from 1 at both ends to 2 at sigma 1; for eps (1 + sigma)^2; for flow itself it would be 1, and is refused.
+
+    The network is given x = alpha x0 + sigma eps (alpha^2 + sigma^2 = 1), flow's (1 - s) x0 + s eps times
+    1/hypot(1 - s, s), and its v says flow's u = eps - x0 = (alpha + sigma) v + (sigma - alpha) x. Hence the
+    squared error of u is (alpha + sigma)^2 times that of v, for every network and every sample, and so is its
+    gradient. Raises ValueError for eps at SNR 0, where u takes an infinite multiple of its error.
+    """
+
+    def __call__(self, snr: Array, prediction_type: str) -> Array:
+        if prediction_type == "flow_prediction":
+            raise ValueError("flow_prediction's loss is flow's already: leave the weighting out")
+        if prediction_type != "epsilon":
+            return (np.sqrt(snr) + 1) ** 2 / _error_ratio(snr, prediction_type)
+        if not np.all(snr > 0):
+            raise ValueError(
+                "epsilon has no flow loss at zero terminal SNR: train v_prediction, or end the schedule at a "
+                "finite sigma"
+            )
+        weights: Array = (1 + 1 / np.sqrt(snr)) ** 2
+        return weights
+
+
+@dataclass(frozen=True)
 class EpsilonLike(Weighting):
     """Weighs a loss as the eps loss does, SNR on the x0 loss: for v SNR/(SNR + 1) (kohya's
     --scale_v_pred_loss_like_noise_pred), 0 at SNR 0; for eps 1. ``snr_limit`` clips the SNR from above, as

@@ -4,6 +4,7 @@ line.
 ``python tests/test_docs.py`` prints them all.
 """
 
+import itertools
 import math
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from sdxl_fixes import MinSNR, NoiseSchedule, ScheduledHuber
+from sdxl_fixes.densities import Beta, Laplace, LogitNormal, Mode
 from sdxl_fixes.loss import huber, l2, smooth_l1
 from sdxl_fixes.timesteps import TimestepSampler
 from sdxl_fixes.weighting import SoftMinSNR
@@ -156,7 +158,7 @@ def perturbed():
 def strata():
     """Independent and stratified draws of an optimizer step, in closed form."""
     rows = []
-    for n in (4, 8, 16, 64, 2048):
+    for n in (4, 8, 2048):
         miss, spread = f"{100 * 0.9**n:.1f} % / {100 * max(0.0, 1 - n / 10):.1f} %", 1000 / math.sqrt(12 * n)
         rows.append([n, miss, f"{spread:.3g} / {spread / n:.3g}"])
     return table(
@@ -169,11 +171,10 @@ def shares():
     made = {
         "zero terminal SNR": ZTSNR,
         "300, beta_end": SDXL.with_terminal_sigma(300, "beta_end"),
-        "300, rescale": SDXL.with_terminal_sigma(300, "rescale"),
     }
     rows = []
     for name, schedule in made.items():
-        for share in (0.1, 0.3, 0.5):
+        for share in (0.3, 0.5):
             sampler = TimestepSampler(schedule, terminal_share=share)
             first = int(np.argmax(sampler.probabilities > sampler.probabilities[0]))
             weights = sampler.weights(torch.tensor([0, first]))
@@ -203,12 +204,35 @@ def shares():
     )
 
 
+DENSITIES = {
+    "uniform in $t$": None,
+    "`logit_normal`": LogitNormal(),
+    "`laplace`": Laplace(),
+    "`mode`": Mode(),
+    "`beta`": Beta(),
+}
+
+
+def densities():
+    """Where draws go by sigma, and what weights leave of them."""
+    edges, rows = [0, 0.1, 0.5, 2, SDXL.terminal_sigma * (1 + 1e-9), np.inf], []
+    for name, density in DENSITIES.items():
+        p = TimestepSampler(ZTSNR, density=density).probabilities
+        bins = [p[(ZTSNR.sigmas > a) & (ZTSNR.sigmas <= b)].sum() for a, b in itertools.pairwise(edges)]
+        options = dict(density=density, weighted=True, uniform_share=0.1) if density else {}
+        left = TimestepSampler(ZTSNR, **options).effective
+        last = 1000 * p[-1]  # times as often as uniform draws
+        rows.append([name, *(f"{100 * share:.3g} %" for share in bins), f"{last:.2g}", f"{left:.2f}"])
+    headings = ["to 0.1", "to 0.5", "to 2", "to 14.6", "above", "last timestep, of uniform's", "left"]
+    return table(["sigma", *headings], rows)
+
+
 TABLES = {
     "zero-terminal-snr": (sigmas, leak, needed),
     "min-snr": (min_snr,),
     "huber": (deltas, gradients),
     "input-perturbation": (perturbed,),
-    "timesteps": (strata, shares),
+    "timesteps": (strata, shares, densities),
 }
 
 

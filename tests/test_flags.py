@@ -3,6 +3,7 @@
 import argparse
 import math
 
+import numpy as np
 import pytest
 
 from sdxl_fixes import (
@@ -16,8 +17,10 @@ from sdxl_fixes import (
     SoftMinSNR,
 )
 from sdxl_fixes.command_line import add_flags
+from sdxl_fixes.densities import Beta, Laplace, LogitNormal, Mode
 from sdxl_fixes.errors import FlagError
 from sdxl_fixes.flags import FLAGS, TrainingFlags
+from sdxl_fixes.weighting import FlowMatching
 
 
 def parse(*words):
@@ -73,6 +76,7 @@ def test_the_other_flags_reach_the_core():
     assert parse("--min_snr_gamma", "5", "--min_snr_floor").weighting() == MinSNR(5, floor=True)
     assert parse("--soft_min_snr_gamma", "4").weighting() == SoftMinSNR(4)
     assert parse("--debiased_estimation_loss").weighting() == Debiased()
+    assert parse("--flow_weighting").weighting() == FlowMatching()
     assert flags.objective().loss_function == flags.loss
 
 
@@ -95,12 +99,52 @@ def test_the_other_flags_reach_the_core():
         (["--loss_type", "huber", "--huber_scale", "nan"], "huber_scale must be a positive number"),
         (["--ip_noise_gamma", "-0.1"], "ip_noise_gamma must be"),
         (["--noise_offset", "inf"], "noise_offset must be"),
+        (
+            ["--timestep_density_weighted"],
+            "--timestep_density_weighted needs --timestep_density logit_normal",
+        ),
+        (["--timestep_uniform_share", "0.1"], "--timestep_uniform_share needs --timestep_density"),
+        (["--timestep_uniform_share", "1"], r"--timestep_uniform_share 1: expected a share in \[0, 1\)"),
+        (["--logit_mean", "0"], "--logit_mean needs --timestep_density logit_normal: give both"),
+        (["--timestep_density", "beta", "--mode_scale", "1"], "--mode_scale needs --timestep_density mode"),
+        (
+            ["--timestep_density", "mode", "--mode_scale", "2"],
+            "--timestep_density mode: mode_scale must lie in",
+        ),
+        (["--resolution_shift", "0"], "--resolution_shift 0: expected 1 or more"),
+        (["--resolution_shift", "-3"], "--resolution_shift -3: expected 1 or more"),
+        (["--flow_weighting", "--min_snr_gamma", "5"], "--flow_weighting and --min_snr_gamma are different"),
+        (["--flow_weighting", "--debiased_estimation_loss"], "are different weightings of the same loss"),
     ],
 )
 def test_what_makes_no_sense_is_one_sentence(words, sentence):
     with pytest.raises(FlagError, match=sentence) as error:
         parse(*words)
     assert "\n" not in str(error.value)
+
+
+def test_densities_have_their_parameters_and_the_papers_defaults():
+    made = {
+        ("logit_normal",): LogitNormal(0.0, 1.0),
+        ("logit_normal", "--logit_mean", "-0.5", "--logit_std", "0.6"): LogitNormal(-0.5, 0.6),
+        ("laplace", "--laplace_scale", "2"): Laplace(0.0, 2.0),
+        ("mode",): Mode(1.29),
+        ("beta",): Beta(1.0, 1.0),
+        ("beta", "--beta_alpha", "2", "--beta_beta", "3"): Beta(2.0, 3.0),
+    }
+    for words, density in made.items():
+        sampler = parse("--timestep_density", *words, "--timestep_uniform_share", "0.2").timesteps()
+        assert sampler.density == density and not sampler.weighted and not sampler.stratified
+        relative = 1000 * density.masses(sampler.schedule) / density.masses(sampler.schedule).sum()
+        np.testing.assert_allclose(1000 * sampler.probabilities, 0.8 * relative + 0.2, rtol=1e-9)
+    assert parse("--timestep_density", "uniform").timesteps() is None
+    flags = ("--timestep_density", "mode", "--timestep_density_weighted", "--resolution_shift", "768")
+    sampler = parse(*flags, "--stratified_timesteps").timesteps()
+    assert sampler.weighted and sampler.stratified and sampler.base == 768
+    with pytest.raises(
+        FlagError, match=r"--timestep_density laplace: Laplace .* hardly draws some timesteps"
+    ):
+        parse("--timestep_density", "laplace", "--timestep_density_weighted").timesteps()
 
 
 def test_two_weightings_are_refused():

@@ -23,6 +23,7 @@ from sdxl_fixes import (
     SoftMinSNR,
     TimestepSampler,
 )
+from sdxl_fixes.densities import Beta
 
 TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 SDXL, ZTSNR = NoiseSchedule.sdxl(), NoiseSchedule.sdxl().zero_terminal_snr()
@@ -468,6 +469,17 @@ def test_a_negative_index_is_refused():
 def test_an_index_of_another_length_is_refused():
     with pytest.raises(ValueError, match="index"):
         Objective(SDXL).draw(latents(5), index=torch.tensor([10]))
+
+
+def test_an_objective_tells_its_sampler_the_latents_size():
+    """Latents of half the base's side: the weighted loss of a function of sigma is that of half of uniform
+    draws' sigmas."""
+    sampler = TimestepSampler(SDXL, density=Beta(), weighted=True, base=128, stratified=True)
+    latents = torch.zeros(20_000, 1, 8, 8)
+    step = Objective(SDXL, timesteps=sampler).draw(latents)
+    sigmas = torch.from_numpy(SDXL.sigmas.copy())
+    seen = (sigmas[step.index].log() * step.importance).mean().item()
+    assert seen == pytest.approx((sigmas / 2).clamp(min=float(sigmas[0])).log().mean().item(), abs=0.01)
 
 
 def test_validation_draws_do_not_disturb_stratified_training():

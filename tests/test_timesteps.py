@@ -3,6 +3,7 @@ edges."""
 
 import json
 import math
+import random
 from fractions import Fraction
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from sdxl_fixes import NoiseSchedule, TimestepSampler
+from sdxl_fixes.densities import Beta, Laplace, LogitNormal, Mode
 
 SDXL, ZTSNR = NoiseSchedule.sdxl(), NoiseSchedule.sdxl().zero_terminal_snr()
 
@@ -177,6 +179,74 @@ def test_state_dict_resumes_exactly(after):
         assert torch.equal(original.draw(4), resumed.draw(4))
 
 
+def model(seed, accumulation, world_size, batch, position, rank):
+    """Where in the unit interval the draws of a rank fall, by the recipe alone, exactly."""
+    step, micro = divmod(position, accumulation)
+    count = batch * world_size * accumulation
+    bits = np.random.Philox(key=[seed, step]).random_raw(2 * count).tolist()
+    places = sorted(range(count), key=bits.__getitem__)
+    mine = range((micro * world_size + rank) * batch, (micro * world_size + rank + 1) * batch)
+    return [(places[k] + Fraction(bits[count + k] >> 11, 2**53)) / count for k in mine]
+
+
+@pytest.mark.parametrize("trial", range(40))
+def test_resuming_at_any_draw_under_any_other_setting_is_the_models(trial):
+    """Stopped after any draw, resumed on another accumulation, world size and batch: at the end of an
+    optimizer step the next one follows; inside of one it goes on only as it was."""
+    rng = random.Random(trial)
+
+    def setting():
+        return rng.randint(1, 4), rng.randint(1, 4), rng.randint(1, 5)
+
+    seed, old, new = rng.randint(0, 10**6), setting(), setting() if trial % 4 else None
+    new = old if new is None else new
+    options = rng.choice([{}, {"density": LogitNormal(), "uniform_share": 0.3}, {"terminal_share": 0.3}])
+
+    def samplers(made_for, seed):
+        return [
+            TimestepSampler(
+                ZTSNR,
+                stratified=True,
+                seed=seed,
+                rank=rank,
+                world_size=made_for[1],
+                accumulation=made_for[0],
+                **options,
+            )
+            for rank in range(made_for[1])
+        ]
+
+    running, drawn = samplers(old, seed), 0
+    above = np.cumsum(running[0].probabilities)
+    for _ in range(rng.randint(0, 9)):
+        for sampler in running:
+            sampler.draw(old[2])
+        drawn += 1
+        if rng.random() < 0.2:  # the end of an epoch: the optimizer steps early
+            [sampler.end_of_step() for sampler in running]
+            drawn += -drawn % old[0]
+    state = json.loads(json.dumps(rng.choice(running).state_dict()))
+    step, inside = divmod(drawn, old[0])
+    resumed = samplers(new, 0)
+    if inside and new[:2] != old[:2]:
+        with pytest.raises(ValueError, match="saved inside an optimizer step of"):
+            resumed[0].load_state_dict(state)
+        return
+    for sampler in resumed:
+        sampler.load_state_dict(state)
+    for position in range(step * new[0] + inside, (step + 2) * new[0]):
+        for rank, sampler in enumerate(resumed):
+            points = model(seed, *new, position, rank)
+            found = sampler.draw(new[2]).tolist()
+            right = [int(np.searchsorted(above, float(u), side="right")) for u in points]
+            near = [
+                min(abs(float(u) - edge) for edge in above[max(0, t - 1) : t + 1])
+                for u, t in zip(points, right, strict=True)
+            ]
+            for t, other, distance in zip(found, right, near, strict=True):
+                assert t == other or (abs(t - other) == 1 and distance < 1e-7)  # float32 where uniform
+
+
 # ---------------------------------------------------------------- terminal-weighted
 
 WEIGHTED = {"min_timestep": 100, "max_timestep": 990, "terminal_share": 0.25, "terminal_start": 900}
@@ -228,10 +298,165 @@ def test_weights_of_a_cosine_schedule_are_read_at_the_timestep_itself():
     np.testing.assert_allclose(weights, [2, 2, 1 / (0.5 + 250), 1 / (0.5 + 250)], rtol=1e-6)
 
 
+# ---------------------------------------------------------------- densities
+
+DENSITIES = [LogitNormal(), LogitNormal(-1, 0.5), Laplace(), Mode(), Beta(), Beta(2, 0.8)]
+PLAIN = {"min_timestep": 50, "max_timestep": 950}
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+@pytest.mark.parametrize("density", DENSITIES, ids=str)
+def test_a_density_is_drawn_as_it_is(density, stratified):
+    """Counted in bins of a hundredth of the mass each; without weights nothing is weighted."""
+    sampler = TimestepSampler(ZTSNR, density=density, stratified=stratified, **PLAIN)
+    masses = density.masses(ZTSNR)[50:950]
+    right = masses / masses.sum()
+    bins = np.minimum((np.cumsum(right) - right / 2) * 100, 99).astype(int)
+    drawn = sampler.draw(50_000, generator=seeded()).numpy()
+    assert drawn.min() >= 50 and drawn.max() <= 949
+    counts, expected = np.bincount(bins[drawn - 50], minlength=100), np.bincount(bins, right, 100)
+    seen = expected > 0
+    statistic = ((counts - 50_000 * expected)[seen] ** 2 / (50_000 * expected[seen])).sum()
+    assert statistic < (20 if stratified else 149)  # 0.1 % limit for 99 degrees of freedom
+    assert sampler.weights(torch.tensor([50, 500])) is None and sampler.effective == 1
+    np.testing.assert_allclose(sampler.probabilities, right, rtol=1e-9, atol=2.0**-52)
+
+
+WEIGHED = [
+    dict(density=LogitNormal(), uniform_share=0.1),
+    dict(density=Laplace(), uniform_share=0.25, terminal_share=0.2, terminal_start=900),
+    dict(density=Mode()),
+    dict(density=Beta(2, 2), uniform_share=0.5, **PLAIN),
+    dict(density=Beta(), terminal_share=0.3),
+]
+
+
+@pytest.mark.parametrize("options", WEIGHED, ids=str)
+def test_a_weighted_density_keeps_every_expected_loss(options):
+    """Exactly by its probabilities, and of stratified draws to 1e-3."""
+    sampler = TimestepSampler(ZTSNR, weighted=True, stratified=True, **options)
+    t = torch.arange(sampler.min_timestep, sampler.max_timestep)
+    p, w = sampler.probabilities, sampler.weights(t).double().numpy()
+    assert p.min() > 0 and p.sum() == pytest.approx(1, abs=1e-15)
+    losses = [np.ones(len(t)), np.sin(t.numpy() / 50) + 2, (t.numpy() >= 900) * 1.0, ZTSNR.snr[t]]
+    drawn = sampler.draw(1_000_000)
+    for loss in losses:
+        assert (p * w * loss).sum() == pytest.approx(loss.mean(), rel=1e-6)  # weights are float32
+        weighted = sampler.weights(drawn).double().numpy() * loss[drawn.numpy() - sampler.min_timestep]
+        assert weighted.mean() == pytest.approx(loss.mean(), rel=1e-3)
+    assert sampler.effective == pytest.approx((p * w).sum() ** 2 / (p * w * w).sum(), rel=1e-5)
+    if share := options.get("uniform_share"):
+        assert w.max() < 1 / share / (1 - options.get("terminal_share", 0)) + 1e-3
+
+
+def test_terminal_share_of_an_unweighted_density_keeps_the_densitys_own_expected_loss():
+    sampler = TimestepSampler(ZTSNR, density=LogitNormal(), terminal_share=0.2, uniform_share=0.1)
+    masses = LogitNormal().masses(ZTSNR)
+    right = 0.9 * masses / masses.sum() + 0.1 / 1000
+    weights = sampler.weights(torch.arange(1000)).double().numpy()
+    np.testing.assert_allclose(sampler.probabilities * weights, right, rtol=1e-6)
+    assert sampler.probabilities[880:].sum() == pytest.approx(0.2 + 0.8 * right[880:].sum())
+
+
+def test_weights_that_no_draw_could_bear_are_refused():
+    for density in (LogitNormal(), Laplace()):
+        with pytest.raises(ValueError, match=r"importance weights would reach .*: give uniform_share 0.1"):
+            TimestepSampler(ZTSNR, density=density, weighted=True)
+    with pytest.raises(ValueError, match=r"logit-normal, mean 0, std 0.001 has no mass on timesteps 0 to 9 "):
+        TimestepSampler(SDXL, max_timestep=10, density=LogitNormal(0, 0.001))
+
+
+@pytest.mark.parametrize("density", [LogitNormal(-0.5, 0.7), Laplace(), Beta(0.5, 0.5)], ids=str)
+@pytest.mark.parametrize(("batch", "accumulation", "world_size"), [(3, 2, 4), (8, 1, 1), (1, 1, 50)])
+def test_an_optimizer_step_has_one_draw_of_a_density_in_each_slice_of_it(
+    density, batch, accumulation, world_size
+):
+    """The k-th smallest of N draws has the k-th N-th of the mass."""
+    count = batch * accumulation * world_size
+    samplers = ranks(world_size, accumulation=accumulation, seed=3, density=density)
+    above = np.concatenate([[0], np.cumsum(samplers[0].probabilities)])
+    for _ in range(4):
+        drawn = torch.cat([sampler.draw(batch) for _ in range(accumulation) for sampler in samplers])
+        for k, t in enumerate(sorted(drawn.tolist())):
+            assert above[t] < (k + 1) / count + 1e-12 and above[t + 1] > k / count - 1e-12
+
+
+def test_rare_timesteps_are_drawn_as_rarely_as_their_mass(monkeypatch):
+    """A mass of 2.7e-7, of which float32 would lose a tenth: by the numbers that stand for it."""
+    sampler = TimestepSampler(SDXL, density=Laplace())
+    counts = np.rint(np.cumsum(Laplace().masses(SDXL)) / Laplace().masses(SDXL).sum() * 2**53)
+    for t in (0, 500, 998, 999):
+        first = int(counts[t - 1]) if t else 0
+        u = torch.tensor([first + 500, int(counts[t]) - 500])  # sums of a thousand round
+        assert torch.searchsorted(sampler._cumulative.on(u.device), u, right=True).tolist() == [t, t]
+    assert sampler.probabilities[999] == pytest.approx(2.6659e-7, rel=1e-4)
+    stratified = TimestepSampler(SDXL, density=Laplace(), stratified=True)
+    monkeypatch.setattr(stratified, "_strata", lambda count: np.array([1 - 2.67e-7, 1 - 2.66e-7]))
+    assert stratified.draw(2).tolist() == [998, 999]
+
+
+# ---------------------------------------------------------------- resolution
+
+
+@pytest.mark.parametrize("options", [{}, {"density": Beta()}, {"terminal_share": 0.3}], ids=str)
+@pytest.mark.parametrize("stratified", [False, True])
+def test_a_canvas_of_four_times_the_area_sees_twice_the_sigma(options, stratified):
+    """Shares below any sigma are those of half of it on the base canvas, to the width of a cell."""
+    sampler = TimestepSampler(ZTSNR, base=1024, stratified=stratified, **options)
+    drawn = {
+        size: ZTSNR.sigmas[sampler.draw(100_000, generator=seeded(), size=size)]
+        for size in ((128, 128), (256, 256), (192, 96), (64, 64))
+    }
+    for sigma in (0.2, 1.0, 3.0, 20.0):
+        base = np.mean(drawn[128, 128] < sigma)
+        for (height, width), seen in drawn.items():
+            ratio = math.sqrt(height * width) / 128
+            assert np.mean(seen < sigma * ratio) == pytest.approx(base, abs=0.006)
+    plain = TimestepSampler(ZTSNR, stratified=stratified, **options)
+    plain.draw(100_000, generator=seeded())  # the same numbers on the base canvas as without a shift
+    again = TimestepSampler(ZTSNR, base=1024, stratified=stratified, **options)
+    again.draw(100_000, generator=seeded(), size=(64, 64))
+    assert torch.equal(
+        plain.draw(50, generator=seeded(1)), again.draw(50, generator=seeded(1), size=(128, 128))
+    )
+
+
+def test_where_the_table_or_the_range_ends_shifted_draws_end():
+    drawn = TimestepSampler(SDXL, base=512).draw(100_000, generator=seeded(), size=(128, 128))
+    assert (drawn == 999).double().mean() == pytest.approx(np.mean(SDXL.sigmas > 14.61 / 2), abs=0.003)
+    sampler = TimestepSampler(SDXL, 100, 400, base=512)
+    assert sampler.draw(20_000, generator=seeded(), size=(128, 128)).max() == 399
+    assert sampler.draw(20_000, generator=seeded(), size=(32, 32)).min() == 100
+
+
+@pytest.mark.parametrize("size", [(128, 128), (200, 90), (48, 64), (256, 256)])
+def test_weights_of_a_shifted_density_keep_the_loss_of_shifted_uniform_draws(size):
+    options = dict(base=1024, min_timestep=20, max_timestep=990)
+    sampler = TimestepSampler(
+        SDXL, density=LogitNormal(), weighted=True, uniform_share=0.2, stratified=True, **options
+    )
+    uniform = TimestepSampler(SDXL, stratified=True, **options).draw(970_000, size=size)
+    drawn = sampler.draw(970_000, size=size)
+    for loss in (np.ones(1000), np.cos(np.arange(1000) / 99) + 2, SDXL.snr):
+        weighted = sampler.weights(drawn, size).double().numpy() * loss[drawn]
+        assert weighted.mean() == pytest.approx(loss[uniform].mean(), rel=1e-3)
+
+
+def test_a_resolution_shift_must_know_the_size():
+    sampler = TimestepSampler(SDXL, base=1024, terminal_share=0.5, terminal_start=900)
+    for ask in (lambda: sampler.draw(3), lambda: sampler.weights(torch.tensor([3]))):
+        with pytest.raises(ValueError, match="needs the latents' size: give their height and width"):
+            ask()
+
+
 # ---------------------------------------------------------------- edges
 
 
-@pytest.mark.parametrize("options", [{}, {"terminal_share": 0.5}], ids=["uniform", "terminal"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"terminal_share": 0.5}, {"density": Beta()}, {"density": LogitNormal(), "uniform_share": 0.1}],
+    ids=str,
+)
 def test_the_extreme_uniform_numbers_stay_in_range(options, monkeypatch):
     sampler = TimestepSampler(ZTSNR, stratified=True, min_timestep=10, **options)
     points = np.array([0.0, 1e-12, 1 - 2.0**-24, 1 - 1e-12, 1 - 2.0**-53])
@@ -275,6 +500,10 @@ def test_slices_are_cut_at_the_right_number():
             "0 <= rank < world_size and accumulation >= 1, got rank=2, world_size=2",
         ),
         ({"accumulation": 0}, "accumulation=0"),
+        ({"weighted": True}, "weighted and uniform_share belong to a density"),
+        ({"uniform_share": 0.1}, "weighted and uniform_share belong to a density"),
+        ({"density": Beta(), "uniform_share": 1.0}, r"uniform_share must lie in \[0, 1\), got 1.0"),
+        ({"base": 0}, "base must be a canvas's side in pixels, got 0"),
     ],
 )
 def test_nonsense_is_refused_in_a_sentence(options, message):

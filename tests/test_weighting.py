@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from sdxl_fixes import Debiased, MinSNR, NoiseSchedule, SoftMinSNR
+from sdxl_fixes import Debiased, MinSNR, NoiseSchedule, Objective, SoftMinSNR
 from sdxl_fixes import prediction as predictions
-from sdxl_fixes.weighting import EpsilonLike, PlusVLike, Product
+from sdxl_fixes.weighting import EpsilonLike, FlowMatching, PlusVLike, Product
 
 TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 SDXL, ZTSNR = NoiseSchedule.sdxl(), NoiseSchedule.sdxl().zero_terminal_snr()
@@ -191,3 +191,67 @@ def test_a_product_is_the_product():
     assert product.tolist() == [
         a * b for a, b in zip(*(part.table(schedule, "v_prediction") for part in parts), strict=True)
     ]
+
+
+# ---------------------------------------------------------------- flow's loss of other predictions
+
+LEVELS = [0, 40, 300, 500, 700, 900, 990, 998]
+
+
+def gradients(schedule, kind, dtype):
+    """For each of LEVELS: the gradient of the loss of a network of ``kind`` that sees our noisy latents, as
+    Objective has it under the weighting, and that of (u' - u)^2, flow's, of the flow prediction that its
+    output says, by hand; with respect to the network's weights."""
+    torch.manual_seed(1)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(4, 6, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(6, 4, 3, padding=1)
+    ).to(dtype)
+    objective = Objective(schedule, kind, weighting=FlowMatching())
+    index = torch.tensor(LEVELS)
+    latents, noise = torch.randn(2, len(LEVELS), 4, 8, 8, dtype=dtype)
+    step = objective.draw(latents, index=index, noise=noise)
+    losses = objective.loss(network(step.noisy), step, reduction="none")
+    abar = torch.from_numpy(schedule.alphas_cumprod.copy())[index].reshape(-1, 1, 1, 1)
+    alpha, sigma = abar.sqrt().to(dtype), (1 - abar).sqrt().to(dtype)
+    s = sigma / (alpha + sigma)
+    flowing = (1 - s) * latents + s * noise  # flow's noisy latents; the network's are larger
+    y = network(flowing / torch.hypot(1 - s, s))
+    if kind == "v_prediction":
+        x0, eps = alpha * step.noisy - sigma * y, sigma * step.noisy + alpha * y
+    elif kind == "epsilon":
+        x0, eps = (step.noisy - sigma * y) / alpha, y
+    else:
+        x0, eps = y, (step.noisy - alpha * y) / sigma
+    flow = ((eps - x0) - (noise - latents)).square().mean([1, 2, 3])
+    for ours, theirs in zip(losses, flow, strict=True):
+        yield [
+            torch.cat(
+                [g.flatten() for g in torch.autograd.grad(loss, network.parameters(), retain_graph=True)]
+            )
+            for loss in (ours, theirs)
+        ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["v_prediction", "epsilon", "sample"])
+@pytest.mark.parametrize("schedule", [SDXL, ZTSNR], ids=["sdxl", "ztsnr"])
+def test_under_flow_weighting_every_samples_gradient_is_flows(schedule, kind, dtype):
+    if kind == "epsilon" and schedule.zero_terminal:
+        pytest.skip("refused")
+    for ours, theirs in gradients(schedule, kind, dtype):
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-6
+
+
+def test_flow_weighting_of_v_is_its_formula():
+    sigmas = np.array([0.05, 1.0, 14.6146])
+    expected = [1.0998, 2.0, 1.1362]
+    np.testing.assert_allclose(FlowMatching()(sigmas**-2.0, "v_prediction"), expected, rtol=1e-4)
+    assert FlowMatching().table(ZTSNR, "v_prediction")[-1] == 1
+    assert FlowMatching().table(ZTSNR, "sample")[-1] == 1  # an error of u is one of x0 there
+
+
+def test_flow_weighting_is_refused_where_it_means_nothing():
+    with pytest.raises(ValueError, match="flow_prediction's loss is flow's already"):
+        FlowMatching().table(ZTSNR, "flow_prediction")
+    with pytest.raises(ValueError, match="epsilon has no flow loss at zero terminal SNR: train v_prediction"):
+        FlowMatching().table(ZTSNR, "epsilon")

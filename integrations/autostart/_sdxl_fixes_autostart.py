@@ -24,7 +24,9 @@ FLAGS = (  # what sdxl_fixes.kohya adds to upstream's own; tests/test_autostart.
     *("fixes", "match_base", "prediction_type", "flow_shift"),
     *("terminal_sigma", "terminal_sigma_method", "terminal_sigma_start"),
     *("huber_l2_gradient", "min_snr_floor", "stratified_timesteps", "terminal_timestep_share"),
-    *("stable_loss_steps", "stable_loss_images", "chunk_buckets", "chunk_layout"),
+    *("timestep_density", "timestep_density_weighted", "timestep_uniform_share", "resolution_shift"),
+    *("logit_mean", "logit_std", "mode_scale", "laplace_mean", "laplace_scale", "beta_alpha", "beta_beta"),
+    *("flow_weighting", "stable_loss_steps", "stable_loss_images", "chunk_buckets", "chunk_layout"),
 )
 
 

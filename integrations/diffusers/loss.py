@@ -22,7 +22,7 @@ def mse_loss(
     if run is None or step.timesteps is None or not SESSION.called_by_script():
         return original(input, target, *args, **kwargs)
     timesteps = step.of(input)
-    importance = None if run.timesteps is None else run.timesteps.weights(timesteps)
+    importance = None if run.timesteps is None else run.timesteps.weights(timesteps, step.size)
     for mark in ("loss", "weighting", "mse_loss"):
         SESSION.reached(mark)
     return run.step_loss(

@@ -31,6 +31,8 @@ PATCHES = (
           "the step's loss: --loss_type, delta, SNR and importance weights from the schedule, finite at SNR "
           "0, prior half included"),
     Patch(("timesteps",), "torch:randint", (), timesteps.randint, "timesteps from the run's sampler"),
+    Patch(("timesteps",), "torch:randn_like", (), timesteps.randn_like,
+          "the latents' size, for --resolution_shift"),
 
     Patch(("prompts",), "transformers:PreTrainedTokenizerBase.__call__", ("self", "text"), prompts.tokenize,
           "captions in chunks of 75 tokens (upstream: cut at the first)"),

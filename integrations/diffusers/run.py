@@ -20,7 +20,14 @@ from sdxl_fixes.model_files.model_file import read_sampling
 from sdxl_fixes.names import FLOW, check_prediction_type
 from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.trainers.base import STOCK, Base, check_flags, hub_config, read_base
-from sdxl_fixes.trainers.fixes import Fix, allowed, given, switch_off
+from sdxl_fixes.trainers.fixes import (
+    TIMESTEP_FLAGS,
+    TIMESTEP_OPTIONS,
+    Fix,
+    allowed,
+    given,
+    switch_off,
+)
 from sdxl_fixes.trainers.patching import PatchSet
 from sdxl_fixes.trainers.report import tell
 from sdxl_fixes.trainers.run import Run, Trainer, prepare
@@ -69,15 +76,16 @@ FIXES = {
         options=("huber_schedule", "huber_c", "huber_scale", "huber_l2_gradient"),
     ),
     "weighting": Fix(
-        dict.fromkeys(("snr_gamma", "soft_min_snr_gamma", "debiased_estimation_loss")),
+        dict.fromkeys(("snr_gamma", "soft_min_snr_gamma", "debiased_estimation_loss", "flow_weighting")),
         options=("min_snr_floor",),
     ),
     "noise": Fix(
         {"ip_noise_gamma": None, "float32_noising": None}, options=("ip_noise_gamma_random_strength",)
     ),
     "timesteps": Fix(
-        {"stratified_timesteps": None, "terminal_timestep_share": None},
-        parts={"terminal_timestep_share": "mse_loss"},
+        TIMESTEP_FLAGS,
+        options=TIMESTEP_OPTIONS,
+        parts=dict.fromkeys(("terminal_timestep_share", "timestep_density_weighted"), "mse_loss"),
     ),
     "validation": Fix({"stable_loss_steps": None}, options=("stable_loss_images",)),
     "prompts": Fix({"max_token_length": None}, due="start"),
@@ -214,8 +222,7 @@ def _check(args: argparse.Namespace, on: frozenset[str], prediction_type: str) -
     if "timesteps" in on and getattr(args, "timestep_bias_strategy", "none") != "none":
         raise FlagError(
             f"--timestep_bias_strategy {args.timestep_bias_strategy} draws the timesteps its own way: leave "
-            "it out, or "
-            "--stratified_timesteps and --terminal_timestep_share"
+            f"it out, or {', '.join(f'--{name}' for name in TIMESTEP_FLAGS if given(args, name))}"
         )
 
 

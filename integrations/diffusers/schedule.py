@@ -16,6 +16,7 @@ from sdxl_fixes.trainers.run import Run
 
 from . import previews
 from .run import SESSION, refuse_edm
+from .timesteps import check_size
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -62,6 +63,7 @@ def _for_training(scheduler: SchedulerMixin, run: Run) -> SchedulerMixin:
         original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
         SESSION.step.timesteps = timesteps  # for the loss, which is not told
+        check_size(original_samples)
         if run.stable_loss is not None:
             run.stable_loss.noised(original_samples)
         for mark in ("schedule", "noise"):

@@ -1,9 +1,14 @@
-"""The scripts' timestep draw, torch.randint(0, T, (B,)): stratified, terminal-weighted."""
+"""The scripts' timestep draw, torch.randint(0, T, (B,)): of the run's density, stratified, shifted by
+resolution."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+
+import torch
+
+from sdxl_fixes.errors import FixError
 
 from .run import SESSION
 
@@ -22,4 +27,31 @@ def randint(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not SESSION.called_by_script():
         return original(*args, **kwargs)
     SESSION.reached("timesteps")
-    return run.timesteps.draw(args[2][0], kwargs.get("device", "cpu"))
+    if run.timesteps.base is not None and SESSION.step.size is None:
+        raise FixError(
+            "--resolution_shift: the script draws its timesteps before any noise of the latents by "
+            "torch.randn_like, so their size is not known: leave the flag out"
+        )
+    return run.timesteps.draw(args[2][0], kwargs.get("device", "cpu"), size=SESSION.step.size)
+
+
+def randn_like(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The script's noise, which it draws before its timesteps, is of the latents' size."""
+    noise = original(*args, **kwargs)
+    run = SESSION.run
+    shifts = run is not None and run.timesteps is not None and run.timesteps.base is not None
+    if shifts and noise.ndim == 4 and SESSION.called_by_script():
+        SESSION.step.size = (noise.shape[-2], noise.shape[-1])
+    return noise
+
+
+def check_size(latents: torch.Tensor) -> None:
+    """Raise FixError if ``latents`` [B, C, H, W], which are noised now, are of another size than the
+    timesteps were drawn for."""
+    run, size = SESSION.run, tuple(latents.shape[-2:])
+    if run is not None and run.timesteps is not None and run.timesteps.base is not None:
+        if SESSION.step.size != size:
+            raise FixError(
+                f"--resolution_shift: the timesteps were drawn for latents of {SESSION.step.size}, and "
+                f"noised are latents of {size}: leave the flag out"
+            )

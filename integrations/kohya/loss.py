@@ -111,6 +111,7 @@ def _loss(run: Run, mask: torch.Tensor | None, reduction: str) -> torch.Tensor:
     assert step.residual is not None
     prediction, target, values = step.residual
     timesteps = step.of(prediction)
-    importance = run.timesteps.weights(timesteps) if run.timesteps is not None and step.sampled else None
+    sampler = run.timesteps if step.sampled else None
+    importance = None if sampler is None else sampler.weights(timesteps, step.size)
     later = None if step.later is None else step.later.to(timesteps.device)
     return run.step_loss(prediction, target, timesteps, mask, importance, later, values, reduction)

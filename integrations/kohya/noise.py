@@ -34,7 +34,8 @@ def noised(
     run, step = SESSION.run, SESSION.step
     if run is None or not run.on:
         return original(args, noise_scheduler, latents, *rest, **kwargs)
-    noising, step.sampled, step.residual = run.noising, False, None
+    noising = run.noising
+    step.sampled, step.residual, step.size = False, None, (latents.shape[-2], latents.shape[-1])
     if run.stable_loss is not None:
         run.stable_loss.noised(latents)
     if run.perturbation is not None:

@@ -16,7 +16,14 @@ from sdxl_fixes.model_files.header import FormatError
 from sdxl_fixes.model_files.model_file import is_pickle, read_sampling
 from sdxl_fixes.names import FLOW, HUBER_KINDS, HUBER_SCHEDULES, LOSS_TYPES
 from sdxl_fixes.trainers.base import STOCK, Base, check_flags, check_others, hub_config, read_base
-from sdxl_fixes.trainers.fixes import Fix, allowed, given, switch_off
+from sdxl_fixes.trainers.fixes import (
+    TIMESTEP_FLAGS,
+    TIMESTEP_OPTIONS,
+    Fix,
+    allowed,
+    given,
+    switch_off,
+)
 from sdxl_fixes.trainers.report import sampling_flags, tell
 from sdxl_fixes.trainers.run import Run, Trainer, prepare
 from sdxl_fixes.trainers.session import Session
@@ -62,11 +69,14 @@ FIXES = {
         options=("huber_schedule", "huber_c", "huber_scale", "huber_l2_gradient"),
         parts={"masked_loss": "apply_masked_loss"},
     ),
-    "weighting": Fix(dict.fromkeys(_WEIGHTS), options=("min_snr_floor",), parts=_WEIGHTS),
+    "weighting": Fix(
+        dict.fromkeys((*_WEIGHTS, "flow_weighting")), options=("min_snr_floor",), parts=_WEIGHTS
+    ),
     "noise": Fix({"ip_noise_gamma_random_strength": None}, needs=("ip_noise_gamma",)),
     "timesteps": Fix(
-        {"stratified_timesteps": None, "terminal_timestep_share": None},
-        parts={"terminal_timestep_share": "conditional_loss"},
+        TIMESTEP_FLAGS,
+        options=TIMESTEP_OPTIONS,
+        parts=dict.fromkeys(("terminal_timestep_share", "timestep_density_weighted"), "conditional_loss"),
     ),
     "buckets": Fix({"chunk_buckets": None}, options=("chunk_layout",), due="start"),
     "validation": Fix({"stable_loss_steps": None}, options=("stable_loss_images",)),
@@ -84,6 +94,11 @@ def weightings(args: argparse.Namespace, flags: TrainingFlags) -> tuple[Weightin
         found.append(EpsilonLike())
     if amount := getattr(args, "v_pred_like_loss", None):
         found.append(PlusVLike(amount))
+    if flags.flow_weighting and len(found) > 1:
+        raise FlagError(
+            "--flow_weighting makes the loss rectified flow's, which no other weight may multiply: leave it "
+            "out, or --scale_v_pred_loss_like_noise_pred and --v_pred_like_loss"
+        )
     return tuple(found)
 
 

@@ -1,4 +1,4 @@
-"""Kohya's timestep draw: stratified, terminal-weighted."""
+"""Kohya's timestep draw: of the run's density, stratified, shifted by resolution."""
 
 from __future__ import annotations
 
@@ -22,4 +22,4 @@ def draw(
         return original(min_timestep, max_timestep, b_size, device)
     SESSION.reached("timesteps")
     SESSION.step.sampled = True
-    return run.timesteps.draw(b_size, device)
+    return run.timesteps.draw(b_size, device, size=SESSION.step.size)

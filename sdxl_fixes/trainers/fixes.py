@@ -10,7 +10,13 @@ from typing import Any
 
 from sdxl_fixes.command_line import Flag
 from sdxl_fixes.errors import FlagError
-from sdxl_fixes.flags import FLAGS
+from sdxl_fixes.flags import FLAGS, grouped
+
+# what every trainer's fix of the timesteps is asked for by, and what shapes it
+TIMESTEP_FLAGS: Mapping[str, None] = dict.fromkeys(
+    ("stratified_timesteps", "terminal_timestep_share", "timestep_density", "resolution_shift")
+)
+TIMESTEP_OPTIONS = tuple(name for name in grouped("timesteps") if name not in TIMESTEP_FLAGS)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,16 @@ from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.trainers.fixes import without_effect
 from sdxl_fixes.trainers.run import Run
 from sdxl_fixes.version import __version__
-from sdxl_fixes.weighting import Debiased, EpsilonLike, MinSNR, PlusVLike, Product, SoftMinSNR, Weighting
+from sdxl_fixes.weighting import (
+    Debiased,
+    EpsilonLike,
+    FlowMatching,
+    MinSNR,
+    PlusVLike,
+    Product,
+    SoftMinSNR,
+    Weighting,
+)
 
 
 def tell(
@@ -115,6 +124,8 @@ def _named(weighting: Weighting) -> str:
         )
     if isinstance(weighting, SoftMinSNR):
         return f"soft min-SNR, gamma {weighting.gamma:g}"
+    if isinstance(weighting, FlowMatching):
+        return "weighted as rectified flow's loss"
     if isinstance(weighting, PlusVLike):
         return f"v-like loss added, {weighting.amount:g}"
     return {Debiased: "debiased estimation", EpsilonLike: "v loss scaled like eps"}.get(
@@ -126,11 +137,16 @@ def _timesteps(run: Run) -> str:
     sampler = run.timesteps
     if sampler is None:
         return "timesteps drawn uniformly"
-    share = run.flags.terminal_timestep_share or 0.0
+    share, flags = run.flags.terminal_timestep_share or 0.0, run.flags
     words = ["timesteps stratified over the optimizer step"] if sampler.stratified else ["timesteps"]
-    return ", ".join(
-        words + ([f"{100 * share:g} % above SDXL's last sigma, importance-weighted"] if share else [])
-    )
+    if sampler.density is not None:
+        uniform = flags.timestep_uniform_share
+        words.append(f"{sampler.density}" + (f" but for {100 * uniform:g} % uniform" if uniform else ""))
+        words.append("importance-weighted" if sampler.weighted else "so the expected loss is another")
+    words += [f"{100 * share:g} % above SDXL's last sigma, importance-weighted"] if share else []
+    base = sampler.base
+    words += [f"sigma times the canvas's side over {base}"] if base else []
+    return ", ".join(words)
 
 
 def _stable_loss(run: Run) -> str:
@@ -160,6 +176,27 @@ def disappointments(run: Run) -> list[str]:
             "min-SNR without --min_snr_floor gives the noisy half of the timesteps little weight, the last "
             "ones none at zero terminal SNR: "
             "short trainings learn less there (docs/min-snr.md)"
+        )
+    return [*found, *_of_draws(run)]
+
+
+def _of_draws(run: Run) -> list[str]:
+    """Sentences about what a density of timesteps will not give."""
+    sampler, found = run.timesteps, list[str]()
+    if sampler is None or sampler.density is None:
+        return found
+    if sampler.effective < 0.5:
+        found.append(
+            f"the importance weights of --timestep_density {run.flags.timestep_density} leave "
+            f"{100 * sampler.effective:.2g} % of the samples' worth: a larger --timestep_uniform_share "
+            "leaves more"
+        )
+    last = float(sampler.probabilities[-1]) * len(run.schedule)
+    if run.schedule.zero_terminal and sampler.max_timestep == len(run.schedule) and last < 0.01:
+        found.append(
+            f"--timestep_density {run.flags.timestep_density} hardly draws the last timestep, where sampling "
+            f"begins on pure noise ({last:.1g} times as often as uniform draws do): --timestep_uniform_share "
+            "0.1 draws it"
         )
     return found
 

@@ -127,6 +127,10 @@ def prepare(
     perturbation = flags.perturbation if "noise" in on else None
     loss = flags.loss if "loss" in on else None
     known = argparse.Namespace(**{**vars(args), "trains_flow": prediction_type == FLOW})
+    try:
+        step_loss = StepLoss(schedule, prediction_type, loss, weighting if "weighting" in on else None)
+    except ValueError as error:  # other weightings are of every prediction and SNR
+        raise FlagError(f"--flow_weighting: {error}") from error
     due: dict[str, frozenset[str]] = {
         when: frozenset(
             mark
@@ -144,7 +148,7 @@ def prepare(
         prediction_type=prediction_type,
         on=on,
         weighting=weighting,
-        step_loss=StepLoss(schedule, prediction_type, loss, weighting if "weighting" in on else None),
+        step_loss=step_loss,
         noising=Noising(trained, perturbation),
         perturbation=perturbation,
         timesteps=sampler if "timesteps" in on else None,

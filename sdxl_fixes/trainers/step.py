@@ -110,6 +110,7 @@ class StepState:
 
     timesteps: torch.Tensor | None = None  # [B], of the latents that were noised
     sampled: bool = False  # whether the run's sampler drew them
+    size: tuple[int, int] | None = None  # height and width of the latents that the timesteps are drawn for
     later: torch.Tensor | None = None  # [B], weights that the trainer applies itself
     # prediction, target, the trainer's own loss of them
     residual: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from closed_form import LOSSES, TIMESTEPS, alphas_cumprod, covering, loss, weights
+from closed_form import FLOW, LOSSES, TIMESTEPS, alphas_cumprod, covering, evenly, loss, nearest, weights
 from made_up_script import environment, model, run
 
 # name -> (flags, schedule, v-prediction); the second ends at sigma 300
@@ -40,10 +40,10 @@ def expected(step, prior, abar, v, **form):
     return sum(loss(*half, abar, v=v, **form) for half in halves)
 
 
-def check(train, row):
-    """One combination's losses against the closed form."""
+def check(train, row, *more):
+    """One combination's losses, and those of ``more``, against the closed form."""
     flags, abar, v = SCHEDULES[row[4]]
-    parts = [factor[name] for factor, name in zip(FACTORS[:3], row[:3], strict=True)]
+    parts = [*(factor[name] for factor, name in zip(FACTORS[:3], row[:3], strict=True)), *more]
     recorded = train(*flags, *(flag for part in parts for flag in part[0]), *PRIOR[row[3]])
     form = {key: value for part in parts for key, value in part[1].items()}
     assert len(recorded) == 2
@@ -84,3 +84,39 @@ def test_min_snr_with_a_timestep_sampler_weights_once(train, name, timesteps, pr
             snr = abar[step["timesteps"]] / (1 - abar[step["timesteps"]])
             parts = (step["model_pred"], step["target"], step["timesteps"], abar)
             assert loss(*parts, later=snr.clamp(max=5) / (snr + 1), **form) < 0.95 * once
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ("l2", "unweighted", "stratified", "prior", "v, zero SNR"),
+        ("huber batch", "unweighted", "terminal", "alone", "epsilon, 300"),
+    ],
+)
+def test_flow_weighting_multiplies_any_loss(train, row):
+    check(train, row, FLOW)
+
+
+@pytest.mark.parametrize("share", [None, "0.2"])
+def test_a_smaller_canvas_sees_less_noise(train, share):
+    """The script's latents, 8 x 8, are of 64 x 64 pixels: half the side of the base, so half of sigma; the
+    importance weights are then those of several timesteps that became one."""
+    flags, abar, v = SCHEDULES["v, zero SNR"]
+    flags = [*flags, "--stratified_timesteps"]
+    if share:
+        flags += [
+            "--timestep_density",
+            "beta",
+            "--timestep_density_weighted",
+            "--timestep_uniform_share",
+            share,
+        ]
+    drawn, become = [step["timesteps"] for step in train(*flags)], nearest(torch.arange(1000), abar, 0.5)
+    for step, timesteps in zip(train(*flags, "--resolution_shift", "128"), drawn, strict=True):
+        seen = step["timesteps"]
+        assert torch.equal(seen, nearest(timesteps, abar, 0.5)) and not torch.equal(seen, timesteps)
+        weights = torch.ones(len(seen), dtype=torch.float64)
+        if share:
+            count = torch.bincount(become, minlength=1000)
+            weights = count[seen] / 1000 / torch.bincount(become, evenly(abar, 0.2), minlength=1000)[seen]
+        assert step["loss"].item() == pytest.approx(expected(step, False, abar, v, u=weights), rel=2e-5)

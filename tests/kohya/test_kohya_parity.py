@@ -433,3 +433,34 @@ def test_timesteps_that_our_sampler_did_not_draw_have_no_importance_weight(run):
     torch.testing.assert_close(loss(999, 999), plain)
     weights = made.timesteps.weights(SESSION.step.timesteps)
     assert not torch.allclose(weights, torch.ones(4)) and not torch.allclose(loss(0, 1000), plain)
+
+
+@pytest.mark.parametrize("other", [dict(scale_v_pred_loss_like_noise_pred=True), dict(v_pred_like_loss=0.5)])
+def test_flows_weight_is_not_multiplied_by_kohyas(run, other):
+    with pytest.raises(FlagError, match="--flow_weighting makes the loss rectified flow's, which no other"):
+        run(v_parameterization=True, zero_terminal_snr=True, flow_weighting=True, **other)
+    run(v_parameterization=True, zero_terminal_snr=True, **other)
+
+
+def test_a_shift_by_resolution_follows_the_bucket_of_each_batch(run):
+    """Stratified draws of the same numbers for batches of several sizes: each sees its own noise."""
+    flags = dict(v_parameterization=True, zero_terminal_snr=True, stratified_timesteps=True, seed=3)
+    sizes = [(128, 128), (64, 64), (152, 104), (192, 192)]
+    drawn = []
+    for shift in ({}, dict(resolution_shift=1024)):
+        made = run(**flags, **shift)
+        for size in sizes:
+            latents = torch.empty(6, 4, *size, device="meta")
+
+            def upstream(args, noise_scheduler, latents):
+                return None, None, kohya_timesteps.draw(never, 0, 1000, len(latents), "cpu")
+
+            drawn.append(kohya_noise.noised(upstream, argparse.Namespace(), None, latents)[2])
+    sigmas = torch.from_numpy(made.schedule.sigmas.copy())
+    s = sigmas / (1 + sigmas)
+    s[-1] = 1
+    for (height, width), plain, seen in zip(sizes, drawn[:4], drawn[4:], strict=True):
+        ratio = (height * width) ** 0.5 / 128
+        wanted = ratio * s[plain] / (1 + (ratio - 1) * s[plain])
+        assert torch.equal(seen, (s - wanted[:, None]).abs().argmin(1))
+    assert torch.equal(drawn[0], drawn[4]) and not torch.equal(drawn[1], drawn[5])

@@ -56,7 +56,10 @@ def loss(
     floor=False,
     soft=None,
     debiased=False,
+    flow_weight=False,
     share=0.0,
+    even=0.0,
+    u=None,
     mask=None,
     later=None,
 ):
@@ -85,10 +88,17 @@ def loss(
     elif debiased:
         # eps has no limit at SNR 0
         w = w / (snr.clamp(max=1000) + 1 if v else snr.clamp(LAST_SIGMA**-2, 1000).sqrt())
+    if flow_weight:
+        # the error of eps - x0 by that of v, or of eps, at the same noisy latents
+        w = w * ((1 + snr.sqrt()) ** 2 / (snr + 1 if v else snr))
     if share:
         above = (1 / abar - 1).sqrt() > LAST_SIGMA + 1e-3
         p = (1 - share) / 1000 + share * above.double() / above.sum()
         w = w / (1000 * p[t])
+    if even:
+        w = w / (1000 * evenly(abar, even)[t])
+    if u is not None:
+        w = w * u
     if later is not None:
         w = w * later.double()
     if gradient == "sample":
@@ -98,6 +108,15 @@ def loss(
     else:
         gain = 1.0
     return float((rho * m * gain * w[column]).mean())
+
+
+def evenly(abar, share):
+    """Probabilities of draws that are, but for this share, uniform in s = sigma/(1 + sigma)."""
+    s = (1 - abar).sqrt() / (abar.sqrt() + (1 - abar).sqrt())
+    middle = (s[1:] + s[:-1]) / 2
+    first, last = 2 * s[:1] - middle[:1], (2 * s[-1:] - middle[-1:]).clamp(max=1)
+    cells = torch.cat([first, middle, last]).diff()
+    return (1 - share) * cells / cells.sum() + share / 1000
 
 
 def trained(latents, noise, prediction, timesteps, abar, *, v=True, flow=False, **form):
@@ -119,9 +138,26 @@ for kind, norm in itertools.product(("huber", "smooth_l1"), ("sample", "batch"))
     LOSSES[f"{kind} {norm}"] = (flags, dict(loss=kind, gradient=norm))
 TIMESTEPS = {
     "uniform": ([], {}),
-    "stratified": (["--stratified_timesteps"], {}),
     "terminal": (["--stratified_timesteps", "--terminal_timestep_share", "0.3"], dict(share=0.3)),
+    "stratified": (
+        [
+            *("--stratified_timesteps", "--timestep_density", "beta", "--timestep_density_weighted"),
+            *("--timestep_uniform_share", "0.2"),
+        ],
+        dict(even=0.2),
+    ),
 }
+
+
+FLOW = (["--flow_weighting"], dict(flow_weight=True))  # beside no other weight
+
+
+def nearest(timesteps, abar, ratio):
+    """The timesteps whose s = sigma/(1 + sigma) is nearest to that of ``ratio`` times the sigmas of
+    others."""
+    sigma = (1 / abar - 1).sqrt()
+    wanted = 1 / (1 + 1 / (ratio * sigma[timesteps]))
+    return (1 / (1 + 1 / sigma) - wanted[:, None]).abs().argmin(1)
 
 
 def weights(gamma):

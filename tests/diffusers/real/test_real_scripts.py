@@ -9,7 +9,8 @@ import sys
 
 import pytest
 import run_script as runner
-from closed_form import alphas_cumprod
+import torch
+from closed_form import alphas_cumprod, nearest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -123,6 +124,25 @@ def test_every_fix_trains_and_validation_samples_the_schedule(run, made, script)
         "schedule record in every model file" in process.stderr
         and ("validation images sample the same") in process.stderr
     )
+
+
+def test_flows_objective_trains_in_v(run, script="dreambooth"):
+    """Draws uniform in s, but for a fifth, with their importance weights and flow's: the closed form. The
+    shift by resolution is by the size of the latents that the script has noised."""
+    density = ("--timestep_density", "beta", "--timestep_density_weighted", "--timestep_uniform_share", "0.2")
+    flags = ("--zero_terminal_snr", *V, "--flow_weighting", "--stratified_timesteps", *density)
+    _, trace = run("module", script, *flags, tensors=True, folder="a")
+    abar = alphas_cumprod(zero_snr=True)
+    assert right(trace, abar, v=True, flow_weight=True, even=0.2)
+    unweighted = ("--zero_terminal_snr", *V, "--stratified_timesteps", "--timestep_density", "beta")
+    plain, shifted = (
+        run("module", script, *unweighted, *more, tensors=True, folder=f"b{len(more)}")[1]
+        for more in ((), ("--resolution_shift", "32"))
+    )
+    assert right(shifted, abar, v=True)
+    side = 8 * len(shifted["tensors"]["latents"][0][0][0])
+    for before, after in zip(plain["timesteps"], shifted["timesteps"], strict=True):
+        assert after == nearest(torch.tensor(before), abar, side / 32).tolist() != before
 
 
 STOCK = """
