@@ -22,6 +22,7 @@ RECORD_KEY = "sdxl_fixes.schedule"
 MARKERS = ("v_pred", "ztsnr")
 UNET = "model.diffusion_model."
 _OBJECT = "the object of a scheduler_config.json or a schedule record"
+JSON_LIMIT = 32 << 20  # bytes; a schedule record of a million timesteps, the most there may be, takes 24 MB
 # for samplers that cannot start at infinity; the largest power of 2 whose noise fits float16
 STAND_IN_SIGMA = 4096.0
 # diffusers' classes that noise and step by timestep, and know no sigma: of all, they can start at SNR 0 (not
@@ -203,8 +204,12 @@ def overruled(config: Mapping[str, Any]) -> list[str]:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ValueError, in one sentence, for anything else."""
+    with open(file, "rb") as opened:
+        text = opened.read(JSON_LIMIT + 1)
+    if len(text) > JSON_LIMIT:
+        raise ValueError(f"{file} has more than {JSON_LIMIT} bytes: expected {_OBJECT}")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON ({error}): expected {_OBJECT}") from error
     if not isinstance(content, dict):
