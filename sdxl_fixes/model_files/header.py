@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sdxl_fixes.errors import printable, shown
+from sdxl_fixes.errors import shown
 
 LIMIT = 100_000_000  # bytes of JSON that the reference reader accepts
 # values and quotes in a header (SDXL's has 25,000): more take gigabytes and half a minute to read

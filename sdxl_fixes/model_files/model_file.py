@@ -4,6 +4,7 @@ schedule."""
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from sdxl_fixes.checkpoint import (
     sampling_of_file,
     sampling_of_json,
 )
+from sdxl_fixes.errors import printable
 from sdxl_fixes.model_files.header import FormatError, Header, Tensor, read_header
 from sdxl_fixes.model_files.write import recover
 
@@ -112,7 +114,9 @@ def _named(path: Path) -> Iterator[None]:
 def _check_readable(path: Path) -> None:
     if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
         raise FormatError(f"{path} is a pickle, which is never opened here: convert it to safetensors first")
-    if not path.exists():
+    if path.is_symlink() and not os.path.exists(path):
+        raise FileNotFoundError(f"{path} is a symbolic link to {os.readlink(path)}, which leads to no file")
+    if not os.path.exists(path):
         raise FileNotFoundError(f"there is no {path}: give a .safetensors file or a folder")
     if not path.is_file():
         raise OSError(f"{path} is not a regular file: give a .safetensors file or a folder")
@@ -176,7 +180,7 @@ class ModelFile:
             found |= {f"the marker {prefix + name}": "" for prefix in ("", UNET) if self.marked(name, prefix)}
         names = ("modelspec.prediction_type", "modelspec.predict_key", "ss_zero_terminal_snr")
         return found | {
-            f"the metadata {name}": self.header.metadata[name]
+            f"the metadata {name}": printable(self.header.metadata[name][:80])
             for name in names
             if name in self.header.metadata
         }
@@ -208,7 +212,7 @@ class ModelFile:
             "sd3": sampling.prediction_type == "flow_prediction",
         }
         if says is not None and not agrees.get(says, True):
-            found.append(f"its modelspec.prediction_type says {says}")
+            found.append(f"its modelspec.prediction_type says {printable(says[:80])}")
         says = self.header.metadata.get("ss_zero_terminal_snr")
         if says in ("True", "False") and (says == "True") != zero_snr:
             found.append(f"its ss_zero_terminal_snr says {says}")
