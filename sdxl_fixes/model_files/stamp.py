@@ -4,11 +4,14 @@ config."""
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from sdxl_fixes.atomic import replacing
+from sdxl_fixes.atomic import companion, real, replacing
 from sdxl_fixes.checkpoint import (
     Sampling,
     markers,
@@ -18,7 +21,7 @@ from sdxl_fixes.checkpoint import (
 )
 from sdxl_fixes.model_files.header import ROOM_KEY, Header, encode_header
 from sdxl_fixes.model_files.model_file import KINDS, ModelFile, unet_files
-from sdxl_fixes.model_files.write import data_hash, longer, replace_header
+from sdxl_fixes.model_files.write import check_output, check_writable, data_hash, longer, replace_header
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,10 @@ def stamp_file(
     had = {key: value for key, value in file.header.metadata.items() if key != ROOM_KEY}
     if entries == had and tensors == file.header.tensors and output is None:
         return Stamped(path, file.kind, "unchanged", placed, tuple(notes))
+    if output is None:
+        check_writable(path)
+    else:
+        check_output(path, output)
     if dry_run:
         return Stamped(path, file.kind, "not written (--dry_run)", placed, tuple(notes))
     before = data_hash(path) if check else None
@@ -100,15 +107,34 @@ def model_files(folder: Path) -> list[Path]:
 def write_scheduler_config(file: Path, sampling: Sampling) -> str:
     """A scheduler_config.json by which stock diffusers samples that; what an existing one says of other
     things stays. Returns "written", "unchanged", or why there is none."""
+    with scheduler_config_ready(file, sampling) as said:
+        return said
+
+
+@contextmanager
+def scheduler_config_ready(file: Path, sampling: Sampling) -> Iterator[str]:
+    """The same in two steps: within the block it is written and synced beside its place, so that only a move
+    can still fail, and it takes the place when the block ends. Raises ValueError or OSError, with nothing
+    written, for what is no regular file, is read-only, or holds no JSON object."""
+    if os.path.lexists(file) and not file.is_file() and real(file).exists():
+        raise OSError(f"{file} is not a regular file: move it away")
     old = read_json(file) if file.is_file() else {}
     new = stock_config(sampling, old)
-    if new is None:
-        return "not written: no stock diffusers scheduler samples that"
-    if new == old:
-        return "unchanged"
+    if new is None or new == old:
+        yield "unchanged" if new else "not written: no stock diffusers scheduler samples that"
+        return
+    if old:
+        check_writable(file)
+    try:
+        text = json.dumps(new, indent=2, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} holds what is no strict JSON ({error}): move it away") from error
     with replacing(file) as part:
-        part.write_text(json.dumps(new, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    return "written"
+        with open(part, "w", encoding="utf-8") as out:
+            out.write(text + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+        yield "written"
 
 
 def a1111_yaml(sampling: Sampling) -> str:
@@ -138,4 +164,4 @@ def _metadata(old: Header, sampling: Sampling) -> dict[str, str]:
 
 def beside(path: Path, suffix: str) -> Path:
     """The companion of a file: model.safetensors -> model.scheduler_config.json, model.yaml."""
-    return path.with_name(path.name.removesuffix(".safetensors") + suffix)
+    return companion(path, suffix, path.name.removesuffix(".safetensors"))
