@@ -15,8 +15,9 @@ Three ways, and what a crash leaves:
 ``header`` and ``insert`` are used only while no other program has the file open, under a lease that makes
 openers wait.
 
-Locks, which the system lets go of when a process dies: whoever touches the journal holds one on the file,
-whoever touches the part of a copy one on that. So what lies beside a file and is not locked was left over.
+Locks, which the system lets go of when a process dies: whoever changes or replaces a file, or touches what
+lies beside it, holds one on the file; whoever writes the part of a copy holds one on that, too (with --output
+the file may be another). So what is not locked was left over.
 """
 
 from __future__ import annotations
@@ -144,58 +145,60 @@ def recover(path: Path) -> str | None:
     needs it, and remove what was left over. Returns a sentence if there was something to mend or to remove,
     else None. What a living process works on is let be. Raises OSError only for an unreadable file that
     cannot be mended."""
-    target, said = real(path), None
-    if _is_file(companion(target, JOURNAL)) or _is_file(companion(target, JOURNAL_PART)):
-        said = _recover_header(path, target)
-    part = companion(target, PART)
-    # no lock, as other file systems and Windows have none: there a part that is in use cannot be removed
-    with contextlib.suppress(OSError), open(os.open(part, os.O_RDONLY | _NO_LINK), "rb") as old:
-        with _locked(old.fileno(), path):
-            if os.name == "nt":
-                old.close()
-            part.unlink()
-            said = said or f"{part.name}, left over from an interrupted stamp, was removed"
-    return said
-
-
-def _recover_header(path: Path, target: Path) -> str | None:
-    journal, said = companion(target, JOURNAL), None
+    target = real(path)
+    if not any(_is_file(companion(target, suffix)) for suffix in (JOURNAL, JOURNAL_PART, PART)):
+        return None
     try:
-        with open(target, "r+b") as file, _locked(file.fileno(), path):
-            if _is_file(journal):
-                if (said := _mend(file, path, journal)) is None and not _well_formed(file):
-                    return None  # neither of the states that we can have left: not ours to touch
-                journal.unlink(missing_ok=True)
-                _sync_folder(target.parent)
-            if _is_file(left := companion(target, JOURNAL_PART)):
-                left.unlink()
-                said = said or f"{left.name}, left over from an interrupted stamp, was removed"
+        with open(target, "rb") as file, _locked(file.fileno(), path):
+            return _recover(file, path, target) if _is_there(target, file.fileno()) else None
     except Busy:
         return None
-    except OSError as error:
-        with open(target, "rb") as reader:
-            if not _well_formed(reader):
-                raise OSError(
-                    f"{path} was left unreadable by an interrupted stamp, and its old header, which "
-                    f"{journal.name} keeps, cannot be put back ({error.strerror}): run sdxl-fixes inspect "
-                    "again as someone who may write the file"
-                ) from error
+
+
+def _recover(file: BinaryIO, path: Path, target: Path) -> str | None:
+    journal, said = companion(target, JOURNAL), None
+    if _is_file(journal):
+        if not _well_formed(file):
+            if (said := _mend(path, target, journal)) is None:
+                return None  # neither of the states that we can have left: not ours to touch
+        with contextlib.suppress(OSError):
+            journal.unlink()
+            _sync_folder(target.parent)
+    for left in (companion(target, JOURNAL_PART), companion(target, PART)):
+        with contextlib.suppress(OSError):  # also: in use
+            _remove_left_over(left)
+            said = said or f"{left.name}, left over from an interrupted stamp, was removed"
     return said
 
 
-def _mend(file: BinaryIO, path: Path, journal: Path) -> str | None:
-    """Put the old header back if the file is in a state that an interrupted stamp leaves."""
-    if _well_formed(file):
-        return None
+def _mend(path: Path, target: Path, journal: Path) -> str | None:
+    """Put the old header back, if the file is in a state that an interrupted stamp leaves; else None."""
     about_it, header = _read_journal(journal)
-    grown = os.fstat(file.fileno()).st_size - about_it.get("file_size", -1)
+    grown = target.stat().st_size - about_it.get("file_size", -1)
     if header is None or grown not in (0, about_it["grown"]):
         return None
-    _put_back(file.fileno(), header, grown)
-    parse_header(file, str(path))
+    try:
+        with open(target, "r+b") as file:
+            _put_back(file.fileno(), header, grown)
+            parse_header(file, str(path))
+    except OSError as error:
+        raise OSError(
+            f"{path} was left unreadable by an interrupted stamp, and its old header, which {journal.name} "
+            f"keeps, cannot be put back ({error.strerror}): run sdxl-fixes inspect again where, and as "
+            "someone who, may write the file"
+        ) from error
     return (
         f"{path} was left unreadable by an interrupted stamp; its old header was put back from {journal.name}"
     )
+
+
+def _remove_left_over(left: Path) -> None:
+    """Raises OSError if it is in use, or not there."""
+    # without locks, as on Windows, what is open cannot be removed
+    with open(os.open(left, os.O_RDWR | _NO_LINK), "rb") as file, _locked(file.fileno(), left):
+        if os.name == "nt":
+            file.close()
+        left.unlink()
 
 
 def _well_formed(file: BinaryIO) -> bool:
@@ -357,7 +360,9 @@ def _read_journal(journal: Path) -> tuple[dict[str, int], bytes | None]:
 def _copy(source: Path, old: Header, new: bytes, target: Path) -> None:
     """Write the new file beside ``target``, sync it, and put it in its place."""
     part, size = companion(target, PART), old.file_size + len(new) - old.size
-    with open(source, "rb") as file:
+    with open(source, "rb") as file, contextlib.ExitStack() as both:
+        if source == target:
+            both.enter_context(_locked(file.fileno(), target))
         before = _check_unchanged(file.fileno(), old, source)
         with _open_part(part, target) as copy:
             try:
@@ -412,15 +417,8 @@ def _why_not(error: OSError, source: Path, target: Path, size: int) -> str:
 @contextlib.contextmanager
 def _open_part(part: Path, target: Path) -> Iterator[FileIO]:
     """The part, empty and locked."""
-    for last in (*[False] * 20, True):
-        with open(_part(part, target), "r+b", buffering=0) as copy, contextlib.ExitStack() as lock:
-            try:
-                lock.enter_context(_locked(copy.fileno(), target))
-            except Busy:  # perhaps of an inspect, which looks whether it was left over
-                if last:
-                    raise
-                time.sleep(0.005)
-                continue
+    for _ in range(20):
+        with open(_part(part, target), "r+b", buffering=0) as copy, _locked(copy.fileno(), target):
             if _is_there(part, copy.fileno()):  # neither removed nor put in its place before it was locked
                 copy.truncate(0)
                 yield copy
@@ -548,14 +546,18 @@ def _check_unchanged(fd: int, old: Header, name: Path) -> os.stat_result:
 
 @contextlib.contextmanager
 def _locked(fd: int, name: Path) -> Iterator[None]:
-    """Against another stamp of the same file; the system lets go of the lock when a process dies."""
-    if fcntl is not None:
+    """Against another stamp of the same file, and an inspect, which is done in a moment."""
+    for _ in range(20):
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Busy(f"{name} is being stamped by another process: wait for it") from error
+            if fcntl is not None:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            time.sleep(0.005)
         except OSError:  # a file system without locks
-            pass
+            break
+    else:
+        raise Busy(f"{name} is being stamped by another process: wait for it")
     yield
 
 
