@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sdxl_fixes.atomic import replacing
+from sdxl_fixes.atomic import real, replacing
 from sdxl_fixes.checkpoint import Sampling
 from sdxl_fixes.command_line import add_flags
 from sdxl_fixes.errors import about, plain, printable
@@ -92,8 +92,8 @@ def stamp(args: argparse.Namespace) -> int:
         raise ValueError("--output belongs to one file: copy the folder first, then stamp the copy")
     if args.output is not None and args.output.exists() and not args.force:
         raise ValueError(f"{args.output} exists already: choose another name, or give --force to replace it")
-    if yaml is not None and not args.force:
-        _check_yaml(beside(args.output or args.path, ".yaml"), yaml)
+    if yaml is not None:
+        _check_yaml(beside(args.output or args.path, ".yaml"), yaml, args.force)
     if args.path.is_dir():
         said = _stamp_folder(args, sampling)
     else:
@@ -137,7 +137,8 @@ def _stamp_file(args: argparse.Namespace, sampling: Sampling, yaml: str | None) 
             said.append(f"{config}: {ready.enter_context(scheduler_config_ready(config, sampling))}")
         if yaml is not None and first.kind != "lora" and not args.dry_run:
             file = beside(path, ".yaml")
-            ready.enter_context(replacing(file)).write_text(yaml, encoding="utf-8")
+            with about(file):
+                ready.enter_context(replacing(file)).write_text(yaml, encoding="utf-8")
             said.append(f"{file}: written")
         done = stamp_file(args.path, sampling, output=args.output, **_options(args))
     return _lines(first, done) + said
@@ -193,11 +194,12 @@ def _flow(shift: float | None) -> NoiseSchedule:
         raise ValueError(f"--shift {shift:g}: {error}") from error
 
 
-def _check_yaml(old: Path, yaml: str) -> None:
-    """Raise ValueError if the file is there and says anything but ``yaml``."""
-    if os.path.lexists(old) and not old.is_file():
+def _check_yaml(old: Path, yaml: str, force: bool) -> None:
+    """Raise ValueError if what is there is no file, or says anything but ``yaml`` and is not to be
+    replaced."""
+    if os.path.lexists(old) and not old.is_file() and real(old).exists():
         raise ValueError(f"{old} is not a regular file: move it away")
-    if old.is_file() and old.read_text("utf-8", errors="replace") != yaml:
+    if not force and old.is_file() and old.read_text("utf-8", errors="replace") != yaml:
         raise ValueError(
             f"{old} exists already and says something else: move it away, or give --force to replace it"
         )

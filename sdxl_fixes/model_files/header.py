@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sdxl_fixes.errors import shown
+from sdxl_fixes.errors import about, shown
 
 LIMIT = 100_000_000  # bytes of JSON that the reference reader accepts
 # values and quotes in a header (SDXL's has 25,000): more take gigabytes and half a minute to read
@@ -84,7 +84,7 @@ class Header:
 def read_header(path: Path) -> Header:
     """The checked header of ``path``. Raises FormatError, in one sentence, for anything but a well-formed
     safetensors file."""
-    with open(path, "rb") as file:
+    with about(path), open(path, "rb") as file:
         return parse_header(file, str(path))
 
 

@@ -21,7 +21,7 @@ from sdxl_fixes.checkpoint import (
     sampling_of_file,
     sampling_of_json,
 )
-from sdxl_fixes.errors import printable
+from sdxl_fixes.errors import about, printable
 from sdxl_fixes.model_files.header import FormatError, Header, Tensor, read_header
 from sdxl_fixes.model_files.write import recover
 
@@ -140,7 +140,8 @@ class ModelFile:
         model of SDXL's kind, and for a broken record, unless it is to be overruled: then the file has
         none."""
         _check_readable(path)
-        mended = recover(path)
+        with about(path):
+            mended = recover(path)
         header = read_header(path)
         record, broken = None, None
         try:

@@ -19,6 +19,7 @@ from sdxl_fixes.checkpoint import (
     read_json,
     stock_config,
 )
+from sdxl_fixes.errors import about
 from sdxl_fixes.model_files.header import ROOM_KEY, Header, encode_header
 from sdxl_fixes.model_files.model_file import KINDS, ModelFile, unet_files
 from sdxl_fixes.model_files.write import check_output, check_writable, data_hash, longer, replace_header
@@ -130,7 +131,7 @@ def scheduler_config_ready(file: Path, sampling: Sampling) -> Iterator[str]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} holds what is no strict JSON ({error}): move it away") from error
     with replacing(file) as part:
-        with open(part, "w", encoding="utf-8") as out:
+        with about(file), open(part, "w", encoding="utf-8") as out:
             out.write(text + "\n")
             out.flush()
             os.fsync(out.fileno())

@@ -116,8 +116,8 @@ def check_writable(path: Path) -> None:
         target, os.W_OK
     ):
         raise OSError(
-            f"{path} is read-only: allow writing to it (chmod u+w; chattr -i if it is immutable), or write "
-            "the stamped file elsewhere with --output FILE"
+            f"{path} is read-only for you (its mode, chattr +i, or its file system): allow writing to it, or "
+            "write the stamped file elsewhere with --output FILE"
         )
     if target.parent.name == "blobs" and (target.parent.parent / "snapshots").is_dir():
         raise OSError(
@@ -173,12 +173,12 @@ def _recover(file: BinaryIO, path: Path, target: Path) -> str | None:
 
 def _mend(path: Path, target: Path, journal: Path) -> str | None:
     """Put the old header back, if the file is in a state that an interrupted stamp leaves; else None."""
-    about_it, header = _read_journal(journal)
-    grown = target.stat().st_size - about_it.get("file_size", -1)
-    if header is None or grown not in (0, about_it["grown"]):
-        return None
     try:
+        about_it, header = _read_journal(journal)
         with open(target, "r+b") as file:
+            grown = os.fstat(file.fileno()).st_size - about_it.get("file_size", -1)
+            if header is None or grown not in (0, about_it["grown"]):
+                return None
             _put_back(file.fileno(), header, grown)
             parse_header(file, str(path))
     except OSError as error:
@@ -212,7 +212,7 @@ def _well_formed(file: BinaryIO) -> bool:
 def data_hash(path: Path) -> str:
     """SHA-256 of the tensors' bytes, which no stamp may change."""
     digest, size = hashlib.sha256(), read_header(path).size
-    with open(path, "rb") as file:
+    with about(path), open(path, "rb") as file:
         file.seek(8 + size)
         while chunk := file.read(CHUNK):
             digest.update(chunk)
@@ -270,6 +270,7 @@ def _write_block(fd: int, block: mmap.mmap) -> None:
 def _undo(fd: int, old: Header, target: Path, journal: Path) -> None:
     """The old header, if it is not there any more, and no journal."""
     try:
+        _direct(fd, False)
         about_it = os.fstat(fd)
         if about_it.st_size != old.file_size or os.pread(fd, 8 + old.size, 0) != _start(old.raw):
             _put_back(fd, old.raw, about_it.st_size - old.file_size)
@@ -283,7 +284,6 @@ def _undo(fd: int, old: Header, target: Path, journal: Path) -> None:
 
 def _put_back(fd: int, header: bytes, grown: int) -> None:
     """The old header, padded by what was inserted."""
-    _direct(fd, False)
     text = _start(header.ljust(len(header) + grown))
     if os.pwrite(fd, text, 0) != len(text):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -366,6 +366,7 @@ def _copy(source: Path, old: Header, new: bytes, target: Path) -> None:
         before = _check_unchanged(file.fileno(), old, source)
         with _open_part(part, target) as copy:
             try:
+                copy.truncate(0)
                 _copy_data(file, copy, old, len(new) - old.size)
                 copy.seek(0)
                 _write(copy, _start(new))
@@ -416,11 +417,10 @@ def _why_not(error: OSError, source: Path, target: Path, size: int) -> str:
 
 @contextlib.contextmanager
 def _open_part(part: Path, target: Path) -> Iterator[FileIO]:
-    """The part, empty and locked."""
+    """The part, locked."""
     for _ in range(20):
         with open(_part(part, target), "r+b", buffering=0) as copy, _locked(copy.fileno(), target):
             if _is_there(part, copy.fileno()):  # neither removed nor put in its place before it was locked
-                copy.truncate(0)
                 yield copy
                 return
     raise Busy(f"{target} is being stamped by another process: wait for it")
