@@ -437,7 +437,7 @@ def _part(part: Path, target: Path) -> int:
         if os.name == "nt" and part.exists():
             raise Busy(f"{target} is being stamped by another process: wait for it") from error
         raise OSError(
-            f"cannot write in {part.parent} ({error.strerror}): write the stamped file elsewhere "
+            f"{target}: cannot write in {part.parent} ({error.strerror}): write the stamped file elsewhere "
             "with --output FILE"
         ) from error
 
