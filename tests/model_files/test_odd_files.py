@@ -1,12 +1,15 @@
 """Names, folders, links and neighbours as people have them: a stamp writes whole files or refuses in one
 sentence, before anything is written."""
 
+import contextlib
 import io
 import json
 import os
 import sys
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from models import KINDS, model, write
 
 from sdxl_fixes import NoiseSchedule
@@ -302,3 +305,32 @@ def test_a_later_stamp_of_what_the_adapters_save_moves_nothing(kind, tmp_path):
     stamp_file(path, Sampling(NoiseSchedule.sdxl().with_terminal_sigma(300, "tail"), "epsilon"), force=True)
     assert (path.stat().st_size == size) == (kind == "adapter")
     assert verdicts(path)[1].schedule.terminal_sigma == pytest.approx(300)
+
+
+SAYS = ("modelspec.prediction_type", "ss_zero_terminal_snr", "modelspec.predict_key", RECORD_KEY)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.dictionaries(st.sampled_from(SAYS) | st.text(), st.text()), st.lists(st.text(max_size=8), max_size=3)
+)
+def test_fuzz_whatever_a_file_says_is_a_sentence_without_control_characters(tmp_path_factory, says, names):
+    path = tmp_path_factory.getbasetemp() / "fuzz.safetensors"
+    shapes = {**KINDS["lora"], **{name: [0] for name in names if name != "__metadata__"}}
+    write(path, shapes, {key: value for key, value in says.items() if printable_text(key + value)})
+    for words in (["inspect"], ["inspect", "--json"], ["stamp", *V, "--dry_run"], ["stamp", *V, "--force"]):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main([words[0], str(path), *words[1:]])
+        assert status == 0 or (status == 2 and err.getvalue().count("\n") == 1)
+        assert all(c == "\n" or c.isprintable() for c in out.getvalue() + err.getvalue())
+    assert stamped(path)
+
+
+def printable_text(text):
+    """No halves of surrogate pairs, which no header may have."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
