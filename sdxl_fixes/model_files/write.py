@@ -391,9 +391,11 @@ def _copy(source: Path, old: Header, new: bytes, target: Path) -> None:
                     file.close()
                 os.replace(part, target)
             except BaseException as error:
-                copy.close()
                 with contextlib.suppress(OSError):
-                    part.unlink()
+                    ours = copy.closed or _is_there(part, copy.fileno())
+                    copy.close()
+                    if ours:
+                        part.unlink()
                 if isinstance(error, OSError) and error.errno is not None:
                     raise OSError(_why_not(error, source, target, size)) from error
                 raise

@@ -350,6 +350,22 @@ def test_stamps_and_inspects_at_once(way, tmp_path):
     assert len(set(says(path)[::2])) == 1 and os.listdir(tmp_path) == [path.name]
 
 
+@linux
+def test_without_locks_another_part_is_neither_put_in_place_nor_removed(file, monkeypatch):
+    """As of another machine on a network folder, which took ours away and writes its own."""
+    part, copy_data = file.with_name(file.name + w.PART), w._copy_data
+
+    def meanwhile(*args):
+        copy_data(*args)
+        part.unlink()
+        part.write_bytes(b"half of another's")
+
+    monkeypatch.setattr(w, "_copy_data", meanwhile)
+    with pytest.raises(w.Busy, match="is being stamped by another process"):
+        change(file, NEW)
+    assert says(file) == "old" and part.read_bytes() == b"half of another's"
+
+
 @posix
 def test_a_link_beside_the_file_is_not_written_through(file, tmp_path):
     mine = tmp_path / "mine"
