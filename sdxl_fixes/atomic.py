@@ -1,20 +1,48 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and the names of what lies beside a file meanwhile."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+NAME_MAX = 255  # bytes of a name, where the file system does not say; Windows counts 255 UTF-16 units
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, which takes the place of ``path`` in one move when the block ends. If it fails,
-    ``path`` is as it was and nothing is left behind."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    ``path`` is as it was and nothing is left behind. A symbolic link stays and its target is replaced; the
+    mode stays."""
+    target = real(path)
+    partial = companion(target, f".{os.getpid()}.part")
     try:
         yield partial
-        os.replace(partial, path)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copymode(target, partial)
+        os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def real(path: Path) -> Path:
+    """``path`` with its links followed, as far as they lead (Path.resolve raises RuntimeError at a loop)."""
+    return Path(os.path.realpath(path))
+
+
+def companion(path: Path, suffix: str, name: str | None = None) -> Path:
+    """What lies beside ``path``: its name, or ``name``, with ``suffix``. Where that is too long for the file
+    system, the name is cut, and 12 digits of its SHA-256 tell it from others that begin alike."""
+    name = path.name if name is None else name
+    limit = NAME_MAX
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no such folder, no such call
+        limit = min(limit, os.pathconf(path.parent, "PC_NAME_MAX"))  # FAT says 1530
+    if len(os.fsencode(name + suffix)) > limit:
+        suffix = f"~{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}{suffix}"
+        while name and len(os.fsencode(name + suffix)) > limit:
+            name = name[:-1]
+    return path.with_name(name + suffix)

@@ -22,6 +22,7 @@ RECORD_KEY = "sdxl_fixes.schedule"
 MARKERS = ("v_pred", "ztsnr")
 UNET = "model.diffusion_model."
 _MODELSPEC, _KOHYA = "modelspec.prediction_type", "ss_zero_terminal_snr"
+JSON_LIMIT = 32 << 20  # bytes; a schedule record of a million timesteps, the most there may be, takes 24 MB
 _OBJECT = "the object of a scheduler_config.json or a schedule record"
 # for samplers that cannot start at infinity; the largest power of 2 whose noise fits float16 (more only where
 # the timestep before the last is as noisy already)
@@ -218,8 +219,12 @@ def overruled(config: Mapping[str, Any]) -> list[str]:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ValueError, in one sentence, for anything else."""
+    with open(file, "rb") as opened:
+        text = opened.read(JSON_LIMIT + 1)
+    if len(text) > JSON_LIMIT:
+        raise ValueError(f"{file} has more than {JSON_LIMIT} bytes: expected {_OBJECT}")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON ({error}): expected {_OBJECT}") from error
     if not isinstance(content, dict):

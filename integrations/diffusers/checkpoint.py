@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sdxl_fixes.checkpoint import metadata
+from sdxl_fixes.model_files.header import ROOM, ROOM_KEY
 from sdxl_fixes.trainers import states
 
 from .run import SESSION
@@ -19,14 +20,14 @@ _VAE = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 def save_file(
     original: Callable[..., Any], tensors: dict[str, torch.Tensor], *args: Any, **kwargs: Any
 ) -> Any:
-    """A U-Net, ControlNet or LoRA file with the record in its metadata. No marker tensors: those belong to
-    single-file checkpoints, and diffusers would report them as unexpected keys."""
+    """A U-Net, ControlNet or LoRA file with the record in its metadata, and room for a later stamp. No marker
+    tensors: those belong to single-file checkpoints, and diffusers would report them as unexpected keys."""
     noise_level_counts = not any(name.startswith(_VAE) for name in tensors)
     if noise_level_counts and (run := SESSION.on("saving")):
         SESSION.reached("saving")
         filename, given = (args[0], args[1:]) if args else (kwargs.pop("filename"), ())
         known = (given[0] if given else kwargs.pop("metadata", None)) or {}
-        entries = metadata(run.schedule, run.prediction_type)
+        entries = {**metadata(run.schedule, run.prediction_type), ROOM_KEY: " " * ROOM}
         merged = {**known, **{key: value for key, value in entries.items() if value is not None}}
         return original(tensors, filename, metadata=merged, **kwargs)
     return original(tensors, *args, **kwargs)

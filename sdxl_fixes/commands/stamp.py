@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
+from sdxl_fixes.atomic import real, replacing
 from sdxl_fixes.checkpoint import Sampling
 from sdxl_fixes.command_line import add_flags
+from sdxl_fixes.errors import about, plain, printable
 from sdxl_fixes.flags import SCHEDULE_FLAGS, TrainingFlags
 from sdxl_fixes.model_files.model_file import KINDS, SCHEDULER_CONFIG, ModelFile, beside, read_sampling
 from sdxl_fixes.model_files.stamp import (
     Stamped,
     a1111_yaml,
     model_files,
+    scheduler_config_ready,
     stamp_file,
-    write_scheduler_config,
 )
 from sdxl_fixes.names import PREDICTION_TYPES
 from sdxl_fixes.schedule import NoiseSchedule
@@ -58,7 +62,8 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--in_place",
         action="store_true",
-        help="change the file itself (ext4, XFS) instead of a copy of it: no space needed",
+        help="change the file itself (ext4, XFS) instead of a copy of it: it needs room for a journal of its "
+        "header alone, and one killed at a bad moment is unreadable until inspect or stamp mends it",
     )
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="write the stamped file here and leave PATH alone"
@@ -86,37 +91,60 @@ def stamp(args: argparse.Namespace) -> int:
         raise ValueError("--output belongs to one file: copy the folder first, then stamp the copy")
     if args.output is not None and args.output.exists() and not args.force:
         raise ValueError(f"{args.output} exists already: choose another name, or give --force to replace it")
-    if yaml is not None and not args.force:
-        _check_yaml(beside(args.output or args.path, ".yaml"), yaml)
-    options = {"force": args.force, "in_place": args.in_place, "check": args.check, "dry_run": args.dry_run}
-    if args.path.is_dir():
-        files, config = model_files(args.path), args.path / "scheduler" / SCHEDULER_CONFIG
-        for file in files:
-            stamp_file(file, sampling, force=args.force, dry_run=True)  # refuse before anything is written
-        # a scheduler of SDXL's own is what every tool writes, and says nothing
-        said = None if args.force else read_sampling(args.path)
-        if said not in (None, sampling, Sampling(NoiseSchedule.sdxl(), "epsilon")):
-            raise ValueError(
-                f"{config} says {said}; the stamp would say {sampling}: give --force if the stamp is right"
-            )
-        print(sampling)
-        for file in files:
-            _report(stamp_file(file, sampling, **options))
-        if config.parent.is_dir() and not args.dry_run:
-            print(f"{config}: {write_scheduler_config(config, sampling)}")
-        return 0
-    done = stamp_file(args.path, sampling, output=args.output, **options)
-    print(sampling)
-    _report(done)
-    if done.kind == "lora" or args.dry_run:
-        return 0
-    if done.kind != "shard":
-        config = beside(done.path, "." + SCHEDULER_CONFIG)
-        print(f"{config}: {write_scheduler_config(config, sampling)}")
     if yaml is not None:
-        beside(done.path, ".yaml").write_text(yaml, encoding="utf-8")
-        print(f"{beside(done.path, '.yaml')}: written")
+        _check_yaml(beside(args.output or args.path, ".yaml"), yaml, args.force)
+    if args.path.is_dir():
+        said = _stamp_folder(args, sampling)
+    else:
+        said = _stamp_file(args, sampling, yaml)
+    with about("standard output"):  # when all is done, so that one which takes nothing stops nothing
+        print(sampling, *map(printable, said), sep="\n")
     return 0
+
+
+def _stamp_folder(args: argparse.Namespace, sampling: Sampling) -> list[str]:
+    files, config = model_files(args.path), args.path / "scheduler" / SCHEDULER_CONFIG
+    # refuse before anything is written
+    first = [stamp_file(file, sampling, force=args.force, dry_run=True) for file in files]
+    # a scheduler of SDXL's own is what every tool writes, and says nothing
+    found = None if args.force else read_sampling(args.path)
+    if found not in (None, sampling, Sampling(NoiseSchedule.sdxl(), "epsilon")):
+        raise ValueError(
+            f"{config} says {found}; the stamp would say {sampling}: give --force if the stamp is right"
+        )
+    said: list[str] = []
+    with contextlib.ExitStack() as ready:
+        written = None
+        if config.parent.is_dir() and not args.dry_run:
+            written = ready.enter_context(scheduler_config_ready(config, sampling))
+        for number, done in enumerate(first):
+            try:
+                said += _lines(done, stamp_file(done.path, sampling, **_options(args)))
+            except OSError as error:
+                more = f"; {number} of {len(files)} files are stamped: then give the same command again"
+                raise OSError(plain(error) + more * (number > 0)) from error
+    return [*said, f"{config}: {written}"] if written else said
+
+
+def _stamp_file(args: argparse.Namespace, sampling: Sampling, yaml: str | None) -> list[str]:
+    # refuse before anything is written
+    first = stamp_file(args.path, sampling, force=args.force, output=args.output, dry_run=True)
+    path, said = args.output or args.path, []
+    with contextlib.ExitStack() as ready:
+        if first.kind not in ("lora", "shard") and not args.dry_run:
+            config = beside(path, "." + SCHEDULER_CONFIG)
+            said.append(f"{config}: {ready.enter_context(scheduler_config_ready(config, sampling))}")
+        if yaml is not None and first.kind != "lora" and not args.dry_run:
+            file = beside(path, ".yaml")
+            with about(file):
+                ready.enter_context(replacing(file)).write_text(yaml, encoding="utf-8")
+            said.append(f"{file}: written")
+        done = stamp_file(args.path, sampling, output=args.output, **_options(args))
+    return _lines(first, done) + said
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in ("force", "in_place", "check", "dry_run")}
 
 
 def sampling_from_args(args: argparse.Namespace) -> Sampling:
@@ -165,21 +193,24 @@ def _flow(shift: float | None) -> NoiseSchedule:
         raise ValueError(f"--shift {shift:g}: {error}") from error
 
 
-def _check_yaml(old: Path, yaml: str) -> None:
-    """Raise ValueError if the file is there and says anything but ``yaml``."""
-    if old.exists() and old.read_text("utf-8", errors="replace") != yaml:
+def _check_yaml(old: Path, yaml: str, force: bool) -> None:
+    """Raise ValueError if what is there is no file, or says anything but ``yaml`` and is not to be
+    replaced."""
+    if os.path.lexists(old) and not old.is_file() and real(old).exists():
+        raise ValueError(f"{old} is not a regular file: move it away")
+    if not force and old.is_file() and old.read_text("utf-8", errors="replace") != yaml:
         raise ValueError(
             f"{old} exists already and says something else: move it away, or give --force to replace it"
         )
 
 
-def _report(done: Stamped) -> None:
-    print(
-        f"{done.path}: {KINDS[done.kind][0]}; {WAYS.get(done.way, done.way)}; markers: "
-        f"{', '.join(done.markers) or 'none'}"
-    )
-    for note in done.notes:
-        print(f"  {note}")
+def _lines(first: Stamped, done: Stamped) -> list[str]:
+    """What was done to one file, for people; ``first`` knows what the first look found and mended."""
+    way, marks = WAYS.get(done.way, done.way), ", ".join(done.markers) or "none"
+    return [
+        f"{done.path}: {KINDS[done.kind][0]}; {way}; markers: {marks}",
+        *(f"  {note}" for note in dict.fromkeys((*first.notes, *done.notes))),
+    ]
 
 
 def inspect(args: argparse.Namespace) -> int:
@@ -196,8 +227,9 @@ def inspect(args: argparse.Namespace) -> int:
 
 def as_text(file: ModelFile, truth: Sampling | None, rows: list[Verdict]) -> str:
     """What the file is, what it says, and a line per UI."""
-    lines = [f"{file.path}: {KINDS[file.kind][0]}" + (", not SDXL" if file.is_sdxl is False else "")]
-    lines += [f"  {file.mended}"] if file.mended else []
+    other = ", not SDXL" if file.is_sdxl is False else ""
+    lines = [f"{printable(str(file.path))}: {KINDS[file.kind][0]}{other}"]
+    lines += [f"  {printable(file.mended)}"] if file.mended else []
     lines += [f"  says: {where}{': ' if what else ''}{what}" for where, what in file.said().items()]
     lines.append(
         f"  to be sampled as {truth}"
@@ -225,7 +257,7 @@ def as_markdown(path: Path, truth: Sampling | None, rows: list[Verdict]) -> str:
     lines = [
         "## How to load this model",
         "",
-        f"`{path.name}` predicts **{truth.prediction_type}**; its noise schedule ends at **sigma "
+        f"`{printable(path.name)}` predicts **{truth.prediction_type}**; its noise schedule ends at **sigma "
         f"{schedule.terminal_sigma:.6g}** "
         f"({100 * schedule.residual_signal:.2g} % of the image left; SDXL's own ends at "
         f"{NoiseSchedule.sdxl().terminal_sigma:.4g}). "

@@ -14,7 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from sdxl_fixes.errors import about, shown
+
 LIMIT = 100_000_000  # bytes of JSON that the reference reader accepts
+# values and quotes in a header (SDXL's has 25,000): more take gigabytes and half a minute to read
+CROWD = 2_000_000
 # a metadata entry of spaces: room that any safetensors writer can leave in the header
 ROOM_KEY = "sdxl_fixes.room"
 ROOM = 32 * 1024  # bytes that our own saves leave; a schedule record with 1000 betas is 21 KB
@@ -80,7 +84,7 @@ class Header:
 def read_header(path: Path) -> Header:
     """The checked header of ``path``. Raises FormatError, in one sentence, for anything but a well-formed
     safetensors file."""
-    with open(path, "rb") as file:
+    with about(path), open(path, "rb") as file:
         return parse_header(file, str(path))
 
 
@@ -109,7 +113,11 @@ def parse_header(file: BinaryIO, name: str) -> Header:
         raise FormatError(
             f"{name} is cut off: its header should take {8 + size} bytes, the file has {file_size}"
         )
-    raw = file.read(size)
+    if file.read(min(size, 1)) != b"{":
+        raise FormatError(f"{name} is no safetensors file: its header does not begin with {{")
+    raw = b"{" + file.read(size - 1)
+    if _crowded(raw):
+        raise FormatError(f"{name} is no model: its header has more than {CROWD} values or quotes")
     metadata, tensors = _checked(raw, name)
     data_size = file_size - 8 - size
     _check_tiling(tensors, data_size, name)
@@ -143,9 +151,18 @@ def encode_header(
     return text.ljust(size)
 
 
+def _crowded(raw: bytes) -> bool:
+    """Whether reading the JSON would take more memory than any model's. Its strings may be of any length."""
+    if len(raw) <= CROWD:
+        return False
+    text = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if text.count(b'"') > CROWD:
+        return True
+    outside = b"".join(text.split(b'"')[::2])
+    return outside.count(b",") + outside.count(b"[") + outside.count(b"{") > CROWD
+
+
 def _checked(raw: bytes, name: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    if not raw.startswith(b"{"):
-        raise FormatError(f"{name} is no safetensors file: its header does not begin with {{")
     try:
         content = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
@@ -180,16 +197,16 @@ def _tensor(value: Any, sentence: str) -> Tensor:
             f"{sentence}: shape and data_offsets must be lists of whole numbers, the two offsets in order"
         )
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise FormatError(f"{sentence}: unknown dtype {dtype!r}")
-    bits = DTYPES[dtype]
-    for length in shape:
+        raise FormatError(f"{sentence}: unknown dtype {shown(dtype)}")
+    bits = 1
+    for length in (*shape, DTYPES[dtype]):  # in this order: the reference reader's product may not overflow
         bits *= length
-        if bits >> 67 and 0 not in shape:  # more than 2**64 bytes; do not go on multiplying
+        if max(bits, length) >> 64:
             raise FormatError(f"{sentence}: its shape is larger than any file")
     if bits != 8 * (offsets[1] - offsets[0]):
         raise FormatError(
-            f"{sentence}: {dtype} of shape {shape} takes {bits / 8:g} bytes, its data_offsets "
-            f"{offsets[1] - offsets[0]}"
+            f"{sentence}: {dtype} of shape {shown(shape)} takes {bits / 8:g} bytes, its data_offsets "
+            f"{shown(offsets[1] - offsets[0])}"
         )
     return Tensor(dtype, tuple(shape), *offsets)
 

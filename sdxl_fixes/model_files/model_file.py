@@ -4,11 +4,13 @@ schedule."""
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from sdxl_fixes.atomic import companion
 from sdxl_fixes.checkpoint import (
     MARKERS,
     UNET,
@@ -21,6 +23,7 @@ from sdxl_fixes.checkpoint import (
     sampling_of_file,
     sampling_of_json,
 )
+from sdxl_fixes.errors import about, printable
 from sdxl_fixes.model_files.header import FormatError, Header, Tensor, read_header
 from sdxl_fixes.model_files.write import recover
 
@@ -87,7 +90,7 @@ def is_pickle(path: Path) -> bool:
 def beside(path: Path, suffix: str) -> Path:
     """The companion of a file: model.safetensors -> model.scheduler_config.json, model.yaml."""
     known = is_pickle(path) or path.suffix == ".safetensors"
-    return path.with_name((path.stem if known else path.name) + suffix)
+    return companion(path, suffix, path.stem if known else path.name)
 
 
 def _of_json(path: Path, predicts: str | None = None) -> Sampling:
@@ -138,7 +141,9 @@ def _named(path: Path) -> Iterator[None]:
 def _check_readable(path: Path) -> None:
     if is_pickle(path):
         raise FormatError(f"{path} is a pickle, which is never opened here: convert it to safetensors first")
-    if not path.exists():
+    if path.is_symlink() and not os.path.exists(path):
+        raise FileNotFoundError(f"{path} is a symbolic link to {os.readlink(path)}, which leads to no file")
+    if not os.path.exists(path):
         raise FileNotFoundError(f"there is no {path}: give a .safetensors file or a folder")
     if not path.is_file():
         raise OSError(f"{path} is not a regular file: give a .safetensors file or a folder")
@@ -162,7 +167,8 @@ class ModelFile:
         model of SDXL's kind, and for a broken record, unless it is to be overruled: then the file has
         none."""
         _check_readable(path)
-        mended = recover(path)
+        with about(path):
+            mended = recover(path)
         header = read_header(path)
         record, broken = None, None
         try:
@@ -202,7 +208,7 @@ class ModelFile:
             found |= {f"the marker {prefix + name}": "" for prefix in ("", UNET) if self.marked(name, prefix)}
         names = ("modelspec.prediction_type", "modelspec.predict_key", "ss_zero_terminal_snr")
         return found | {
-            f"the metadata {name}": self.header.metadata[name]
+            f"the metadata {name}": printable(self.header.metadata[name][:80])
             for name in names
             if name in self.header.metadata
         }
@@ -234,7 +240,7 @@ class ModelFile:
             "sd3": sampling.prediction_type == "flow_prediction",
         }
         if says is not None and not agrees.get(says, True):
-            found.append(f"its modelspec.prediction_type says {says}")
+            found.append(f"its modelspec.prediction_type says {printable(says[:80])}")
         says = self.header.metadata.get("ss_zero_terminal_snr")
         if says in ("True", "False") and (says == "True") != zero_snr:
             found.append(f"its ss_zero_terminal_snr says {says}")

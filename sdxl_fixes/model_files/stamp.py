@@ -4,11 +4,14 @@ config."""
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from sdxl_fixes.atomic import replacing
+from sdxl_fixes.atomic import real, replacing
 from sdxl_fixes.checkpoint import (
     Sampling,
     markers,
@@ -16,9 +19,10 @@ from sdxl_fixes.checkpoint import (
     read_json,
     stock_config,
 )
+from sdxl_fixes.errors import about
 from sdxl_fixes.model_files.header import ROOM_KEY, Header, encode_header
 from sdxl_fixes.model_files.model_file import KINDS, SCHEDULER_CONFIG, ModelFile, unet_files
-from sdxl_fixes.model_files.write import data_hash, longer, replace_header
+from sdxl_fixes.model_files.write import check_output, check_writable, data_hash, longer, replace_header
 
 MODEL_INDEX = "model_index.json"
 
@@ -69,6 +73,10 @@ def stamp_file(
     had = {key: value for key, value in file.header.metadata.items() if key != ROOM_KEY}
     if entries == had and tensors == file.header.tensors and output is None:
         return Stamped(path, file.kind, "unchanged", placed, tuple(notes))
+    if output is None:
+        check_writable(path)
+    else:
+        check_output(path, output)
     if dry_run:
         return Stamped(path, file.kind, "not written (--dry_run)", placed, tuple(notes))
     before = data_hash(path) if check else None
@@ -103,23 +111,44 @@ def write_scheduler_config(file: Path, sampling: Sampling) -> str:
     """A scheduler_config.json by which stock diffusers samples that; what an existing one says of other
     things stays. Of a pipeline's folder also its class, which model_index.json names. Returns "written",
     "unchanged", or why there is none."""
+    with scheduler_config_ready(file, sampling) as said:
+        return said
+
+
+@contextmanager
+def scheduler_config_ready(file: Path, sampling: Sampling) -> Iterator[str]:
+    """The same in two steps: within the block it is written and synced beside its place, so that only a move
+    can still fail, and it takes the place when the block ends. Raises ValueError or OSError, with nothing
+    written, for what is no regular file, is read-only, or holds no JSON object."""
+    if os.path.lexists(file) and not file.is_file() and real(file).exists():
+        raise OSError(f"{file} is not a regular file: move it away")
     old = read_json(file) if file.is_file() else {}
     new = stock_config(sampling, old)
-    if new is None:
-        return "not written: no stock diffusers scheduler samples that"
-    if file.parts[-2:] == ("scheduler", SCHEDULER_CONFIG):
-        _name_class(file.parent.parent / MODEL_INDEX, new["_class_name"])
-    if new == old:
-        return "unchanged"
+    if new is None or new == old:
+        yield "unchanged" if new else "not written: no stock diffusers scheduler samples that"
+        if new:
+            _name_class(file, new["_class_name"])
+        return
+    if old:
+        check_writable(file)
+    try:
+        text = json.dumps(new, indent=2, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} holds what is no strict JSON ({error}): move it away") from error
     with replacing(file) as part:
-        part.write_text(json.dumps(new, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    return "written"
+        with about(file), open(part, "w", encoding="utf-8") as out:
+            out.write(text + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+        yield "written"
+    _name_class(file, new["_class_name"])
 
 
-def _name_class(index: Path, name: str) -> None:
-    """The scheduler's class in a pipeline's model_index.json: diffusers makes that one, whatever the config
-    says."""
-    if not index.is_file():
+def _name_class(config: Path, name: str) -> None:
+    """The scheduler's class in the model_index.json of the pipeline whose scheduler's config that is:
+    diffusers makes that one, whatever the config says."""
+    index = config.parent.parent / MODEL_INDEX
+    if config.parts[-2:] != ("scheduler", SCHEDULER_CONFIG) or not index.is_file():
         return
     content = read_json(index)
     if not isinstance(content.get("scheduler"), list) or content["scheduler"] == ["diffusers", name]:

@@ -14,6 +14,10 @@ Three ways, and what a crash leaves:
 
 ``header`` and ``insert`` are used only while no other program has the file open, under a lease that makes
 openers wait.
+
+Locks, which the system lets go of when a process dies: whoever changes or replaces a file, or touches what
+lies beside it, holds one on the file; whoever writes the part of a copy holds one on that, too (with --output
+the file may be another). So what is not locked was left over.
 """
 
 from __future__ import annotations
@@ -28,11 +32,15 @@ import os
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
-from sdxl_fixes.model_files.header import FormatError, Header, parse_header, read_header
+from sdxl_fixes.atomic import companion, real
+from sdxl_fixes.errors import about, plain
+from sdxl_fixes.model_files.header import LIMIT, FormatError, Header, parse_header, read_header
 
 try:
     import fcntl
@@ -41,11 +49,17 @@ except ImportError:  # Windows: only by copy
     fcntl = None  # type: ignore[assignment]
 
 JOURNAL, PART = ".sdxl-fixes-journal", ".sdxl-fixes-part"  # beside the file
+JOURNAL_PART = JOURNAL + PART
 BLOCK = 4096  # pages, and the blocks of every common file system
 # a header grows by this: whole blocks, and the kernel copies at 64 KiB boundaries of both files faster
 GROWTH = 64 * 1024
 CHUNK = 8 << 20
 _INSERT_RANGE = 0x20  # linux/falloc.h
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+
+
+class Busy(OSError):
+    """Another living process stamps the file."""
 
 
 def longer(header: Header, text_size: int, room: int = 8 * 1024) -> int:
@@ -62,16 +76,22 @@ def replace_header(
     """Give ``path`` (or, with ``output``, a copy of it) the header ``new``, of a size that :func:`longer`
     gave, and return the way.
 
-    ``old`` is the header that was read. A symbolic link is followed and stays. Raises OSError, in one
-    sentence and with everything as it was, if the file is read-only, has other hard links (and would have to
-    be copied), has changed since it was read, is being stamped by another process, or does not fit on the
-    disk.
+    ``old`` is the header that was read. A symbolic link is followed and stays. Raises OSError, with
+    everything as it was, if the file is read-only, has other hard links (and would have to be copied), has
+    changed since it was read, is being stamped by another process, or does not fit on the disk.
     """
-    target = path.resolve()
+    target = real(path)
     if output is not None:
-        _copy(target, old, new, output.resolve())
+        check_output(path, output)
+        with about(output):
+            _copy(target, old, new, real(output))
         return "copy"
     check_writable(path)
+    with about(path):
+        return _replace(path, target, old, new, in_place)
+
+
+def _replace(path: Path, target: Path, old: Header, new: bytes, in_place: bool) -> str:
     if hasattr(os, "O_DIRECT") and fcntl is not None:
         grown = len(new) - old.size
         if grown == 0 and _overwrite(target, old, new, 0):
@@ -91,13 +111,13 @@ def replace_header(
 def check_writable(path: Path) -> None:
     """Raise OSError, in one sentence, if ``path`` must not be changed: read-only, or a blob of the Hugging
     Face cache."""
-    target = path.resolve()
+    target = real(path)
     if not target.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH) or not os.access(
         target, os.W_OK
     ):
         raise OSError(
-            f"{path} is read-only: allow writing to it (chmod u+w), or write the stamped file "
-            "elsewhere with --output FILE"
+            f"{path} is read-only for you (its mode, chattr +i, or its file system): allow writing to it, or "
+            "write the stamped file elsewhere with --output FILE"
         )
     if target.parent.name == "blobs" and (target.parent.parent / "snapshots").is_dir():
         raise OSError(
@@ -107,42 +127,92 @@ def check_writable(path: Path) -> None:
         )
 
 
+def check_output(path: Path, output: Path) -> None:
+    """Raise OSError, in one sentence, if no changed copy of ``path`` can be written to ``output``."""
+    target = real(output)
+    if os.path.lexists(target) and not target.is_file():
+        raise OSError(f"{output} is not a regular file: choose another name for --output")
+    if not target.parent.is_dir():
+        raise OSError(f"there is no folder {target.parent}: make it, or choose another --output")
+    if target == real(path) or (target.exists() and target.samefile(path)):
+        raise OSError(f"{output} is {path} itself: leave --output out")
+    if target.exists():
+        check_writable(output)
+
+
 def recover(path: Path) -> str | None:
     """Finish what a crash interrupted: put back the header that a journal beside ``path`` holds if the file
     needs it, and remove what was left over. Returns a sentence if there was something to mend or to remove,
-    else None. Raises OSError while another process stamps the file."""
-    target = path.resolve()
-    journal, part, said = _beside(target, JOURNAL), _beside(target, PART), None
-    if journal.exists():
-        with open(target, "r+b") as file, _locked(file.fileno(), path):
-            about, header = _read_journal(journal)
-            try:
-                parse_header(file, str(path))
-            except FormatError:
-                grown = os.fstat(file.fileno()).st_size - about.get("file_size", -1)
-                if header is None or grown not in (0, about["grown"]):
-                    return None  # neither of the states that we can have left: not ours to touch
-                _put_back(file.fileno(), header, grown)
-                parse_header(file, str(path))
-                said = (
-                    f"{path} was left unreadable by an interrupted stamp; its old header was put back "
-                    f"from {journal.name}"
-                )
-            journal.unlink(missing_ok=True)  # a stamp that was just ending may have done so
+    else None. What a living process works on is let be. Raises OSError only for an unreadable file that
+    cannot be mended."""
+    target = real(path)
+    if not any(_is_file(companion(target, suffix)) for suffix in (JOURNAL, JOURNAL_PART, PART)):
+        return None
+    try:
+        with open(target, "rb") as file, _locked(file.fileno(), path):
+            return _recover(file, path, target) if _is_there(target, file.fileno()) else None
+    except Busy:
+        return None
+
+
+def _recover(file: BinaryIO, path: Path, target: Path) -> str | None:
+    journal, said = companion(target, JOURNAL), None
+    if _is_file(journal):
+        if not _well_formed(file):
+            if (said := _mend(path, target, journal)) is None:
+                return None  # neither of the states that we can have left: not ours to touch
+        with contextlib.suppress(OSError):
+            journal.unlink()
             _sync_folder(target.parent)
-    for left in (part, _beside(target, JOURNAL + PART)):
-        with contextlib.suppress(FileNotFoundError), open(left, "rb") as old, _locked(old.fileno(), path):
-            if os.name == "nt":  # no open file can be removed; one that another stamp writes cannot either
-                old.close()
-            left.unlink()
+    for left in (companion(target, JOURNAL_PART), companion(target, PART)):
+        with contextlib.suppress(OSError):  # also: in use
+            _remove_left_over(left)
             said = said or f"{left.name}, left over from an interrupted stamp, was removed"
     return said
+
+
+def _mend(path: Path, target: Path, journal: Path) -> str | None:
+    """Put the old header back, if the file is in a state that an interrupted stamp leaves; else None."""
+    try:
+        about_it, header = _read_journal(journal)
+        with open(target, "r+b") as file:
+            grown = os.fstat(file.fileno()).st_size - about_it.get("file_size", -1)
+            if header is None or grown not in (0, about_it["grown"]):
+                return None
+            _put_back(file.fileno(), header, grown)
+            parse_header(file, str(path))
+    except OSError as error:
+        raise OSError(
+            f"{path} was left unreadable by an interrupted stamp, and its old header, which {journal.name} "
+            f"keeps, cannot be put back ({error.strerror}): run sdxl-fixes inspect again where, and as "
+            "someone who, may write the file"
+        ) from error
+    return (
+        f"{path} was left unreadable by an interrupted stamp; its old header was put back from {journal.name}"
+    )
+
+
+def _remove_left_over(left: Path) -> None:
+    """Raises OSError if it is in use, or not there."""
+    # without locks, as on Windows, what is open cannot be removed
+    with open(os.open(left, os.O_RDWR | _NO_LINK), "rb") as file, _locked(file.fileno(), left):
+        if os.name == "nt":
+            file.close()
+        left.unlink()
+
+
+def _well_formed(file: BinaryIO) -> bool:
+    try:
+        parse_header(file, "")
+    except FormatError:
+        return False
+    return True
 
 
 def data_hash(path: Path) -> str:
     """SHA-256 of the tensors' bytes, which no stamp may change."""
     digest, size = hashlib.sha256(), read_header(path).size
-    with open(path, "rb") as file:
+    with about(path), open(path, "rb") as file:
         file.seek(8 + size)
         while chunk := file.read(CHUNK):
             digest.update(chunk)
@@ -166,7 +236,7 @@ def _overwrite(target: Path, old: Header, new: bytes, grown: int) -> bool:
             if not _alone(fd):
                 return False
             block = mmap.mmap(-1, end)  # page-aligned memory
-            block[: 8 + len(new)] = len(new).to_bytes(8, "little") + new
+            block[: 8 + len(new)] = _start(new)
             block[8 + len(new) :] = os.pread(fd, end - 8 - len(new), 8 + old.size)
             if not _direct(fd, True):
                 return False
@@ -175,12 +245,16 @@ def _overwrite(target: Path, old: Header, new: bytes, grown: int) -> bool:
                 if done := not grown or _insert_range(fd, grown):
                     _write_block(fd, block)
                     os.fsync(fd)
-            except BaseException:
-                _put_back(fd, old.raw, os.fstat(fd).st_size - old.file_size)
-                journal.unlink()
+            except BaseException as error:
+                _undo(fd, old, target, journal)
+                if isinstance(error, OSError):
+                    raise OSError(
+                        f"{target} is as it was: its header could not be written ({error.strerror})"
+                    ) from error
                 raise
-            journal.unlink()
-            _sync_folder(target.parent)
+            with contextlib.suppress(OSError):  # one that stays beside a whole file goes with the next stamp
+                journal.unlink()
+                _sync_folder(target.parent)
             return done
     finally:
         os.close(fd)
@@ -193,10 +267,26 @@ def _write_block(fd: int, block: mmap.mmap) -> None:
         raise OSError(errno.EIO, "the disk took only part of the header")
 
 
+def _undo(fd: int, old: Header, target: Path, journal: Path) -> None:
+    """The old header, if it is not there any more, and no journal."""
+    try:
+        _direct(fd, False)
+        about_it = os.fstat(fd)
+        if about_it.st_size != old.file_size or os.pread(fd, 8 + old.size, 0) != _start(old.raw):
+            _put_back(fd, old.raw, about_it.st_size - old.file_size)
+        journal.unlink()
+    except OSError as error:
+        raise OSError(
+            f"{target} could not be written, nor its old header put back ({error.strerror}), which "
+            f"{journal.name} keeps: see to the disk, then run sdxl-fixes inspect, which puts it back"
+        ) from error
+
+
 def _put_back(fd: int, header: bytes, grown: int) -> None:
     """The old header, padded by what was inserted."""
-    _direct(fd, False)
-    os.pwrite(fd, (len(header) + grown).to_bytes(8, "little") + header.ljust(len(header) + grown), 0)
+    text = _start(header.ljust(len(header) + grown))
+    if os.pwrite(fd, text, 0) != len(text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     os.fsync(fd)
 
 
@@ -230,33 +320,37 @@ def _insert_range(fd: int, size: int) -> bool:
 
 def _write_journal(target: Path, old: Header, grown: int) -> Path:
     """The old header and what is about to be done, synced before anything is touched."""
-    journal, part = _beside(target, JOURNAL), _beside(target, JOURNAL + PART)
-    about = {"file_size": old.file_size, "grown": grown, "sha256": hashlib.sha256(old.raw).hexdigest()}
+    journal, part = companion(target, JOURNAL), companion(target, JOURNAL_PART)
+    about_it = {"file_size": old.file_size, "grown": grown, "sha256": hashlib.sha256(old.raw).hexdigest()}
     try:
-        with open(part, "wb") as file:
-            file.write(json.dumps(about).encode() + b"\n" + old.raw)
-            file.flush()
-            os.fsync(file.fileno())
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _NO_LINK, 0o600)
+        with open(fd, "wb", buffering=0) as file:
+            _write(file, json.dumps(about_it).encode() + b"\n" + old.raw)
+            os.fsync(fd)
         os.replace(part, journal)
+        _sync_folder(target.parent)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        for left in (part, journal):
+            with contextlib.suppress(OSError):
+                left.unlink()
         raise OSError(
-            f"cannot keep the old header in {journal} meanwhile ({error.strerror}): {target.name} "
-            "is unchanged"
+            f"cannot keep the old header in {journal} meanwhile ({error.strerror}): {target.name} is "
+            "unchanged; free some space there, or write the stamped file elsewhere with --output FILE"
         ) from error
-    _sync_folder(target.parent)
     return journal
 
 
 def _read_journal(journal: Path) -> tuple[dict[str, int], bytes | None]:
     """What was about to be done, and the old header; None if the journal itself is broken (then nothing had
     been touched)."""
-    first, _, header = journal.read_bytes().partition(b"\n")
+    with open(journal, "rb") as file:
+        first, _, header = file.read(LIMIT + BLOCK).partition(b"\n")
     try:
-        about = json.loads(first)
-        good = about["sha256"] == hashlib.sha256(header).hexdigest()
-        return {"file_size": int(about["file_size"]), "grown": int(about["grown"])}, header if good else None
-    except (ValueError, KeyError, TypeError):
+        about_it = json.loads(first[:BLOCK])
+        good = about_it["sha256"] == hashlib.sha256(header).hexdigest()
+        sizes = {"file_size": int(about_it["file_size"]), "grown": int(about_it["grown"])}
+        return sizes, header if good else None
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return {}, None
 
 
@@ -265,69 +359,107 @@ def _read_journal(journal: Path) -> tuple[dict[str, int], bytes | None]:
 
 def _copy(source: Path, old: Header, new: bytes, target: Path) -> None:
     """Write the new file beside ``target``, sync it, and put it in its place."""
-    part, grown = _beside(target, PART), len(new) - old.size
-    with open(source, "rb") as file:
+    part, size = companion(target, PART), old.file_size + len(new) - old.size
+    with open(source, "rb") as file, contextlib.ExitStack() as both:
+        if source == target:
+            both.enter_context(_locked(file.fileno(), target))
         before = _check_unchanged(file.fileno(), old, source)
-        with open(_open_part(part), "r+b") as copy, _locked(copy.fileno(), target):
-            if os.name != "nt" and (
-                not part.exists() or not os.path.samestat(os.fstat(copy.fileno()), part.stat())
-            ):
-                raise OSError(f"{target} is being stamped by another process: wait for it")
+        with _open_part(part, target) as copy:
             try:
                 copy.truncate(0)
-                _copy_data(file, copy, old, grown)
+                _copy_data(file, copy, old, len(new) - old.size)
                 copy.seek(0)
-                copy.write(len(new).to_bytes(8, "little") + new)
-                copy.truncate(old.file_size + grown)
-                copy.flush()
-                if hasattr(os, "fchown"):
-                    with contextlib.suppress(OSError):  # another user's file: the copy is ours
-                        os.fchown(copy.fileno(), before.st_uid, before.st_gid)
+                _write(copy, _start(new))
+                copy.truncate(size)
+                _copy_owner(copy.fileno(), before)
                 os.fsync(copy.fileno())
                 parse_header(copy, str(part))
                 after = os.stat(source)
-                if (after.st_mtime_ns, after.st_size, after.st_ino) != (
-                    before.st_mtime_ns,
-                    before.st_size,
-                    before.st_ino,
+                if any(
+                    getattr(after, field) != getattr(before, field)
+                    for field in ("st_mtime_ns", "st_size", "st_ino")
                 ):
                     raise OSError(
                         f"{source} was changed by another program while it was copied: it is left "
                         "as that program made it"
                     )
                 _copy_attributes(source, part, before)
+                if not _is_there(part, copy.fileno()):  # no locks there, and another machine's stamp
+                    raise Busy(f"{target} is being stamped by another process: wait for it")
                 if os.name == "nt":  # no open file can be renamed or replaced
                     copy.close()
                     file.close()
                 os.replace(part, target)
             except BaseException as error:
-                copy.close()
-                part.unlink(missing_ok=True)
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                    raise OSError(
-                        f"no space for a changed copy of {source} in {target.parent} "
-                        f"({old.file_size / 2**30:.2f} GiB needed, "
-                        f"{shutil.disk_usage(target.parent).free / 2**30:.2f} GiB free): free some, write "
-                        "it elsewhere with --output FILE, "
-                        "or change the file itself with --in_place (ext4 and XFS)"
-                    ) from error
-                if os.name == "nt" and isinstance(error, PermissionError):
-                    raise OSError(f"{target} is open in another program: close it there first") from error
+                with contextlib.suppress(OSError):
+                    ours = copy.closed or _is_there(part, copy.fileno())
+                    copy.close()
+                    if ours:
+                        part.unlink()
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise OSError(_why_not(error, source, target, size)) from error
                 raise
-    _sync_folder(target.parent)
+    with contextlib.suppress(OSError):  # the old or the new file, whole either way
+        _sync_folder(target.parent)
 
 
-def _open_part(part: Path) -> int:
+def _why_not(error: OSError, source: Path, target: Path, size: int) -> str:
+    """Why there is no changed copy, and what to do, in one sentence."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(target.parent).free / 2**30
+        return (
+            f"no space for a changed copy of {source} in {target.parent} ({size / 2**30:.2f} GiB needed, "
+            f"{free:.2f} GiB free{', and a quota' * (error.errno == errno.EDQUOT)}): free some, write it "
+            "elsewhere with --output FILE, or change the file itself with --in_place (ext4 and XFS)"
+        )
+    if os.name == "nt" and isinstance(error, PermissionError):
+        return f"{target} is open in another program: close it there first"
+    return f"{target} is as it was, since no changed copy could take its place: {plain(error)}"
+
+
+@contextlib.contextmanager
+def _open_part(part: Path, target: Path) -> Iterator[FileIO]:
+    """The part, locked."""
+    for _ in range(20):
+        with open(_part(part, target), "r+b", buffering=0) as copy, _locked(copy.fileno(), target):
+            if _is_there(part, copy.fileno()):  # neither removed nor put in its place before it was locked
+                yield copy
+                return
+    raise Busy(f"{target} is being stamped by another process: wait for it")
+
+
+def _part(part: Path, target: Path) -> int:
+    flags = os.O_RDWR | os.O_CREAT | _NO_LINK | getattr(os, "O_BINARY", 0)
     try:
-        return os.open(part, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
+        if os.name == "nt":  # no locks; but what another process has open cannot be removed there
+            part.unlink(missing_ok=True)
+            flags |= os.O_EXCL
+        return os.open(part, flags, 0o600)
     except OSError as error:
+        if os.name == "nt" and part.exists():
+            raise Busy(f"{target} is being stamped by another process: wait for it") from error
         raise OSError(
-            f"cannot write in {part.parent} ({error.strerror}): write the stamped file elsewhere "
+            f"{target}: cannot write in {part.parent} ({error.strerror}): write the stamped file elsewhere "
             "with --output FILE"
         ) from error
 
 
-def _copy_data(source: BinaryIO, copy: BinaryIO, old: Header, grown: int) -> None:
+def _is_there(part: Path, fd: int) -> bool:
+    """Whether the open file is the one of that name (on Windows it is: nobody can move an open file)."""
+    try:
+        return os.name == "nt" or os.path.samestat(os.fstat(fd), os.lstat(part))
+    except FileNotFoundError:
+        return False
+
+
+def _write(file: FileIO, content: bytes) -> None:
+    """All of it; unbuffered, so that closing the file cannot fail again."""
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) or 0 :]
+
+
+def _copy_data(source: BinaryIO, copy: FileIO, old: Header, grown: int) -> None:
     """The tensors' bytes, moved by ``grown``; from the start of their first block, so that a file system that
     can share blocks does."""
     start = (8 + old.size) // BLOCK * BLOCK if grown % BLOCK == 0 else 8 + old.size
@@ -339,8 +471,8 @@ def _copy_data(source: BinaryIO, copy: BinaryIO, old: Header, grown: int) -> Non
             if not done:
                 source.seek(position)
                 copy.seek(position + grown)
-                done = copy.write(source.read(min(end - position, CHUNK)))
-                copy.flush()
+                done = len(content := source.read(min(end - position, CHUNK)))
+                _write(copy, content)
             if not done:
                 raise OSError(errno.EIO, "the file ended while it was copied")
             # let the disk begin with what is there while the next part is copied
@@ -355,16 +487,9 @@ def _copy_in_kernel(source: int, copy: int, read: int, write: int, size: int) ->
     try:
         return os.copy_file_range(source, copy, size, read, write)
     except OSError as error:
-        if error.errno in (
-            errno.EXDEV,
-            errno.EINVAL,
-            errno.ENOSYS,
-            errno.EOPNOTSUPP,
-            errno.EPERM,
-            errno.EBADF,
-        ):
-            return 0
-        raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
+        return 0  # another file system, one that cannot: by hand
 
 
 def _extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -384,12 +509,23 @@ def _extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         yield begin, position
 
 
+def _copy_owner(copy: int, before: os.stat_result) -> None:
+    """The owner and the group, as far as the system lets us: another user's file becomes ours."""
+    if hasattr(os, "fchown"):
+        try:
+            os.fchown(copy, before.st_uid, before.st_gid)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.fchown(copy, -1, before.st_gid)
+
+
 def _copy_attributes(source: Path, part: Path, before: os.stat_result) -> None:
     shutil.copymode(source, part)
     if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # a file system without them, or one that only root may set
+        with contextlib.suppress(OSError):  # a file system without them
             for name in os.listxattr(source):
-                os.setxattr(part, name, os.getxattr(source, name))
+                with contextlib.suppress(OSError):  # one that only root may set
+                    os.setxattr(part, name, os.getxattr(source, name))
 
 
 # ---------------------------------------------------------------- both
@@ -403,7 +539,7 @@ def _check_unchanged(fd: int, old: Header, name: Path) -> os.stat_result:
         start = file.read(8 + old.size)
     if (
         about.st_size != old.file_size
-        or start != old.size.to_bytes(8, "little") + old.raw
+        or start != _start(old.raw)
         or not os.path.samestat(about, os.stat(name))
     ):
         raise OSError(f"{name} was changed by another program after it was read: start again")
@@ -412,19 +548,32 @@ def _check_unchanged(fd: int, old: Header, name: Path) -> os.stat_result:
 
 @contextlib.contextmanager
 def _locked(fd: int, name: Path) -> Iterator[None]:
-    """Against another stamp of the same file; the system lets go of the lock when a process dies."""
-    if fcntl is not None:
+    """Against another stamp of the same file, and an inspect, which is done in a moment."""
+    for _ in range(20):
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OSError(f"{name} is being stamped by another process: wait for it") from error
+            if fcntl is not None:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            time.sleep(0.005)
         except OSError:  # a file system without locks
-            pass
+            break
+    else:
+        raise Busy(f"{name} is being stamped by another process: wait for it")
     yield
 
 
-def _beside(target: Path, suffix: str) -> Path:
-    return target.with_name(target.name + suffix)
+def _start(header: bytes) -> bytes:
+    """What the file begins with."""
+    return len(header).to_bytes(8, "little") + header
+
+
+def _is_file(path: Path) -> bool:
+    """A regular file, and no link to one: we make no others."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False
 
 
 def _sync_folder(folder: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from sdxl_fixes.checkpoint import STAND_IN_SIGMA, UNET, Sampling, flow_shift
+from sdxl_fixes.errors import printable
 from sdxl_fixes.model_files.model_file import (
     SCHEDULER_CONFIG,
     ModelFile,
@@ -263,7 +264,7 @@ def _invokeai(file: ModelFile) -> Reading:
 def _diffusers(file: ModelFile) -> Reading:
     if file.kind not in ("checkpoint", "diffusers_unet"):
         return None, "loads checkpoints and diffusers folders"
-    name = beside(file.path, "." + SCHEDULER_CONFIG).name
+    name = printable(beside(file.path, "." + SCHEDULER_CONFIG).name)
     return _stock(False, False), (
         f"from_single_file reads no schedule: load {name} into the pipeline's "
         "scheduler, or use a folder, stamped"

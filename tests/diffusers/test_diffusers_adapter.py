@@ -26,6 +26,7 @@ from sdxl_fixes.diffusers.__main__ import main as launch
 from sdxl_fixes.diffusers.anchors import missing
 from sdxl_fixes.diffusers.flags import FLAGS_HERE
 from sdxl_fixes.diffusers.run import SESSION, start
+from sdxl_fixes.model_files.header import ROOM, ROOM_KEY
 from sdxl_fixes.model_files.stamp import stamp_file
 from sdxl_fixes.trainers.patching import PatchSet
 
@@ -247,6 +248,7 @@ def test_lora_files_carry_the_record_and_the_vae_does_not(train, tmp_path):
     with safe_open(tmp_path / "out" / "lora.safetensors", framework="pt") as file:
         metadata = file.metadata()
         assert list(file.keys()) == ["unet.conv.lora_A.weight"] and metadata["format"] == "pt"
+    assert metadata[ROOM_KEY] == " " * ROOM  # for a later stamp
     assert (
         NoiseSchedule.from_json(metadata["sdxl_fixes.schedule"]) == NoiseSchedule.sdxl().zero_terminal_snr()
     )

@@ -2,6 +2,9 @@
 is touched."""
 
 import json
+import sys
+import time
+import tracemalloc
 
 import pytest
 import torch
@@ -11,7 +14,8 @@ from models import header, write
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from sdxl_fixes.model_files.header import LIMIT, FormatError, encode_header, read_header
+from sdxl_fixes.model_files.header import CROWD, LIMIT, FormatError, encode_header, read_header
+from sdxl_fixes.model_files.write import longer, replace_header
 
 SHAPES = {"a": [2, 3], "b": [], "c": [0, 5], "d": [4]}
 
@@ -106,6 +110,10 @@ CONTENT = {
     "three offsets": ({"a": {**entry(0, 1), "data_offsets": [0, 1, 1]}}, b"1", "whole numbers"),
     "shape and offsets disagree": ({"a": entry(0, 3, [2])}, b"123", "takes 2 bytes"),
     "shape overflows": ({"a": entry(0, 1, [2**63, 2**63])}, b"1", "larger than any file"),
+    "shape overflows before a zero": ({"a": entry(0, 0, [2**40, 2**40, 0])}, b"", "larger than any file"),
+    "shape of a length that no machine has": ({"a": entry(0, 0, [0, 2**64])}, b"", "larger than any file"),
+    "a dtype without end": ({"a": entry(0, 1, dtype="x" * 100_000)}, b"1", "unknown dtype"),
+    "a shape without end": ({"a": entry(0, 1, [1] * 100_000 + [2])}, b"1", "takes 2 bytes"),
     "overlap": ({"a": entry(0, 2), "b": entry(1, 3)}, b"123", "overlaps"),
     "hole": ({"a": entry(0, 1), "b": entry(2, 3)}, b"123", "leaves a hole"),
     "cut off": ({"a": entry(0, 4)}, b"12", "is cut off"),
@@ -126,12 +134,52 @@ def test_malformed_files_get_one_sentence(name, tmp_path):
     with pytest.raises(FormatError) as error:
         read_header(path)
     assert sentence in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+    assert len(str(error.value)) < 500 + len(str(path))
+    assert not (name.startswith("shape") and reference_accepts(path))
     assert path.read_bytes() == before
 
 
 def test_a_header_of_128_bytes_is_no_pickle(tmp_path):
     text, end = header({"a": [2]})
     assert read_header(file_of(tmp_path / "m.safetensors", text.ljust(128), bytes(end))).size == 128
+
+
+def test_a_shape_of_huge_numbers_takes_no_time(tmp_path):
+    """20,000 numbers of 4,000 digits and a zero: their product would take minutes."""
+    shape = "[" + ("9" * 4000 + ",") * 2000 + "0]"
+    content = f'{{"a":{{"dtype":"U8","shape":{shape},"data_offsets":[0,0]}}}}'.encode()
+    start = time.process_time()
+    with pytest.raises(FormatError, match="larger than any file"):
+        read_header(file_of(tmp_path / "m.safetensors", content))
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("value", [b"[],", b"{},", b'"",', b"0.5,"])
+def test_a_header_of_too_many_values_is_refused_before_they_are_made(value, tmp_path):
+    """They would take some 60 bytes each; the strings of a header may be as long as they like."""
+    path = file_of(tmp_path / "m.safetensors", b'{"a":[' + value * (CROWD + 1) + b"0]}")
+    size = path.stat().st_size
+    tracemalloc.start()
+    try:
+        with pytest.raises(FormatError, match=f"more than {CROWD} values or quotes"):
+            read_header(path)
+        assert tracemalloc.get_traced_memory()[1] < 40 * (CROWD + 1) + size
+    finally:
+        tracemalloc.stop()
+    long = json.dumps({"__metadata__": {"a": '[{",\\' * 500_000}}).encode()
+    assert read_header(file_of(path, long)).metadata == {"a": '[{",\\' * 500_000}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file system with holes")
+def test_a_terabyte_of_holes_is_read_and_stamped_at_once(tmp_path):
+    path = file_of(tmp_path / "m.safetensors", {"a": entry(0, 2**40)})
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size + 2**40)
+    old = read_header(path)
+    assert old.tensors["a"].shape == (2**40,)
+    replace_header(path, old, encode_header({"k": "v" * 9000}, old.tensors, longer(old, 9200)))
+    assert read_header(path).metadata["k"] == "v" * 9000
+    assert path.stat().st_blocks * 512 < 1 << 20
 
 
 def mutations():

@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 from models import write
 
+from sdxl_fixes.errors import plain
 from sdxl_fixes.model_files import write as w
 from sdxl_fixes.model_files.header import FormatError, encode_header, read_header
 
 DATA = os.urandom(300_000)
 SHAPES = {"a": [100_000], "b": [50_000]}  # 300 KB: some pages
 NEW = "new" * 3000
+posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="changing a file in place needs Linux")
 
 
@@ -215,12 +217,14 @@ def test_memory_is_constant(tmp_path):
 
 # ---------------------------------------------------------------- crashes
 
-CALLS = ("open", "pwrite", "fsync", "replace", "copy_file_range", "close", "stat")
+CALLS = ("open", "pwrite", "fsync", "replace", "copy_file_range")
+MORE_CALLS = ("close", "stat")
 
 
-def killed_at(step, path, **options):
-    """Change ``path`` in a child process that is killed right before its ``step``-th call into the system.
-    Returns whether it got there."""
+def stopped_at(step, act, error=None):
+    """Call ``act`` in a child process that is killed right before its ``step``-th call into the system, or
+    whose call fails with ``error``. Returns its status: 0, minus SIGKILL, or 3 for an OSError that names a
+    file."""
     child = os.fork()
     if child == 0:
         count = 0
@@ -228,25 +232,177 @@ def killed_at(step, path, **options):
         def deadly(function):
             def call(*args, **kwargs):
                 nonlocal count
-                if count == step:
-                    os.kill(os.getpid(), signal.SIGKILL)
                 count += 1
+                if count == step + 1:
+                    if error is not None:
+                        raise OSError(error, os.strerror(error))
+                    os.kill(os.getpid(), signal.SIGKILL)
                 return function(*args, **kwargs)
 
             return call
 
-        for name in CALLS:
+        for name in CALLS if error else CALLS + MORE_CALLS:
             setattr(os, name, deadly(getattr(os, name)))
-        for name in ("_insert_range", "_write_block", "_alone", "_sync_folder"):
+        for name in () if error else ("_insert_range", "_write_block", "_alone", "_sync_folder"):
             setattr(w, name, deadly(getattr(w, name)))
         Path.unlink = deadly(Path.unlink)
         code = 1
         try:
-            change(path, NEW, **options)
-            code = 0
+            act()
+            code = 0 if error is None or step < count else 5  # 5: it never came to that step
+        except OSError as failed:
+            said = plain(failed)
+            code = 3 if "m.safetensors" in said and "\n" not in said and "Errno" not in said else 4
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed_at(step, path, **options):
+    return stopped_at(step, lambda: change(path, NEW, **options))
+
+
+@linux
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("way", ["copy", "header", "insert"])
+def test_failing_at_every_step(way, code, tmp_path):
+    """Done, or refused in a sentence with the file as it was; what could not be removed goes with the next
+    start."""
+    outcomes = []
+    for step in itertools.count():
+        path = write(tmp_path / "m.safetensors", SHAPES, {"k": "old"}, DATA)
+        if way == "header":
+            make_room(path)
+        status = stopped_at(step, lambda path=path: change(path, NEW, in_place=way == "insert"), code)
+        if status == 5:
+            break
+        assert status in (0, 3)
+        outcomes.append((status, says(path)))
+        w.recover(path)
+        assert says(path) == outcomes[-1][1] and os.listdir(tmp_path) == [path.name]
+    assert set(outcomes) <= {(0, NEW), (3, "old")} and (3, "old") in outcomes and len(outcomes) > 5
+
+
+@linux
+def test_recovery_killed_at_every_step_is_finished_by_the_next(tmp_path):
+    """From the worst state, blocks inserted and no header."""
+    for step in itertools.count():
+        path = write(tmp_path / "m.safetensors", SHAPES, {"k": "old"}, DATA)
+        w._write_journal(path, read_header(path), w.GROWTH)
+        path.write_bytes(bytes(w.GROWTH) + path.read_bytes())
+        status = stopped_at(step, lambda path=path: w.recover(path))
+        w.recover(path)
+        assert says(path) == "old" and os.listdir(tmp_path) == [path.name]
+        if status == 0:
+            break
+    assert step > 5
+
+
+@linux
+def test_what_a_living_process_works_on_is_let_be(file):
+    """A journal and parts beside a file that is locked, or that has been replaced since."""
+    import fcntl
+
+    left = [file.with_name(file.name + suffix) for suffix in (w.JOURNAL, w.JOURNAL_PART, w.PART)]
+    for path in left:
+        path.write_bytes(b"{}")
+    with open(file, "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert w.recover(file) is None and all(path.exists() for path in left)
+    with open(left[-1], "rb") as other:  # a stamp of another file with this --output
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert "was removed" in w.recover(file) and [path.exists() for path in left] == [False, False, True]
+    assert "was removed" in w.recover(file) and os.listdir(file.parent) == [file.name]
+
+
+@linux
+@pytest.mark.parametrize("way", ["copy", "header", "insert"])
+def test_stamps_and_inspects_at_once(way, tmp_path):
+    """Five processes: each stamp is done or refused in one sentence that says why, every read succeeds, and
+    nobody takes away what another writes."""
+    path = write(tmp_path / "m.safetensors", SHAPES, {"k": "old"}, DATA)
+    if way == "header":
+        make_room(path)
+    why = ("wait for it", "start again", "as that program made it")
+
+    def work(number):
+        for turn in range(8):
+            if number == 0:
+                assert w.recover(path) is None
+                read_header(path)
+                continue
+            try:
+                change(path, f"{number}{turn}" * 100 * 9 ** (way == "insert"), in_place=way == "insert")
+            except OSError as error:
+                assert error.errno is None and str(error).endswith(why), error
+
+    children = []
+    for number in range(5):
+        if (child := os.fork()) == 0:
+            code = 1
+            try:
+                work(number)
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 5
+    assert len(set(says(path)[::2])) == 1 and os.listdir(tmp_path) == [path.name]
+
+
+@linux
+def test_without_locks_another_part_is_neither_put_in_place_nor_removed(file, monkeypatch):
+    """As of another machine on a network folder, which took ours away and writes its own."""
+    part, copy_data = file.with_name(file.name + w.PART), w._copy_data
+
+    def meanwhile(*args):
+        copy_data(*args)
+        part.unlink()
+        part.write_bytes(b"half of another's")
+
+    monkeypatch.setattr(w, "_copy_data", meanwhile)
+    with pytest.raises(w.Busy, match="is being stamped by another process"):
+        change(file, NEW)
+    assert says(file) == "old" and part.read_bytes() == b"half of another's"
+
+
+@posix
+def test_a_link_beside_the_file_is_not_written_through(file, tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_bytes(b"precious")
+    for suffix in (w.PART, w.JOURNAL, w.JOURNAL_PART):
+        file.with_name(file.name + suffix).symlink_to(mine)
+    assert w.recover(file) is None
+    refused(file, "cannot write in")
+    assert mine.read_bytes() == b"precious"
+
+
+@linux
+def test_one_attribute_that_cannot_be_kept_costs_no_other(file, monkeypatch):
+    kept = []
+
+    def setxattr(path, name, value):
+        if name == "trusted.first":
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        kept.append(name)
+
+    monkeypatch.setattr(os, "listxattr", lambda path: ["trusted.first", "user.second"])
+    monkeypatch.setattr(os, "getxattr", lambda path, name: b"")
+    monkeypatch.setattr(os, "setxattr", setxattr)
+    assert change(file, NEW) == "copy"
+    assert kept == ["user.second"]
+
+
+@posix
+def test_a_file_that_may_not_be_that_large_is_not_called_a_full_disk(file):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        refused(file, "files may not be that large there")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @linux
