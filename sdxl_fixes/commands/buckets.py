@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from sdxl_fixes.aspects import RULES, Assigned, assign, assign_without_upscaling, resolutions
 from sdxl_fixes.atomic import replacing
-from sdxl_fixes.commands.dataset import read
-from sdxl_fixes.commands.images import Dataset
 from sdxl_fixes.errors import printable, shown
 from sdxl_fixes.names import CHUNK, LEFTOVERS, SPLITS
 from sdxl_fixes.options import flag, whole
+from sdxl_fixes.training_sets.images import Dataset
+from sdxl_fixes.training_sets.read import read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

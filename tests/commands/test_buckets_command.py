@@ -15,8 +15,8 @@ from PIL import Image
 
 from sdxl_fixes.cli import main
 from sdxl_fixes.commands.buckets import as_json, report
-from sdxl_fixes.commands.dataset import read
-from sdxl_fixes.commands.images import Dataset, Sample
+from sdxl_fixes.training_sets.images import Dataset, Sample
+from sdxl_fixes.training_sets.read import read
 
 
 def refuse(constant):
@@ -478,7 +478,8 @@ def test_any_toml_and_any_metadata_is_a_report_or_a_sentence(tmp_path, toml, met
     # TOML's tables are JSON's objects: what follows never sees the text
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "sdxl_fixes.commands.dataset.load_toml", lambda path: content if isinstance(content, dict) else {}
+            "sdxl_fixes.training_sets.read.load_toml",
+            lambda path: content if isinstance(content, dict) else {},
         )
         refused(tmp_path / "set.toml")
 

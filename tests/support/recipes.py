@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sdxl_fixes.commands.dataset import load_toml
+from sdxl_fixes.training_sets.read import load_toml
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "recipes"
 KOHYA = {

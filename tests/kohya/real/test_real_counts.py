@@ -13,7 +13,7 @@ from PIL import Image
 from test_real_trainer import pytestmark  # noqa: F401
 
 from sdxl_fixes.commands.buckets import _aspects, report
-from sdxl_fixes.commands.dataset import read
+from sdxl_fixes.training_sets.read import read
 
 if "SD_SCRIPTS" in os.environ:
     sys.path.insert(0, os.environ["SD_SCRIPTS"])

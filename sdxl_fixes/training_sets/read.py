@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sdxl_fixes.commands import kohya_config
-from sdxl_fixes.commands.images import (
+from sdxl_fixes.errors import printable
+from sdxl_fixes.options import whole
+from sdxl_fixes.training_sets import kohya_config
+from sdxl_fixes.training_sets.images import (
     Dataset,
     Found,
     caption_in,
@@ -19,8 +21,6 @@ from sdxl_fixes.commands.images import (
     read_text,
     size_in,
 )
-from sdxl_fixes.errors import printable
-from sdxl_fixes.options import whole
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl", ".gif", ".tif", ".tiff")
 KINDS = "a kohya .toml or .json, a metadata.jsonl or a folder of images"

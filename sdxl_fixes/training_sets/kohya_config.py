@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdxl_fixes.commands.images import Dataset, Found, image_of, size_in
 from sdxl_fixes.errors import printable, shown
 from sdxl_fixes.options import flag, number, tables, text, whole
+from sdxl_fixes.training_sets.images import Dataset, Found, image_of, size_in
 
 MOST_REPEATS = 1_000_000  # of an image per epoch
 PLAIN = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

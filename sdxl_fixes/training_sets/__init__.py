@@ -1,0 +1,1 @@
+"""Training sets on disk, read without loading them."""
