@@ -9,7 +9,8 @@ from typing import Any
 from sdxl_fixes.checkpoint import Sampling
 from sdxl_fixes.command_line import add_flags
 from sdxl_fixes.flags import SCHEDULE_FLAGS, TrainingFlags
-from sdxl_fixes.model_files.model_file import KINDS, SCHEDULER_CONFIG, ModelFile, read_sampling
+from sdxl_fixes.model_files.kinds import KINDS
+from sdxl_fixes.model_files.model_file import SCHEDULER_CONFIG, ModelFile, read_sampling
 from sdxl_fixes.model_files.stamp import (
     Stamped,
     a1111_yaml,

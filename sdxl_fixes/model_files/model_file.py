@@ -1,11 +1,9 @@
-"""What a .safetensors file is (checkpoint, U-Net, LoRA, one of several shards) and what it says about its
-schedule."""
+"""What a .safetensors file says about its schedule."""
 
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,32 +19,13 @@ from sdxl_fixes.checkpoint import (
     sampling_of_json,
 )
 from sdxl_fixes.model_files.header import FormatError, Header, Tensor, read_header
+from sdxl_fixes.model_files.kinds import KINDS, Contents, contents
 from sdxl_fixes.model_files.write import recover
 
 SCHEDULER_CONFIG = "scheduler_config.json"
 # ComfyUI's markers of models that are told another timestep (0.25 log sigma): wrong in any model with a noise
 # schedule
 EDM_MARKERS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
-# kind of file -> what to call it, and the prefixes at which UIs look for its markers
-KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "checkpoint": ("checkpoint (U-Net, text encoders, VAE)", ("",)),
-    "unet": ("U-Net alone, under model.diffusion_model.", ("", UNET)),
-    "bare_unet": ("U-Net alone, bare names", ("",)),
-    "diffusers_unet": ("U-Net in diffusers' names", ()),
-    "lora": ("LoRA or other network", ()),
-    "shard": ("one of several shards", ()),
-}
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
-_NETWORK = re.compile(
-    r"(^lora_|^lycoris_|\.lora_(down|up|A|B)\.|\.hada_w|\.lokr_w|\.oft_|\.diff$|\.lora\.(down|up)\.)"
-)
-# where each kind has the layer that tells SDXL's U-Net from others, and its input size there
-_EMBEDDING = {
-    "checkpoint": UNET + "label_emb.0.0.weight",
-    "unet": UNET + "label_emb.0.0.weight",
-    "bare_unet": "label_emb.0.0.weight",
-    "diffusers_unet": "add_embedding.linear_1.weight",
-}
 
 
 def read_sampling(path: Path, predicts: str | None = None) -> Sampling | None:
@@ -120,12 +99,12 @@ def _check_readable(path: Path) -> None:
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A checked header, the kind of the file, and its schedule record. ``mended`` tells what an interrupted
+    """A checked header, what the file holds, and its schedule record. ``mended`` tells what an interrupted
     stamp had left behind, ``broken`` what is wrong with a record that :meth:`read` was told to overrule."""
 
     path: Path
     header: Header
-    kind: str
+    contents: Contents
     record: Sampling | None
     mended: str | None = None
     broken: str | None = None
@@ -145,7 +124,7 @@ class ModelFile:
             if not overrule:
                 raise ValueError(f"{path}: {error}") from error
             broken = str(error)
-        return cls(path, header, _kind(path, header), record, mended, broken)
+        return cls(path, header, contents(path, header), record, mended, broken)
 
     @property
     def sampling(self) -> Sampling | None:
@@ -153,12 +132,14 @@ class ModelFile:
         return sampling_of_file(self.header.metadata, self.header.tensors)
 
     @property
+    def kind(self) -> str:
+        """A key of KINDS."""
+        return self.contents.kind
+
+    @property
     def is_sdxl(self) -> bool | None:
-        """Whether it is an SDXL U-Net; None where that cannot be seen (networks, shards)."""
-        if self.kind not in _EMBEDDING:
-            return None
-        layer = self.header.tensors.get(_EMBEDDING[self.kind])
-        return layer is not None and layer.shape[-1:] == (2816,)
+        """Whether it is SDXL's U-Net, or a network for it; None where that cannot be seen."""
+        return self.contents.sdxl
 
     @property
     def marker_prefixes(self) -> tuple[str, ...]:
@@ -230,21 +211,3 @@ class ModelFile:
             elif tensor.begin != tensor.end:
                 entries[f"sdxl_fixes.removed.{name}"] = tensor
         return entries
-
-
-def _kind(path: Path, header: Header) -> str:
-    names: Mapping[str, Tensor] = header.tensors
-    if _SHARD.search(path.name):
-        return "shard"
-    if any(name.startswith(UNET + "input_blocks.") for name in names):
-        others = ("conditioner.", "first_stage_model.", "cond_stage_model.", "text_encoders.", "vae.")
-        return "checkpoint" if any(name.startswith(others) for name in names) else "unet"
-    if any(name.startswith("input_blocks.") for name in names):
-        return "bare_unet"
-    if "conv_in.weight" in names and "time_embedding.linear_1.weight" in names:
-        return "diffusers_unet"
-    if any(_NETWORK.search(name) for name in names):
-        return "lora"
-    raise ValueError(
-        f"{path} holds no U-Net and no LoRA of Stable Diffusion's kind, so there is no schedule to speak of"
-    )

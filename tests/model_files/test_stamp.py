@@ -194,7 +194,7 @@ def test_other_models_are_refused(tmp_path, capsys):
     vae = write(tmp_path / "vae.safetensors", {"decoder.conv_in.weight": [1]})
     assert (
         main(["stamp", str(vae), "--prediction_type", "epsilon"]) == 2
-        and "holds no U-Net and no LoRA" in capsys.readouterr().err
+        and "is a VAE without a U-Net" in capsys.readouterr().err
     )
     pickle = tmp_path / "m.ckpt"
     pickle.write_bytes(b"PK\x03\x04")
