@@ -20,6 +20,14 @@ from sdxl_fixes.schedule import EXACT_KEY, NoiseSchedule, is_flow
 
 RECORD_KEY = "sdxl_fixes.schedule"
 MARKERS = ("v_pred", "ztsnr")
+# what modelspec.prediction_type says on SDXL's own betas -> what is predicted, and whether SNR 0 is meant: the
+# specification's and kohya's words, and SwarmUI's v-zsnr and x0 (its sd3, flow, tells no shift)
+MODELSPEC: dict[str, tuple[str, bool]] = {
+    "epsilon": ("epsilon", False),
+    "v": ("v_prediction", False),
+    "v-zsnr": ("v_prediction", True),
+    "x0": ("sample", False),
+}
 UNET = "model.diffusion_model."
 _OBJECT = "the object of a scheduler_config.json or a schedule record"
 # for samplers that cannot start at infinity; the largest power of 2 whose noise fits float16
@@ -77,15 +85,17 @@ def markers(schedule: NoiseSchedule, prediction_type: str) -> tuple[str, ...]:
 def metadata(schedule: NoiseSchedule, prediction_type: str) -> dict[str, str | None]:
     """Entries of ``__metadata__``; None means that the entry must be absent (SwarmUI would build SDXL's own
     table from it)."""
-    known = {("epsilon",): "epsilon", ("v_pred",): "v", ("v_pred", "ztsnr"): "v-zsnr"}
-    stock_epsilon = ("epsilon",) if prediction_type == "epsilon" and schedule == NoiseSchedule.sdxl() else ()
+    stock = NoiseSchedule.sdxl()
+    words = (
+        word
+        for word, (predicts, zero_snr) in MODELSPEC.items()
+        if predicts == prediction_type and schedule == (stock.zero_terminal_snr() if zero_snr else stock)
+    )
     flow = prediction_type == "flow_prediction" and flow_shift(schedule) is not None
     record = {**schedule.to_record(), "prediction_type": check_prediction_type(prediction_type)}
     return {
         RECORD_KEY: json.dumps(record, allow_nan=False, separators=(",", ":")),
-        "modelspec.prediction_type": "sd3"
-        if flow
-        else known.get(stock_epsilon or markers(schedule, prediction_type)),
+        "modelspec.prediction_type": "sd3" if flow else next(words, None),
     }
 
 
@@ -94,7 +104,8 @@ def sampling_of_file(metadata: Mapping[str, str], tensors: Collection[str]) -> S
     by modelspec's and kohya's metadata. None where nothing says other than SDXL's own. Raises ValueError for
     a broken record or a newer version."""
     v, zero_snr = (any(prefix + name in tensors for prefix in ("", UNET)) for name in MARKERS)
-    return read_record(metadata) or _marked(v, zero_snr) or _sampling_of_metadata(metadata)
+    marked = _told("v_prediction" if v else "epsilon", zero_snr)
+    return read_record(metadata) or marked or _sampling_of_metadata(metadata)
 
 
 def read_record(metadata: Mapping[str, str]) -> Sampling | None:
@@ -122,20 +133,23 @@ def _sampling_of_record(record: Any) -> Sampling:
 
 
 def _sampling_of_metadata(metadata: Mapping[str, str]) -> Sampling | None:
-    """Without our record: v-prediction by ``modelspec.prediction_type`` (``v``, kohya's; ``v-zsnr``,
-    SwarmUI's, also of zero terminal SNR), zero terminal SNR by kohya's ``ss_zero_terminal_snr``. None where
-    that is SDXL's own epsilon. ``sd3`` says flow, but not of which shift, which only a record does;
-    ``ss_v2`` is about Stable Diffusion 2's architecture."""
-    predicts = metadata.get("modelspec.prediction_type")
-    zero_snr = predicts == "v-zsnr" or metadata.get("ss_zero_terminal_snr") == "True"
-    return None if predicts == "sd3" else _marked(predicts in ("v", "v-zsnr"), zero_snr)
+    """Without our record: what is predicted by ``modelspec.prediction_type`` (see MODELSPEC), zero terminal
+    SNR by that and kohya's ``ss_zero_terminal_snr``. None where that is SDXL's own epsilon. ``sd3`` says
+    flow, but not of which shift, which only a record does; ``ss_v2`` is about Stable Diffusion 2's
+    architecture."""
+    word = metadata.get("modelspec.prediction_type", "epsilon")
+    if word == "sd3":
+        return None
+    predicts, zero_snr = MODELSPEC.get(word, ("epsilon", False))
+    return _told(predicts, zero_snr or metadata.get("ss_zero_terminal_snr") == "True")
 
 
-def _marked(v: bool, zero_snr: bool) -> Sampling | None:
-    """SDXL's own betas with v-prediction, zero terminal SNR, or both; None with neither."""
+def _told(predicts: str, zero_snr: bool) -> Sampling | None:
+    """A prediction on SDXL's own betas, rescaled for zero terminal SNR or not; None where that is SDXL's
+    own."""
     stock = NoiseSchedule.sdxl()
-    sampling = Sampling(stock.zero_terminal_snr() if zero_snr else stock, "v_prediction" if v else "epsilon")
-    return sampling if v or zero_snr else None
+    sampling = Sampling(stock.zero_terminal_snr() if zero_snr else stock, predicts)
+    return None if sampling == Sampling(stock, "epsilon") else sampling
 
 
 def sampling_of_json(content: Mapping[str, Any], predicts: str | None = None) -> Sampling:

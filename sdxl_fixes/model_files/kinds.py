@@ -101,7 +101,7 @@ def _no_schedule(path: Path, what: str) -> str:
 
 def _other(path: Path, names: Mapping[str, Tensor]) -> str:
     if any(name.startswith(UNET) or _OTHER_UNET.search(name) for name in names):
-        return f"{path} is a model of another architecture than Stable Diffusion's U-Net: only that is known here"
+        return f"{path} is a model of another architecture: only Stable Diffusion's U-Net is known here"
     kinds: tuple[tuple[str, Callable[[str], bool]], ...] = (
         ("text encoders", lambda name: bool(_TEXT_ENCODER.search(name))),
         ("a VAE", lambda name: bool(_VAE.search(name))),

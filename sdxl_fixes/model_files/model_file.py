@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sdxl_fixes.checkpoint import (
     MARKERS,
+    MODELSPEC,
     UNET,
     Sampling,
     overruled,
@@ -164,8 +165,7 @@ class ModelFile:
 
     def contradictions(self, sampling: Sampling) -> list[str]:
         """What the file says that is not so for ``sampling``, each as half a sentence."""
-        epsilon, v = sampling.prediction_type == "epsilon", sampling.prediction_type == "v_prediction"
-        zero_snr = sampling.zero_terminal
+        v, zero_snr = sampling.prediction_type == "v_prediction", sampling.zero_terminal
         found = []
         if self.broken is not None:
             found.append("its record was broken")
@@ -182,13 +182,8 @@ class ModelFile:
                 if self.marked(name, prefix)
             ]
         says = self.header.metadata.get("modelspec.prediction_type")
-        agrees = {
-            "epsilon": epsilon,
-            "v": v,
-            "v-zsnr": v and zero_snr,
-            "sd3": sampling.prediction_type == "flow_prediction",
-        }
-        if says is not None and not agrees.get(says, True):
+        told = {**MODELSPEC, "sd3": ("flow_prediction", False)}.get(says or "")
+        if told is not None and (told[0] != sampling.prediction_type or (told[1] and not zero_snr)):
             found.append(f"its modelspec.prediction_type says {says}")
         says = self.header.metadata.get("ss_zero_terminal_snr")
         if says in ("True", "False") and (says == "True") != zero_snr:

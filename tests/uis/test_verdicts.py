@@ -40,6 +40,7 @@ def row(path, ui):
 def test_sd_next_goes_by_the_name_of_the_file(name, tmp_path):
     said = row(model(tmp_path / f"{name}.safetensors"), "SD.Next")
     assert said.sampling.prediction_type == NAMES[name]
+    assert said.sampling.zero_terminal == (NAMES[name] == "v_prediction")
 
 
 @pytest.mark.parametrize(
