@@ -20,8 +20,8 @@ from sdxl_fixes.schedule import EXACT_KEY, NoiseSchedule, is_flow
 
 RECORD_KEY = "sdxl_fixes.schedule"
 MARKERS = ("v_pred", "ztsnr")
-# what modelspec.prediction_type says on SDXL's own betas -> what is predicted, and whether SNR 0 is meant: the
-# specification's and kohya's words, and SwarmUI's v-zsnr and x0 (its sd3, flow, tells no shift)
+# what modelspec.prediction_type says on SDXL's own betas -> what is predicted, and whether SNR 0 is meant:
+# the specification's and kohya's words, and SwarmUI's v-zsnr and x0 (its sd3, flow, tells no shift)
 MODELSPEC: dict[str, tuple[str, bool]] = {
     "epsilon": ("epsilon", False),
     "v": ("v_prediction", False),

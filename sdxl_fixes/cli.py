@@ -7,8 +7,8 @@ import os
 import sys
 
 from sdxl_fixes.command_line import Parser
-from sdxl_fixes.commands import buckets, demo, doctor, samples, schedule, stamp, uis
-from sdxl_fixes.errors import FixError
+from sdxl_fixes.commands import buckets, demo, doctor, inspect, samples, schedule, stamp, uis
+from sdxl_fixes.errors import FixError, printable
 from sdxl_fixes.version import __version__
 
 CLOSED_PIPE = 141  # as the shell says of a program that SIGPIPE ended
@@ -34,7 +34,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="sdxl-fixes", description="One noise schedule for SDXL training.")
     parser.add_argument("--version", action="version", version=f"sdxl-fixes {__version__}")
     commands = parser.add_subparsers(dest="command")
-    for command in (demo, schedule, doctor, stamp, samples, buckets, uis):
+    for command in (demo, schedule, doctor, stamp, inspect, samples, buckets, uis):
         command.add_command(commands)
     return parser
 
@@ -50,8 +50,15 @@ def _run(argv: list[str] | None) -> int:
     except BrokenPipeError:
         raise
     except (ValueError, OSError, FixError) as error:
-        print(f"sdxl-fixes {args.command}: {error}", file=sys.stderr)
+        print(f"sdxl-fixes {args.command}: {printable(_sentence(error))}", file=sys.stderr)
         return 2
+
+
+def _sentence(error: Exception) -> str:
+    """What is wrong; of the system's own errors without its number."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 if __name__ == "__main__":

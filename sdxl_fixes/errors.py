@@ -29,3 +29,8 @@ def printable(text: str) -> str:
     """The text in one line that any terminal prints: line ends, control characters and halves of surrogate
     pairs are escaped."""
     return "".join(c if c.isprintable() or c == "\u3000" else repr(c)[1:-1] for c in text)
+
+
+def quoted(text: str, limit: int = 120) -> str:
+    """A word of a stranger's file: printable, and cut where it is long."""
+    return printable(text[:limit]) + ("..." if len(text) > limit else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from sdxl_fixes.checkpoint import (
     sampling_of_file,
     sampling_of_json,
 )
+from sdxl_fixes.errors import quoted
 from sdxl_fixes.model_files.header import FormatError, Header, Tensor, read_header
 from sdxl_fixes.model_files.kinds import KINDS, Contents, contents
 from sdxl_fixes.model_files.write import recover
@@ -42,7 +44,7 @@ def read_sampling(path: Path, predicts: str | None = None) -> Sampling | None:
     if path.is_dir():
         files = unet_files(path)
         return (files and _sampling_of(files[0])) or read_scheduler(path)[0]
-    _check_readable(path)
+    _check_readable(path, "a .safetensors file, a folder, or a .json that tells a schedule")
     if path.suffix != ".json":
         return _sampling_of(path)
     content = read_json(path)
@@ -89,13 +91,13 @@ def _named(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _check_readable(path: Path) -> None:
+def _check_readable(path: Path, expected: str = "a .safetensors file or a folder") -> None:
     if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
         raise FormatError(f"{path} is a pickle, which is never opened here: convert it to safetensors first")
     if not path.exists():
-        raise FileNotFoundError(f"there is no {path}: give a .safetensors file or a folder")
+        raise FileNotFoundError(f"there is no {path}: give {expected}")
     if not path.is_file():
-        raise OSError(f"{path} is not a regular file: give a .safetensors file or a folder")
+        raise OSError(f"{path} is not a regular file: give {expected}")
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class ModelFile:
             found |= {f"the marker {prefix + name}": "" for prefix in ("", UNET) if self.marked(name, prefix)}
         names = ("modelspec.prediction_type", "modelspec.predict_key", "ss_zero_terminal_snr")
         return found | {
-            f"the metadata {name}": self.header.metadata[name]
+            f"the metadata {name}": quoted(self.header.metadata[name])
             for name in names
             if name in self.header.metadata
         }
@@ -189,6 +191,23 @@ class ModelFile:
         if says in ("True", "False") and (says == "True") != zero_snr:
             found.append(f"its ss_zero_terminal_snr says {says}")
         return found
+
+    def lost(self) -> str | None:
+        """Half a sentence if the file was written by a tool that merges or extracts, and that wrote no word
+        of how its sources were trained (kohya's write epsilon whatever they merge); None otherwise."""
+        metadata = self.header.metadata
+        if self.sampling is not None or metadata.get("modelspec.prediction_type") == "sd3":
+            return None
+        for key in ("modelspec.merged_from", "sd_merge_models", "sd_merge_recipe"):
+            if metadata.get(key):
+                return f"it is a merge ({key}: {quoted(metadata[key])})"
+        trained = ("ss_steps", "ss_learning_rate", "ss_num_train_images", "ss_max_train_steps")
+        if "ss_network_module" in metadata and not any(key in metadata for key in trained):
+            return "a tool that merges or extracts wrote it (ss_network_module, and nothing of a training)"
+        base = metadata.get("ss_sd_model_name", "")
+        if re.search(r"v[-_ ]?pred|ztsnr|zsnr|[-_ ]rf\b|rectified", base, re.IGNORECASE):
+            return f"its ss_sd_model_name is {quoted(base)}"
+        return None
 
     def with_markers(self, wanted: tuple[str, ...]) -> dict[str, Tensor]:
         """The file's entries with exactly the markers ``wanted``. A marker that holds bytes cannot go without

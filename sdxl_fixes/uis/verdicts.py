@@ -248,11 +248,11 @@ def _sd_next(file: ModelFile) -> Reading:
 def _invokeai(file: ModelFile) -> Reading:
     if file.kind != "checkpoint":
         return None, "loads checkpoints and diffusers folders"
-    note = (
-        "choose v-prediction in the model manager"
-        if file.record == _stock(True, False)
-        else ("use a diffusers folder, stamped")
-    )
+    note = "use a diffusers folder, stamped"
+    if file.record == _stock(True, False):
+        note = "choose v-prediction in the model manager"
+    elif file.record is not None and file.record.prediction_type not in ("epsilon", "v_prediction"):
+        note = "samples epsilon and v-prediction only"
     return _stock(False, False), note
 
 
@@ -346,8 +346,8 @@ def _config_folder(folder: _Folder) -> FolderReading:
 
 
 def _invokeai_folder(folder: _Folder) -> FolderReading:
-    flow = folder.says is not None and folder.says.prediction_type == "flow_prediction"
-    return (None, "refuses flow", False) if flow else _config_folder(folder)
+    known = folder.says is None or folder.says.prediction_type in ("epsilon", "v_prediction")
+    return _config_folder(folder) if known else (None, "takes epsilon and v-prediction only", False)
 
 
 # ---------------------------------------------------------------- the table
@@ -398,6 +398,7 @@ def as_json(file: ModelFile, truth: Sampling | None, rows: list[Verdict]) -> str
     content = {
         "file": str(file.path),
         "kind": file.kind,
+        "model": file.contents.model,
         "sdxl": file.is_sdxl,
         "room": file.header.size - len(file.header.raw.rstrip()),
         "says": file.said(),

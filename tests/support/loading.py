@@ -21,7 +21,11 @@ SAMPLINGS = {
 # by which UIs know SDXL
 CROSS = {"model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": [640, 2048]}
 _MODULE = "lora_unet_input_blocks_8_1_transformer_blocks_5_attn1_to_k"
-LORA = {f"{_MODULE}.lora_down.weight": [4, 1280], f"{_MODULE}.lora_up.weight": [1280, 4], f"{_MODULE}.alpha": [1]}
+LORA = {
+    f"{_MODULE}.lora_down.weight": [4, 1280],
+    f"{_MODULE}.lora_up.weight": [1280, 4],
+    f"{_MODULE}.alpha": [1],
+}
 
 
 def stamped_checkpoint(path, sampling):

@@ -1,5 +1,5 @@
-"""What inspect says of InvokeAI, against the real InvokeAI: set INVOKEAI to a checkout, and INVOKEAI_PYTHON to
-a Python that has its requirements, if this one has not."""
+"""What inspect says of InvokeAI, against the real InvokeAI: set INVOKEAI to a checkout, and INVOKEAI_PYTHON
+to a Python that has its requirements, if this one has not."""
 
 import json
 import math

@@ -1,5 +1,5 @@
-"""What inspect says of SD.Next, against its own functions: set SDNEXT to a checkout. Of its modules, which need
-the whole UI, the two functions that choose the scheduler are taken out and run."""
+"""What inspect says of SD.Next, against its own functions: set SDNEXT to a checkout. Of its modules, which
+need the whole UI, the two functions that choose the scheduler are taken out and run."""
 
 import ast
 import copy
