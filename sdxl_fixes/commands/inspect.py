@@ -94,6 +94,7 @@ def _unsaid(file: ModelFile, rows: list[Verdict], stamp: str) -> list[str]:
     others = [row.ui for row in rows if _odd(row)]
     taken = f"every UI but {_listed(others)} takes" if others else "every UI takes"
     spec = file.header.metadata.get("modelspec.prediction_type") == "epsilon"
+    stamp += " --force" if spec else ""  # against that word
     what = "It says epsilon, and nothing of its schedule" if spec else "It does not say how it was trained"
     loaded = any(row.sampling is not None for row in rows)
     said = [f"{what}, so {taken} it for SDXL's own ({_STOCK})." if loaded else f"{what}."]

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
     "requirements)",
 )
 # of its menu: by a class of diffusers that knows rescale_betas_zero_snr, and by one that does not
-RESCALING = ("euler", "euler_a", "dpmpp_2m_k", "dpmpp_3m_k", "unipc", "ddim", "lcm")
+RESCALING = ("euler", "euler_a", "dpmpp_2m_k", "dpmpp_3m_k", "unipc", "ddim", "ddpm", "lcm", "tcd")
 FINITE = ("heun", "lms", "kdpm_2", "kdpm_2_a", "deis", "pndm", "dpmpp_2s", "dpmpp_sde", "er_sde")
 
 
