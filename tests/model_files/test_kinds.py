@@ -84,7 +84,6 @@ PEFT = {
     "LoHaConfig": {"r": 4},
     "LoKrConfig": {"r": 4},
     "OFTConfig": {"r": 0, "oft_block_size": 4},
-    "BOFTConfig": {"boft_block_size": 4},
     "IA3Config": {"feedforward_modules": []},
     "VeraConfig": {"r": 4, "save_projection": True},
     "HRAConfig": {"r": 4},

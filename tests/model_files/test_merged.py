@@ -21,6 +21,7 @@ MODULE = "lora_unet_input_blocks_8_1_transformer_blocks_5_attn1_to_k"
 
 
 def test_a_merge_loses_the_record_and_inspect_notices(tmp_path, capsys):
+    pytest.importorskip("cv2", reason="sd-scripts' requirements are not here")
     torch, safetensors = pytest.importorskip("torch"), pytest.importorskip("safetensors.torch")
     state = {f"{MODULE}.lora_down.weight": torch.ones(4, 1280), f"{MODULE}.alpha": torch.tensor(4.0)}
     state[f"{MODULE}.lora_up.weight"] = torch.ones(1280, 4)
