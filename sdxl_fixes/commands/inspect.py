@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from sdxl_fixes.checkpoint import Sampling
+from sdxl_fixes.checkpoint import Sampling, flow_shift
 from sdxl_fixes.errors import printable
 from sdxl_fixes.model_files.model_file import ModelFile
 from sdxl_fixes.schedule import NoiseSchedule
@@ -80,7 +80,9 @@ def paragraph(path: Path, file: ModelFile, truth: Sampling | None, rows: list[Ve
         said.append(f"But {'; '.join(found)}: {stamp} --force makes all of it say the same.")
     elif truth is not None and file.record is None and file.is_sdxl is not False:
         said.append(f"It has no record of that: {stamp} writes it, and all that UIs read.")
-    if file.kind == "lora":
+    if file.is_sdxl is False:
+        said.append("It is not of SDXL, and what UIs make of it is not known here.")
+    elif file.kind == "lora":
         said.append(_of_lora(truth))
     elif truth is not None:
         said += _of_uis(rows)
@@ -147,10 +149,14 @@ def as_markdown(path: Path, file: ModelFile, truth: Sampling | None, rows: list[
         raise ValueError(
             f"{path} does not say how it was trained, so nobody can say how to load it: stamp it first"
         )
-    schedule = truth.schedule
+    if file.is_sdxl is False:
+        raise ValueError(f"{path} is a {file.contents.what}: only SDXL's models are known here")
+    schedule, shift = truth.schedule, flow_shift(truth.schedule)
     name = printable(path.name).replace("`", "'")
     lines = ["## How to load this model", "", f"`{name}` predicts **{truth.prediction_type}**. "]
-    if truth.schedule == _STOCK.schedule:
+    if shift is not None:
+        lines[-1] += f"Its noise schedule is rectified flow, shift {shift:g}."
+    elif schedule == _STOCK.schedule:
         lines[-1] += "Its noise schedule is SDXL's own."
     else:
         lines[-1] += (
@@ -169,7 +175,7 @@ def _lora_card(truth: Sampling) -> list[str]:
 
 def _card(rows: list[Verdict]) -> list[str]:
     """A line of those that need nothing, and one of each way to help the others."""
-    right, wrong = _groups(rows)
+    right, wrong = _groups([row for row in rows if " with our " not in row.ui])
     lines = [f"- **{_listed(right)}**: nothing to do."] if right else []
     return lines + [f"- **{_listed(uis)}**: {_cell(note)}." for note, uis in wrong.items()]
 

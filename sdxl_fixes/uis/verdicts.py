@@ -27,6 +27,8 @@ NODE, EXTENSION = (
     ("install the extension (sdxl-fixes webui install PATH)"),
 )
 
+OTHER = "not known here: it is not of SDXL"
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -61,12 +63,16 @@ def verdicts(path: Path) -> tuple[ModelFile, Sampling | None, list[Verdict]]:
     if path.is_dir():
         folder = _Folder.read(path)
         truth = read_sampling(path)
-        return folder.file, truth, [_verdict(ui, truth, *UIS[ui].folder(folder)) for ui in UIS]
+        unknown = (None, OTHER, False) if folder.file.is_sdxl is False else None
+        rows = [_verdict(ui, truth, *(unknown or UIS[ui].folder(folder))) for ui in UIS]
+        return folder.file, truth, rows
     file = ModelFile.read(path)
     return file, file.sampling, [_verdict(ui, file.sampling, *_reading(ui, file)) for ui in UIS]
 
 
 def _reading(ui: str, file: ModelFile) -> Reading:
+    if file.is_sdxl is False:
+        return None, OTHER
     if file.kind == "lora":
         return None, "the checkpoint that it is used with decides: no UI reads a schedule from a LoRA"
     return (None, "loads no single shard") if file.kind == "shard" else UIS[ui].file(file)

@@ -53,6 +53,22 @@ def test_a_row_for_each_that_is_wrong_and_all_with_all(case, tmp_path, capsys):
     assert (" right" in text.split("\n\n")[-1]) == (not wrong)
 
 
+def test_another_model_is_one_sentence_on_what_it_is(tmp_path, capsys):
+    name = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+    path = write(tmp_path / "m.safetensors", {name: [320, 768], "cond_stage_model.x": [1]})
+    text = inspected(path, capsys)
+    assert "of Stable Diffusion 1. " in text and "not known here" in text and text.count("\n") == 1
+    assert "SDXL's own" not in text
+    assert main(["stamp", str(path), "--prediction_type", "v", "--force"]) == 0
+    assert "WRONG" not in inspected(path, capsys) and main(["inspect", str(path), "--markdown"]) == 2
+    assert "only SDXL's models are known here" in capsys.readouterr().err
+
+
+def test_a_card_of_flow_names_its_shift(tmp_path, capsys):
+    card = inspected(stamped_checkpoint(tmp_path / "m.safetensors", SAMPLINGS["flow"]), capsys, "--markdown")
+    assert "rectified flow, shift 1." in card and "inf" not in card and "with our" not in card
+
+
 def test_what_a_name_makes_a_ui_believe_is_a_row(tmp_path, capsys):
     text = inspected(model(tmp_path / "my-flow.safetensors"), capsys)
     assert "every UI but SD.Next takes it" in text and "flow_prediction" in text.splitlines()[-1]
