@@ -6,29 +6,20 @@ import tempfile
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "support"))
-from models import model
+from loading import SAMPLINGS, stamped_checkpoint, stamped_folder
 
-from sdxl_fixes import NoiseSchedule
-from sdxl_fixes.checkpoint import Sampling
-from sdxl_fixes.model_files.stamp import stamp_file
-from sdxl_fixes.uis.verdicts import UIS, verdicts
+from sdxl_fixes.uis.verdicts import CASES, UIS, verdicts
 
-SDXL = NoiseSchedule.sdxl()
-CASES = {
-    "eps 14.6": (Sampling(SDXL, "epsilon"), "SDXL's own: epsilon, nothing changed"),
-    "v": (Sampling(SDXL, "v_prediction"), "v-prediction on SDXL's schedule"),
-    "v + ZTSNR": (
-        Sampling(SDXL.zero_terminal_snr(), "v_prediction"),
-        "v-prediction with zero terminal SNR, as NoobAI's v-pred models",
-    ),
-    "eps + ZTSNR": (Sampling(SDXL.zero_terminal_snr(), "epsilon"), "epsilon with zero terminal SNR"),
-    "eps 300": (Sampling(SDXL.with_terminal_sigma(300), "epsilon"), "epsilon, `--terminal_sigma 300`"),
-    "any betas": (
-        Sampling(SDXL.with_terminal_sigma(300, "tail"), "v_prediction"),
-        "any other table, here v with `--terminal_sigma_method tail`",
-    ),
-    "flow": (Sampling(NoiseSchedule.flow(), "flow_prediction"), "rectified flow, as bigASP v2.5"),
-}
+MEANINGS = (
+    "SDXL's own: epsilon, nothing changed",
+    "v-prediction on SDXL's schedule",
+    "v-prediction with zero terminal SNR, as NoobAI's v-pred models",
+    "epsilon with zero terminal SNR",
+    "epsilon, `--terminal_sigma 300`",
+    "any other table, here v with `--terminal_sigma_method tail`",
+    "rectified flow, as bigASP v2.5",
+)
+FOLDERS = ("diffusers", "SD.Next", "InvokeAI")
 HEAD = """# How to load a model with another noise schedule
 
 Made by `python benchmarks/loading_page.py` from `sdxl-fixes inspect`. For one model, `sdxl-fixes inspect model.safetensors --markdown`
@@ -40,15 +31,18 @@ have all four, folders saved through the diffusers adapter all but the tensors, 
 
 - `__metadata__["sdxl_fixes.schedule"]`: the whole schedule, as a JSON record. Our node, extension and adapters read it.
 - the empty tensors `v_pred` and `ztsnr`: only where they are the truth, because a UI that sees them builds SDXL's own table.
-- `modelspec.prediction_type`: `epsilon`, `v`, `v-zsnr`, `sd3` (flow); absent for other tables, from which SwarmUI would build a wrong
-  one.
+- `modelspec.prediction_type`: `epsilon`, `v`, `v-zsnr`, `x0`, `sd3` (flow); absent for other tables, from which SwarmUI would build a
+  wrong one.
 - beside the file `model.scheduler_config.json`, in a diffusers folder `scheduler/scheduler_config.json`: what stock diffusers needs.
 
 ## Who loads what right
 
-ComfyUI's rows are tested against ComfyUI 0.3.64, and the extension on Forge's and reForge's classes; the rest was read in the UIs' source.
-
 "yes": by itself, nothing to do. "no": see below. "-": does not load such a file. A checkpoint, stamped; then a diffusers folder, stamped.
+**Bold**: run on the UI's own code, of the version in the last column (`tests/uis` runs it again where that code is given); plain: read
+in it. What was run of each: ComfyUI's loaders and nodes; the extension on Forge's and reForge's classes; InvokeAI's model manager and
+the scheduler that it makes for 18 of its samplers; SD.Next's `set_overrides` and its sampler "Default"; diffusers' scheduler classes.
+SwarmUI is C# and was read: `T2IModelHandler.cs` takes `modelspec.prediction_type`, and `WorkflowGeneratorModelSupport.cs` makes of it a
+ModelSamplingDiscrete node (ModelSamplingSD3 for `sd3`) behind the loader; without the word there is no such node, and ComfyUI's row holds.
 """
 STEPS = """## What to do where it says no
 
@@ -74,8 +68,16 @@ pipe.scheduler = EulerDiscreteScheduler.from_pretrained("model.scheduler_config.
 
 (for flow, `UniPCMultistepScheduler`; its file names the class). Zero terminal SNR ends at sigma 4096 there.
 
-**SD.Next**: a stamped diffusers folder, sampler "Default". **InvokeAI**: a stamped diffusers folder; a single v file works when
-v-prediction is chosen in the model manager.
+**SD.Next**: a stamped diffusers folder, sampler "Default". A single file is read by its name before its tensors: `vpred`, `v-pred` or
+`v_pred` there means zero terminal SNR too, `flow` rectified flow. Every other sampler of its menu drops `trained_betas`, and goes by
+its own setting for zero terminal SNR (off by default).
+
+**InvokeAI**: a stamped diffusers folder; a single v file works when v-prediction is chosen in the model manager, and nothing in a file
+can say it. Zero terminal SNR: Heun, LMS, KDPM 2, DEIS, PNDM, DPM++ 2S, DPM++ SDE and ER-SDE end at 14.6 all the same; the others (Euler,
+DPM++ 2M and 3M, UniPC, DDIM, DDPM, LCM, TCD) are right. It refuses a flow folder.
+
+A **LoRA** says nothing to any UI: the checkpoint it is used with decides. Whether a model is distilled for few steps (Turbo, Lightning,
+Hyper, LCM, DMD) no file says: steps and guidance are for its page.
 
 To undo: `sdxl-fixes comfyui remove path`, `sdxl-fixes webui remove path`.
 """
@@ -84,32 +86,25 @@ To undo: `sdxl-fixes comfyui remove path`, `sdxl-fixes webui remove path`.
 def page() -> str:
     """The Markdown."""
     with tempfile.TemporaryDirectory() as name:
-        folder, cells = Path(name), {ui: [] for ui in UIS}
-        folders = {ui: [] for ui in ("diffusers", "SD.Next", "InvokeAI")}
-        for i, (sampling, _) in enumerate(CASES.values()):
-            path = model(folder / f"{i}.safetensors")
-            stamp_file(path, sampling)
+        cells, folders = {ui: [] for ui in UIS}, {ui: [] for ui in FOLDERS}
+        for i, (case, sampling) in enumerate(SAMPLINGS.items()):
+            path = stamped_checkpoint(Path(name) / f"{i}.safetensors", sampling)
             for row in verdicts(path)[2]:
-                cells[row.ui].append({True: "yes", False: "no", None: "-"}[row.right])
-            for ui, row in stamped_folder(folder / str(i), sampling).items():
-                folders[ui].append({True: "yes", False: "no", None: "-"}[row.right])
-    lines = [HEAD, "| | " + " | ".join(CASES) + " |", "|---|" + "---|" * len(CASES)]
-    lines += [f"| {ui} | " + " | ".join(row) + " |" for ui, row in cells.items()]
-    lines += [f"| {ui}, folder | " + " | ".join(row) + " |" for ui, row in folders.items()]
-    lines += ["", *(f"- {case}: {meaning}" for case, (_, meaning) in CASES.items()), ""]
+                cells[row.ui].append(cell(row, case in UIS[row.ui].ran))
+            for row in verdicts(stamped_folder(Path(name) / str(i), sampling))[2]:
+                if row.ui in FOLDERS:
+                    folders[row.ui].append(cell(row, case in UIS[row.ui].ran_folder))
+    lines = [HEAD, "| | " + " | ".join(SAMPLINGS) + " | code |", "|---|" + "---|" * (len(SAMPLINGS) + 1)]
+    lines += [f"| {ui} | " + " | ".join(row) + f" | {UIS[ui].code} |" for ui, row in cells.items()]
+    lines += [f"| {ui}, folder | " + " | ".join(row) + f" | {UIS[ui].code} |" for ui, row in folders.items()]
+    lines += ["", *(f"- {case}: {meaning}" for case, meaning in zip(CASES, MEANINGS, strict=True)), ""]
     return "\n".join(lines) + "\n" + STEPS
 
 
-def stamped_folder(folder: Path, sampling: Sampling):
-    """The verdicts of the UIs that load a diffusers folder."""
-    from sdxl_fixes.model_files.stamp import write_scheduler_config
-
-    (folder / "unet").mkdir(parents=True)
-    (folder / "scheduler").mkdir()
-    stamp_file(model(folder / "unet" / "diffusion_pytorch_model.safetensors", "diffusers_unet"), sampling)
-    (folder / "unet" / "config.json").write_text("{}")
-    write_scheduler_config(folder / "scheduler" / "scheduler_config.json", sampling)
-    return {row.ui: row for row in verdicts(folder)[2] if row.ui in ("diffusers", "SD.Next", "InvokeAI")}
+def cell(row, ran: bool) -> str:
+    """yes, no or -, bold if run."""
+    word = {True: "yes", False: "no", None: "-"}[row.right]
+    return f"**{word}**" if ran else word
 
 
 if __name__ == "__main__":

@@ -20,6 +20,14 @@ from sdxl_fixes.schedule import EXACT_KEY, NoiseSchedule, is_flow
 
 RECORD_KEY = "sdxl_fixes.schedule"
 MARKERS = ("v_pred", "ztsnr")
+# what modelspec.prediction_type says on SDXL's own betas -> what is predicted, and whether SNR 0 is meant:
+# the specification's and kohya's words, and SwarmUI's v-zsnr and x0 (its sd3, flow, tells no shift)
+MODELSPEC: dict[str, tuple[str, bool]] = {
+    "epsilon": ("epsilon", False),
+    "v": ("v_prediction", False),
+    "v-zsnr": ("v_prediction", True),
+    "x0": ("sample", False),
+}
 UNET = "model.diffusion_model."
 _MODELSPEC, _KOHYA = "modelspec.prediction_type", "ss_zero_terminal_snr"
 JSON_LIMIT = 32 << 20  # bytes; a schedule record of a million timesteps, the most there may be, takes 24 MB
@@ -80,15 +88,17 @@ def markers(schedule: NoiseSchedule, prediction_type: str) -> tuple[str, ...]:
 def metadata(schedule: NoiseSchedule, prediction_type: str) -> dict[str, str | None]:
     """Entries of ``__metadata__``; None means that the entry must be absent (SwarmUI would build SDXL's own
     table from it)."""
-    known = {("epsilon",): "epsilon", ("v_pred",): "v", ("v_pred", "ztsnr"): "v-zsnr"}
-    stock_epsilon = ("epsilon",) if prediction_type == "epsilon" and schedule == NoiseSchedule.sdxl() else ()
+    stock = NoiseSchedule.sdxl()
+    words = (
+        word
+        for word, (predicts, zero_snr) in MODELSPEC.items()
+        if predicts == prediction_type and schedule == (stock.zero_terminal_snr() if zero_snr else stock)
+    )
     flow = prediction_type == "flow_prediction" and flow_shift(schedule) is not None
     record = {**schedule.to_record(), "prediction_type": check_prediction_type(prediction_type)}
     return {
         RECORD_KEY: json.dumps(record, allow_nan=False, separators=(",", ":")),
-        "modelspec.prediction_type": "sd3"
-        if flow
-        else known.get(stock_epsilon or markers(schedule, prediction_type)),
+        "modelspec.prediction_type": "sd3" if flow else next(words, None),
     }
 
 
@@ -105,7 +115,8 @@ def said_of_file(metadata: Mapping[str, str], tensors: Collection[str]) -> tuple
     if (record := read_record(metadata)) is not None:
         return record, "its record"
     found = [name for name in MARKERS if any(prefix + name in tensors for prefix in ("", UNET))]
-    if (sampling := _marked(*(name in found for name in MARKERS))) is not None:
+    v, zero_snr = (name in found for name in MARKERS)
+    if (sampling := _told("v_prediction" if v else "epsilon", zero_snr)) is not None:
         return sampling, f"its {'markers' if found[1:] else 'marker'} {' and '.join(found)}"
     entries = {key: metadata[key] for key in (_MODELSPEC, _KOHYA) if key in metadata}
     if (sampling := _sampling_of_metadata(metadata)) is not None:
@@ -138,20 +149,23 @@ def _sampling_of_record(record: Any) -> Sampling:
 
 
 def _sampling_of_metadata(metadata: Mapping[str, str]) -> Sampling | None:
-    """Without our record: v-prediction by ``modelspec.prediction_type`` (``v``, kohya's; ``v-zsnr``,
-    SwarmUI's, also of zero terminal SNR), zero terminal SNR by kohya's ``ss_zero_terminal_snr``. None where
-    that is SDXL's own epsilon. ``sd3`` says flow, but not of which shift, which only a record does;
-    ``ss_v2`` is about Stable Diffusion 2's architecture."""
-    predicts = metadata.get(_MODELSPEC)
-    zero_snr = predicts == "v-zsnr" or metadata.get(_KOHYA) == "True"
-    return None if predicts == "sd3" else _marked(predicts in ("v", "v-zsnr"), zero_snr)
+    """Without our record: what is predicted by ``modelspec.prediction_type`` (see MODELSPEC), zero terminal
+    SNR by that and kohya's ``ss_zero_terminal_snr``. None where that is SDXL's own epsilon. ``sd3`` says
+    flow, but not of which shift, which only a record does; ``ss_v2`` is about Stable Diffusion 2's
+    architecture."""
+    word = metadata.get(_MODELSPEC, "epsilon")
+    if word == "sd3":
+        return None
+    predicts, zero_snr = MODELSPEC.get(word, ("epsilon", False))
+    return _told(predicts, zero_snr or metadata.get(_KOHYA) == "True")
 
 
-def _marked(v: bool, zero_snr: bool) -> Sampling | None:
-    """SDXL's own betas with v-prediction, zero terminal SNR, or both; None with neither."""
+def _told(predicts: str, zero_snr: bool) -> Sampling | None:
+    """A prediction on SDXL's own betas, rescaled for zero terminal SNR or not; None where that is SDXL's
+    own."""
     stock = NoiseSchedule.sdxl()
-    sampling = Sampling(stock.zero_terminal_snr() if zero_snr else stock, "v_prediction" if v else "epsilon")
-    return sampling if v or zero_snr else None
+    sampling = Sampling(stock.zero_terminal_snr() if zero_snr else stock, predicts)
+    return None if sampling == Sampling(stock, "epsilon") else sampling
 
 
 def sampling_of_json(content: Mapping[str, Any], predicts: str | None = None) -> Sampling:

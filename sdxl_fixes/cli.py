@@ -7,7 +7,7 @@ import os
 import sys
 
 from sdxl_fixes.command_line import Parser
-from sdxl_fixes.commands import buckets, demo, doctor, samples, schedule, stamp, uis
+from sdxl_fixes.commands import buckets, demo, doctor, inspect, samples, schedule, stamp, uis
 from sdxl_fixes.errors import FixError, plain, printable
 from sdxl_fixes.version import __version__
 
@@ -49,7 +49,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="sdxl-fixes", description="One noise schedule for SDXL training.")
     parser.add_argument("--version", action="version", version=f"sdxl-fixes {__version__}")
     commands = parser.add_subparsers(dest="command")
-    for command in (demo, schedule, doctor, stamp, samples, buckets, uis):
+    for command in (demo, schedule, doctor, stamp, inspect, samples, buckets, uis):
         command.add_command(commands)
     return parser
 

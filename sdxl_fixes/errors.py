@@ -70,3 +70,8 @@ def about(path: str | os.PathLike[str]) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = os.fspath(path)
         raise
+
+
+def quoted(text: str, limit: int = 120) -> str:
+    """A word of a stranger's file: printable, and cut where it is long."""
+    return printable(text[:limit]) + ("..." if len(text) > limit else "")

@@ -539,7 +539,7 @@ class NoiseSchedule:
         version = record.get("version")
         if isinstance(version, int) and version > RECORD_VERSION:
             known = f"{RECORD_VERSION}: update sdxl-fixes to read it"
-            raise ValueError(f"schedule record version {version} is not {known}")
+            raise ValueError(f"schedule record version {_shown(version)} is not {known}")
         try:
             if version != RECORD_VERSION:
                 raise ValueError(f"its version is {_shown(version)}, expected {RECORD_VERSION}")

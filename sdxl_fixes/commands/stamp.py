@@ -1,4 +1,4 @@
-"""``sdxl-fixes stamp`` and ``sdxl-fixes inspect``."""
+"""``sdxl-fixes stamp``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_fixes.atomic import real, replacing
-from sdxl_fixes.checkpoint import Sampling
+from sdxl_fixes.checkpoint import MODELSPEC, Sampling
 from sdxl_fixes.command_line import add_flags
 from sdxl_fixes.errors import about, plain, printable
 from sdxl_fixes.flags import SCHEDULE_FLAGS, TrainingFlags
-from sdxl_fixes.model_files.model_file import KINDS, SCHEDULER_CONFIG, ModelFile, beside, read_sampling
+from sdxl_fixes.model_files.kinds import KINDS
+from sdxl_fixes.model_files.model_file import SCHEDULER_CONFIG, beside, read_sampling
 from sdxl_fixes.model_files.stamp import (
     Stamped,
     a1111_yaml,
@@ -23,8 +24,8 @@ from sdxl_fixes.model_files.stamp import (
 )
 from sdxl_fixes.names import PREDICTION_TYPES
 from sdxl_fixes.schedule import NoiseSchedule
-from sdxl_fixes.uis.verdicts import Verdict, as_json, verdicts
 
+MODELSPEC_ONLY = tuple(word for word in MODELSPEC if word not in PREDICTION_TYPES)
 WAYS = {
     "header": "written into the header's room",
     "insert": "blocks inserted at the start of the file",
@@ -33,7 +34,7 @@ WAYS = {
 
 
 def add_command(commands: Any) -> None:
-    """Register both."""
+    """Register it."""
     parser = commands.add_parser(
         "stamp", help="write into a model file how to sample it, so that UIs load it right"
     )
@@ -42,7 +43,12 @@ def add_command(commands: Any) -> None:
         type=Path,
         help="a .safetensors file (checkpoint, U-Net, LoRA), or a diffusers or sharded folder",
     )
-    parser.add_argument("--prediction_type", choices=PREDICTION_TYPES, help="what the model predicts")
+    parser.add_argument(
+        "--prediction_type",
+        choices=(*PREDICTION_TYPES, *MODELSPEC_ONLY),
+        help="what the model predicts; v and x0 are modelspec's and SwarmUI's words for v_prediction and "
+        "sample, v-zsnr also says --zero_terminal_snr",
+    )
     add_flags(parser, SCHEDULE_FLAGS)
     parser.add_argument(
         "--base",
@@ -74,17 +80,11 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("--dry_run", action="store_true", help="say what would be done")
     parser.set_defaults(run=stamp)
-    parser = commands.add_parser("inspect", help="what a model file is, and what each UI will make of it")
-    parser.add_argument("path", type=Path, help="a .safetensors file or a folder")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parser.add_argument(
-        "--markdown", action="store_true", help='a page "how to load this model" for the model card'
-    )
-    parser.set_defaults(run=inspect)
 
 
 def stamp(args: argparse.Namespace) -> int:
     """The command."""
+    _spell_out(args)
     sampling = sampling_from_args(args)
     yaml = a1111_yaml(sampling) if args.yaml else None
     if args.output is not None and args.path.is_dir():
@@ -145,6 +145,13 @@ def _stamp_file(args: argparse.Namespace, sampling: Sampling, yaml: str | None) 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("force", "in_place", "check", "dry_run")}
+
+
+def _spell_out(args: argparse.Namespace) -> None:
+    """Put our names in place of modelspec's word."""
+    if args.prediction_type in MODELSPEC_ONLY:
+        args.prediction_type, zero_snr = MODELSPEC[args.prediction_type]
+        args.zero_terminal_snr = args.zero_terminal_snr or zero_snr
 
 
 def sampling_from_args(args: argparse.Namespace) -> Sampling:
@@ -211,68 +218,3 @@ def _lines(first: Stamped, done: Stamped) -> list[str]:
         f"{done.path}: {KINDS[done.kind][0]}; {way}; markers: {marks}",
         *(f"  {note}" for note in dict.fromkeys((*first.notes, *done.notes))),
     ]
-
-
-def inspect(args: argparse.Namespace) -> int:
-    """The command."""
-    file, truth, rows = verdicts(args.path)
-    if args.json:
-        print(as_json(file, truth, rows))
-    elif args.markdown:
-        print(as_markdown(args.path, truth, rows))
-    else:
-        print(as_text(file, truth, rows))
-    return 0
-
-
-def as_text(file: ModelFile, truth: Sampling | None, rows: list[Verdict]) -> str:
-    """What the file is, what it says, and a line per UI."""
-    other = ", not SDXL" if file.is_sdxl is False else ""
-    lines = [f"{printable(str(file.path))}: {KINDS[file.kind][0]}{other}"]
-    lines += [f"  {printable(file.mended)}"] if file.mended else []
-    lines += [f"  says: {where}{': ' if what else ''}{what}" for where, what in file.said().items()]
-    lines.append(
-        f"  to be sampled as {truth}"
-        if truth
-        else "  does not say how it was trained: sdxl-fixes stamp writes that"
-    )
-    if truth:
-        lines += [f"  but {what}" for what in file.contradictions(truth)]
-    lines += ["", f"{'':<42}{'predicts':<17}{'sigma_max':<11}"]
-    for row in rows:
-        predicts = row.sampling.prediction_type if row.sampling else "-"
-        sigma = "-" if row.sigma_max is None else f"{row.sigma_max:.6g}"
-        mark = {True: "right", False: "WRONG: ", None: ""}[row.right]
-        lines.append(f"{row.ui:<42}{predicts:<17}{sigma:<11}{mark}{row.missing}".rstrip())
-    return "\n".join(lines)
-
-
-def as_markdown(path: Path, truth: Sampling | None, rows: list[Verdict]) -> str:
-    """The page for a model card. Raises ValueError if the file does not say how it was trained."""
-    if truth is None:
-        raise ValueError(
-            f"{path} does not say how it was trained, so nobody can say how to load it: stamp it first"
-        )
-    schedule = truth.schedule
-    lines = [
-        "## How to load this model",
-        "",
-        f"`{printable(path.name)}` predicts **{truth.prediction_type}**; its noise schedule ends at **sigma "
-        f"{schedule.terminal_sigma:.6g}** "
-        f"({100 * schedule.residual_signal:.2g} % of the image left; SDXL's own ends at "
-        f"{NoiseSchedule.sdxl().terminal_sigma:.4g}). "
-        "The file says so itself.",
-        "",
-        "| program | loads it as | what to do |",
-        "|---|---|---|",
-    ]
-    for row in rows:
-        loads = (
-            "-"
-            if row.sampling is None or row.sigma_max is None
-            else f"{row.sampling.prediction_type}, sigma_max {row.sigma_max:.6g}"
-        )
-        todo = "nothing: it is right" if row.right else row.missing
-        lines.append(f"| {row.ui} | {loads} | {todo[:1].upper() + todo[1:]} |")
-    lines += ["", "Made by `sdxl-fixes inspect --markdown`."]
-    return "\n".join(lines)

@@ -1,18 +1,18 @@
-"""What a .safetensors file is (checkpoint, U-Net, LoRA, one of several shards) and what it says about its
-schedule."""
+"""What a .safetensors file says about its schedule."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from sdxl_fixes.atomic import companion
 from sdxl_fixes.checkpoint import (
     MARKERS,
+    MODELSPEC,
     UNET,
     Sampling,
     overruled,
@@ -23,8 +23,9 @@ from sdxl_fixes.checkpoint import (
     sampling_of_file,
     sampling_of_json,
 )
-from sdxl_fixes.errors import about, printable
+from sdxl_fixes.errors import about, quoted
 from sdxl_fixes.model_files.header import FormatError, Header, Tensor, read_header
+from sdxl_fixes.model_files.kinds import KINDS, Contents, contents
 from sdxl_fixes.model_files.write import recover
 
 SCHEDULER_CONFIG = "scheduler_config.json"
@@ -32,26 +33,6 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # ComfyUI's markers of models that are told another timestep (0.25 log sigma): wrong in any model with a noise
 # schedule
 EDM_MARKERS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
-# kind of file -> what to call it, and the prefixes at which UIs look for its markers
-KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "checkpoint": ("checkpoint (U-Net, text encoders, VAE)", ("",)),
-    "unet": ("U-Net alone, under model.diffusion_model.", ("", UNET)),
-    "bare_unet": ("U-Net alone, bare names", ("",)),
-    "diffusers_unet": ("U-Net in diffusers' names", ()),
-    "lora": ("LoRA or other network", ()),
-    "shard": ("one of several shards", ()),
-}
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
-_NETWORK = re.compile(
-    r"(^lora_|^lycoris_|\.lora_(down|up|A|B)\.|\.hada_w|\.lokr_w|\.oft_|\.diff$|\.lora\.(down|up)\.)"
-)
-# where each kind has the layer that tells SDXL's U-Net from others, and its input size there
-_EMBEDDING = {
-    "checkpoint": UNET + "label_emb.0.0.weight",
-    "unet": UNET + "label_emb.0.0.weight",
-    "bare_unet": "label_emb.0.0.weight",
-    "diffusers_unet": "add_embedding.linear_1.weight",
-}
 
 
 def read_sampling(path: Path, predicts: str | None = None) -> Sampling | None:
@@ -78,7 +59,7 @@ def read_said(path: Path, predicts: str | None = None) -> tuple[Sampling, str] |
     if config_file.is_file() and path.suffix != ".json":
         said = None if is_pickle(path) else _said_by(path)
         return said or (_of_json(config_file), f"{config_file.name} beside it")
-    _check_readable(path)
+    _check_readable(path, "a .safetensors file, a folder, or a .json that tells a schedule")
     return (_of_json(path, predicts), "it") if path.suffix == ".json" else _said_by(path)
 
 
@@ -138,25 +119,25 @@ def _named(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _check_readable(path: Path) -> None:
+def _check_readable(path: Path, expected: str = "a .safetensors file or a folder") -> None:
     if is_pickle(path):
         raise FormatError(f"{path} is a pickle, which is never opened here: convert it to safetensors first")
     if path.is_symlink() and not os.path.exists(path):
         raise FileNotFoundError(f"{path} is a symbolic link to {os.readlink(path)}, which leads to no file")
     if not os.path.exists(path):
-        raise FileNotFoundError(f"there is no {path}: give a .safetensors file or a folder")
+        raise FileNotFoundError(f"there is no {path}: give {expected}")
     if not path.is_file():
-        raise OSError(f"{path} is not a regular file: give a .safetensors file or a folder")
+        raise OSError(f"{path} is not a regular file: give {expected}")
 
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A checked header, the kind of the file, and its schedule record. ``mended`` tells what an interrupted
+    """A checked header, what the file holds, and its schedule record. ``mended`` tells what an interrupted
     stamp had left behind, ``broken`` what is wrong with a record that :meth:`read` was told to overrule."""
 
     path: Path
     header: Header
-    kind: str
+    contents: Contents
     record: Sampling | None
     mended: str | None = None
     broken: str | None = None
@@ -177,7 +158,7 @@ class ModelFile:
             if not overrule:
                 raise ValueError(f"{path}: {error}") from error
             broken = str(error)
-        return cls(path, header, _kind(path, header), record, mended, broken)
+        return cls(path, header, contents(path, header), record, mended, broken)
 
     @property
     def sampling(self) -> Sampling | None:
@@ -185,12 +166,14 @@ class ModelFile:
         return sampling_of_file(self.header.metadata, self.header.tensors)
 
     @property
+    def kind(self) -> str:
+        """A key of KINDS."""
+        return self.contents.kind
+
+    @property
     def is_sdxl(self) -> bool | None:
-        """Whether it is an SDXL U-Net; None where that cannot be seen (networks, shards)."""
-        if self.kind not in _EMBEDDING:
-            return None
-        layer = self.header.tensors.get(_EMBEDDING[self.kind])
-        return layer is not None and layer.shape[-1:] == (2816,)
+        """Whether it is SDXL's U-Net, or a network for it; None where that cannot be seen."""
+        return self.contents.sdxl
 
     @property
     def marker_prefixes(self) -> tuple[str, ...]:
@@ -208,15 +191,14 @@ class ModelFile:
             found |= {f"the marker {prefix + name}": "" for prefix in ("", UNET) if self.marked(name, prefix)}
         names = ("modelspec.prediction_type", "modelspec.predict_key", "ss_zero_terminal_snr")
         return found | {
-            f"the metadata {name}": printable(self.header.metadata[name][:80])
+            f"the metadata {name}": quoted(self.header.metadata[name])
             for name in names
             if name in self.header.metadata
         }
 
     def contradictions(self, sampling: Sampling) -> list[str]:
         """What the file says that is not so for ``sampling``, each as half a sentence."""
-        epsilon, v = sampling.prediction_type == "epsilon", sampling.prediction_type == "v_prediction"
-        zero_snr = sampling.zero_terminal
+        v, zero_snr = sampling.prediction_type == "v_prediction", sampling.zero_terminal
         found = []
         if self.broken is not None:
             found.append("its record was broken")
@@ -233,18 +215,30 @@ class ModelFile:
                 if self.marked(name, prefix)
             ]
         says = self.header.metadata.get("modelspec.prediction_type")
-        agrees = {
-            "epsilon": epsilon,
-            "v": v,
-            "v-zsnr": v and zero_snr,
-            "sd3": sampling.prediction_type == "flow_prediction",
-        }
-        if says is not None and not agrees.get(says, True):
-            found.append(f"its modelspec.prediction_type says {printable(says[:80])}")
+        told = {**MODELSPEC, "sd3": ("flow_prediction", False)}.get(says or "")
+        if told is not None and (told[0] != sampling.prediction_type or (told[1] and not zero_snr)):
+            found.append(f"its modelspec.prediction_type says {quoted(str(says))}")
         says = self.header.metadata.get("ss_zero_terminal_snr")
         if says in ("True", "False") and (says == "True") != zero_snr:
             found.append(f"its ss_zero_terminal_snr says {says}")
         return found
+
+    def lost(self) -> str | None:
+        """Half a sentence if the file was written by a tool that merges or extracts, and that wrote no word
+        of how its sources were trained (kohya's write epsilon whatever they merge); None otherwise."""
+        metadata = self.header.metadata
+        if self.sampling is not None or metadata.get("modelspec.prediction_type") == "sd3":
+            return None
+        for key in ("modelspec.merged_from", "sd_merge_models", "sd_merge_recipe"):
+            if metadata.get(key):
+                return f"it is a merge ({key}: {quoted(metadata[key])})"
+        trained = ("ss_steps", "ss_learning_rate", "ss_num_train_images", "ss_max_train_steps")
+        if "ss_network_module" in metadata and not any(key in metadata for key in trained):
+            return "a tool that merges or extracts wrote it (ss_network_module, and nothing of a training)"
+        base = metadata.get("ss_sd_model_name", "")
+        if re.search(r"v[-_ ]?pred|ztsnr|zsnr|[-_ ]rf\b|rectified", base, re.IGNORECASE):
+            return f"its ss_sd_model_name is {quoted(base)}"
+        return None
 
     def with_markers(self, wanted: tuple[str, ...]) -> dict[str, Tensor]:
         """The file's entries with exactly the markers ``wanted``. A marker that holds bytes cannot go without
@@ -262,21 +256,3 @@ class ModelFile:
             elif tensor.begin != tensor.end:
                 entries[f"sdxl_fixes.removed.{name}"] = tensor
         return entries
-
-
-def _kind(path: Path, header: Header) -> str:
-    names: Mapping[str, Tensor] = header.tensors
-    if _SHARD.search(path.name):
-        return "shard"
-    if any(name.startswith(UNET + "input_blocks.") for name in names):
-        others = ("conditioner.", "first_stage_model.", "cond_stage_model.", "text_encoders.", "vae.")
-        return "checkpoint" if any(name.startswith(others) for name in names) else "unet"
-    if any(name.startswith("input_blocks.") for name in names):
-        return "bare_unet"
-    if "conv_in.weight" in names and "time_embedding.linear_1.weight" in names:
-        return "diffusers_unet"
-    if any(_NETWORK.search(name) for name in names):
-        return "lora"
-    raise ValueError(
-        f"{path} holds no U-Net and no LoRA of Stable Diffusion's kind, so there is no schedule to speak of"
-    )

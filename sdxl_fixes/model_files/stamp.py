@@ -21,7 +21,7 @@ from sdxl_fixes.checkpoint import (
 )
 from sdxl_fixes.errors import about
 from sdxl_fixes.model_files.header import ROOM_KEY, Header, encode_header
-from sdxl_fixes.model_files.model_file import KINDS, SCHEDULER_CONFIG, ModelFile, unet_files
+from sdxl_fixes.model_files.model_file import SCHEDULER_CONFIG, ModelFile, unet_files
 from sdxl_fixes.model_files.write import check_output, check_writable, data_hash, longer, replace_header
 
 MODEL_INDEX = "model_index.json"
@@ -54,8 +54,8 @@ def stamp_file(
     file = ModelFile.read(path, overrule=force)
     if file.is_sdxl is False and not force:
         raise ValueError(
-            f"{path} is a {KINDS[file.kind][0]}, but not of SDXL, and the markers would mean something "
-            "else there: "
+            f"{path} is not of SDXL, it is a {file.contents.what}, and the markers would mean something else "
+            "there: "
             "--force writes the record alone"
         )
     found = file.contradictions(sampling)
@@ -64,11 +64,12 @@ def stamp_file(
             f"{path}: {'; '.join(found)}; the stamp would say {sampling}: give --force if the stamp is right"
         )
     notes = [*([file.mended] if file.mended else []), *(f"overruled: {what}" for what in found)]
-    wanted = markers(sampling.schedule, sampling.prediction_type) if file.is_sdxl else ()
+    markable = file.is_sdxl and file.kind != "lora"
+    wanted = markers(sampling.schedule, sampling.prediction_type) if markable else ()
     if file.kind == "lora" and markers(sampling.schedule, sampling.prediction_type):
         notes.append("a LoRA gets no markers: the checkpoint it is used with decides, so stamp that too")
     entries = _metadata(file.header, sampling)
-    tensors = file.with_markers(wanted) if file.is_sdxl else dict(file.header.tensors)
+    tensors = file.with_markers(wanted) if markable else dict(file.header.tensors)
     placed = tuple(prefix + name for prefix in file.marker_prefixes for name in wanted)
     had = {key: value for key, value in file.header.metadata.items() if key != ROOM_KEY}
     if entries == had and tensors == file.header.tensors and output is None:

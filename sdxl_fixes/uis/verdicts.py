@@ -1,9 +1,8 @@
 """What each UI will make of a file, as data: what it takes the model to predict, on which schedule, up to
 which sigma.
 
-Read from the UIs' own code (ComfyUI 0.3.64, Forge dfdcbab6, reForge 3b56b268, A1111 dev 2025, SD.Next
-058a7f0c, InvokeAI 6.14, SwarmUI 062407c7, diffusers 0.40); ComfyUI's rows are also a test against that code
-(tests/uis).
+Read from the UIs' own code, of the version in each row; the cases that a row names as run are tests against
+that code (tests/uis).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from sdxl_fixes.checkpoint import STAND_IN_SIGMA, UNET, Sampling, flow_shift
+from sdxl_fixes.checkpoint import MODELSPEC, STAND_IN_SIGMA, UNET, Sampling, flow_shift
 from sdxl_fixes.errors import printable
 from sdxl_fixes.model_files.model_file import (
     SCHEDULER_CONFIG,
@@ -34,6 +33,8 @@ NODE, EXTENSION = (
     "install the node (sdxl-fixes comfyui install PATH)",
     ("install the extension (sdxl-fixes webui install PATH)"),
 )
+
+OTHER = "not known here: it is not of SDXL"
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,16 @@ def verdicts(path: Path) -> tuple[ModelFile, Sampling | None, list[Verdict]]:
     if path.is_dir():
         folder = _Folder.read(path)
         truth = read_sampling(path)
-        return folder.file, truth, [_verdict(ui, truth, *UIS[ui].folder(folder)) for ui in UIS]
+        unknown = (None, OTHER, False) if folder.file.is_sdxl is False else None
+        rows = [_verdict(ui, truth, *(unknown or UIS[ui].folder(folder))) for ui in UIS]
+        return folder.file, truth, rows
     file = ModelFile.read(path)
     return file, file.sampling, [_verdict(ui, file.sampling, *_reading(ui, file)) for ui in UIS]
 
 
 def _reading(ui: str, file: ModelFile) -> Reading:
+    if file.is_sdxl is False:
+        return None, OTHER
     if file.kind == "lora":
         return None, "the checkpoint that it is used with decides: no UI reads a schedule from a LoRA"
     return (None, "loads no single shard") if file.kind == "shard" else UIS[ui].file(file)
@@ -246,18 +251,21 @@ def _sd_next(file: ModelFile) -> Reading:
         return Sampling(NoiseSchedule.flow(2.5), "flow_prediction"), (
             "its file name says flow to SD.Next, at shift 2.5: rename it"
         )
-    v = any(word in name for word in ("vpred", "v-pred", "v_pred")) or file.marked("v_pred")
-    return _stock(v, False), "use a diffusers folder with its scheduler_config.json and the sampler Default"
+    note = "use a diffusers folder with its scheduler_config.json and the sampler Default"
+    if any(word in name for word in ("vpred", "v-pred", "v_pred")):
+        return _stock(True, True), f"its file name says zero terminal SNR to SD.Next: rename it, or {note}"
+    v = file.marked("v_pred")
+    return _stock(v, v and file.marked("ztsnr")), note
 
 
 def _invokeai(file: ModelFile) -> Reading:
     if file.kind != "checkpoint":
         return None, "loads checkpoints and diffusers folders"
-    note = (
-        "choose v-prediction in the model manager"
-        if file.record == _stock(True, False)
-        else ("use a diffusers folder, stamped")
-    )
+    note = "use a diffusers folder, stamped"
+    if file.record == _stock(True, False):
+        note = "choose v-prediction in the model manager"
+    elif file.record is not None and file.record.prediction_type not in ("epsilon", "v_prediction"):
+        note = "samples epsilon and v-prediction only"
     return _stock(False, False), note
 
 
@@ -272,9 +280,11 @@ def _diffusers(file: ModelFile) -> Reading:
 
 
 def _swarm(file: ModelFile) -> Reading:
-    says = file.header.metadata.get("modelspec.prediction_type")
-    if says in ("v", "v-zsnr", "epsilon"):
-        return _stock(says != "epsilon", says == "v-zsnr"), "stamp the file"
+    metadata = file.header.metadata
+    says = metadata.get("modelspec.prediction_type", "").strip() or metadata.get("prediction_type", "")
+    if says in MODELSPEC:
+        predicts, zero_snr = MODELSPEC[says]
+        return Sampling(_stock(False, zero_snr).schedule, predicts), "stamp the file"
     if says == "sd3":
         return Sampling(NoiseSchedule.flow(_shift(file)), "flow_prediction"), "stamp the file"
     return _comfy_checkpoint(file)
@@ -349,38 +359,50 @@ def _config_folder(folder: _Folder) -> FolderReading:
 
 
 def _invokeai_folder(folder: _Folder) -> FolderReading:
-    flow = folder.says is not None and folder.says.prediction_type == "flow_prediction"
-    return (None, "refuses flow", False) if flow else _config_folder(folder)
+    known = folder.says is None or folder.says.prediction_type in ("epsilon", "v_prediction")
+    return _config_folder(folder) if known else (None, "takes epsilon and v-prediction only", False)
 
 
 # ---------------------------------------------------------------- the table
 
 
+# the cases of docs/loading.md
+CASES = ("eps 14.6", "v", "v + ZTSNR", "eps + ZTSNR", "eps 300", "any betas", "flow")
+
+
 @dataclass(frozen=True)
 class UI:
     """A UI: what it makes of a file, what of a diffusers folder, and at which sigma it ends zero terminal
-    SNR."""
+    SNR. ``code`` is the version of its code where that was read; of CASES, a test runs ``ran`` (files) and
+    ``ran_folder`` on that code."""
 
+    code: str
     file: Callable[[ModelFile], Reading]
     folder: Callable[[_Folder], FolderReading] = _no_folder
     zero_snr_sigma: float = ZERO_SNR_SIGMA
+    ran: tuple[str, ...] = ()
+    ran_folder: tuple[str, ...] = ()
 
+
+_COMFYUI, _FORGE, _REFORGE = "ComfyUI 0.3.64", "Forge dfdcbab6", "reForge 3b56b268"
+_A1111, _NEO, _SWARM = "A1111 as of 2025", "Forge Neo as of 2025", "SwarmUI 062407c7"
+_SD_NEXT, _INVOKEAI, _STOCK = "SD.Next 058a7f0c", "InvokeAI 8e71a8a5 (6.14)", "diffusers 0.42"
 
 UIS = {
-    "ComfyUI, Load Checkpoint": UI(_comfy_checkpoint, _comfy_folder),
-    "ComfyUI, Load Diffusion Model": UI(_comfy_unet, _comfy_folder),
-    "ComfyUI with our node": UI(_with_node, _node_folder),
-    "Forge": UI(_forge),
-    "reForge": UI(_reforge),
-    "A1111, dev branch": UI(_a1111_dev),
-    "A1111 up to 1.10": UI(_a1111_old),
-    "Forge with our extension": UI(_forge_extension),
-    "reForge or A1111 with our extension": UI(_a1111_extension),
-    "Forge Neo": UI(_forge_neo),
-    "SwarmUI": UI(_swarm),
-    "SD.Next": UI(_sd_next, _config_folder, STAND_IN_SIGMA),
-    "InvokeAI": UI(_invokeai, _invokeai_folder, STAND_IN_SIGMA),
-    "diffusers": UI(_diffusers, _config_folder, STAND_IN_SIGMA),
+    "ComfyUI, Load Checkpoint": UI(_COMFYUI, _comfy_checkpoint, _comfy_folder, ran=CASES),
+    "ComfyUI, Load Diffusion Model": UI(_COMFYUI, _comfy_unet, _comfy_folder, ran=CASES),
+    "ComfyUI with our node": UI(_COMFYUI, _with_node, _node_folder, ran=CASES),
+    "Forge": UI(_FORGE, _forge),
+    "reForge": UI(_REFORGE, _reforge),
+    "A1111, dev branch": UI(_A1111, _a1111_dev),
+    "A1111 up to 1.10": UI(_A1111, _a1111_old),
+    "Forge with our extension": UI(_FORGE, _forge_extension, ran=CASES[1:]),
+    "reForge or A1111 with our extension": UI(_REFORGE, _a1111_extension, ran=CASES[1:6]),
+    "Forge Neo": UI(_NEO, _forge_neo),
+    "SwarmUI": UI(_SWARM, _swarm),
+    "SD.Next": UI(_SD_NEXT, _sd_next, _config_folder, STAND_IN_SIGMA, ran=CASES, ran_folder=CASES),
+    "InvokeAI": UI(_INVOKEAI, _invokeai, _invokeai_folder, STAND_IN_SIGMA, ran=CASES, ran_folder=CASES),
+    "diffusers": UI(_STOCK, _diffusers, _config_folder, STAND_IN_SIGMA, ran_folder=CASES),
 }
 
 
@@ -389,6 +411,7 @@ def as_json(file: ModelFile, truth: Sampling | None, rows: list[Verdict]) -> str
     content = {
         "file": str(file.path),
         "kind": file.kind,
+        "model": file.contents.model,
         "sdxl": file.is_sdxl,
         "room": file.header.size - len(file.header.raw.rstrip()),
         "says": file.said(),

@@ -182,7 +182,7 @@ def test_every_command_of_the_help_is_a_module_that_registers_itself(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     words = capsys.readouterr().out.split("{")[1].split("}")[0].split(",")
-    both = {"inspect": "stamp", "comfyui": "uis", "webui": "uis"}
+    both = {"comfyui": "uis", "webui": "uis"}
     modules = {module.name for module in pkgutil.iter_modules(sdxl_fixes.commands.__path__)}
     assert {both.get(word, word) for word in words} == modules
 

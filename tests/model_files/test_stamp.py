@@ -194,7 +194,7 @@ def test_other_models_are_refused(tmp_path, capsys):
     vae = write(tmp_path / "vae.safetensors", {"decoder.conv_in.weight": [1]})
     assert (
         main(["stamp", str(vae), "--prediction_type", "epsilon"]) == 2
-        and "holds no U-Net and no LoRA" in capsys.readouterr().err
+        and "is a VAE without a U-Net" in capsys.readouterr().err
     )
     pickle = tmp_path / "m.ckpt"
     pickle.write_bytes(b"PK\x03\x04")
@@ -421,7 +421,7 @@ def test_inspect_speaks_text_json_and_markdown(tmp_path, capsys):
     assert main(["inspect", str(path)]) == 0 and "does not say how it was trained" in capsys.readouterr().out
     assert main(["inspect", str(path), "--markdown"]) == 2 and "stamp it first" in capsys.readouterr().err
     stamp_file(path, Sampling(SDXL.with_terminal_sigma(300, "beta_end"), "epsilon"))
-    assert main(["inspect", str(path)]) == 0
+    assert main(["inspect", str(path), "--all"]) == 0
     text = capsys.readouterr().out
     assert all(ui in text for ui in UIS) and "WRONG: install the node" in text
     assert main(["inspect", str(path), "--json"]) == 0
@@ -430,9 +430,9 @@ def test_inspect_speaks_text_json_and_markdown(tmp_path, capsys):
         UIS
     )
     assert main(["inspect", str(path), "--markdown"]) == 0
-    assert (
-        "| ComfyUI with our node | epsilon, sigma_max 300 | Nothing: it is right |" in capsys.readouterr().out
-    )
+    card = capsys.readouterr().out
+    assert "predicts **epsilon**" in card and "ends at **sigma 300**" in card
+    assert "Load Checkpoint), ComfyUI (Load Diffusion Model), SwarmUI**: install the node" in card
 
 
 def test_inspect_mends_what_a_crash_left(tmp_path, capsys):

@@ -37,9 +37,9 @@ def header(shapes, metadata=None, dtype="F16", size=2):
     return json.dumps(content).encode(), end
 
 
-def write(path, shapes, metadata=None, data=b""):
+def write(path, shapes, metadata=None, data=b"", **dtype):
     """A safetensors file with ``data`` at the start of its (else zero) tensors."""
-    text, end = header(shapes, metadata)
+    text, end = header(shapes, metadata, **dtype)
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[:end])
     with open(path, "r+b") as file:
         file.truncate(8 + len(text) + end)

@@ -9,12 +9,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from loading import SAMPLINGS, stamped_folder
 from models import KINDS, model, write
 
 from sdxl_fixes import NoiseSchedule
-from sdxl_fixes.checkpoint import Sampling, overruled, sampling_of_config, stock_config
+from sdxl_fixes.checkpoint import Sampling, overruled, samplable, sampling_of_config, stock_config
 from sdxl_fixes.cli import main
-from sdxl_fixes.uis.verdicts import UIS, verdicts
+from sdxl_fixes.uis.verdicts import CASES, UIS, verdicts
 
 SDXL = NoiseSchedule.sdxl()
 LONG = SDXL.with_terminal_sigma(300)
@@ -40,6 +41,7 @@ def row(path, ui):
 def test_sd_next_goes_by_the_name_of_the_file(name, tmp_path):
     said = row(model(tmp_path / f"{name}.safetensors"), "SD.Next")
     assert said.sampling.prediction_type == NAMES[name]
+    assert said.sampling.zero_terminal == (NAMES[name] == "v_prediction")
 
 
 @pytest.mark.parametrize(
@@ -203,6 +205,24 @@ def test_zero_terminal_snr_ends_where_diffusers_class_ends_it(tmp_path):
         assert row(folder, ui).sigma_max == pytest.approx(float(made.sigmas[0]), rel=1e-3)
 
 
+@pytest.mark.parametrize("case", SAMPLINGS)
+def test_diffusers_samples_a_stamped_folder_as_the_row_says(case, tmp_path):
+    folder, truth = stamped_folder(tmp_path / "folder", SAMPLINGS[case]), SAMPLINGS[case]
+    said = row(folder, "diffusers")
+    config = diffusers.EulerDiscreteScheduler.load_config(folder / "scheduler")
+    made = getattr(diffusers, config["_class_name"]).from_pretrained(folder / "scheduler")
+    assert (said.right, said.sampling, made.config.prediction_type) == (True, truth, truth.prediction_type)
+    if case == "flow":
+        if "use_flow_sigmas" not in made.config:
+            pytest.skip("this diffusers knows no use_flow_sigmas")
+        made.set_timesteps(10)
+        levels = truth.schedule.levels(flow=True)[1]
+        assert float(made.sigmas[5]) == pytest.approx(levels[int(made.timesteps[5])], abs=2e-3)
+        return
+    np.testing.assert_allclose(made.alphas_cumprod, samplable(truth.schedule).alphas_cumprod, atol=1e-6)
+    assert CASES == UIS["diffusers"].ran_folder == tuple(SAMPLINGS)
+
+
 def test_a_flow_matching_config_that_tells_no_shift_has_its_classs_own():
     made = diffusers.FlowMatchEulerDiscreteScheduler()
     says = sampling_of_config({"_class_name": "FlowMatchEulerDiscreteScheduler"})
@@ -219,3 +239,18 @@ def test_what_the_one_writer_writes_is_overruled_by_nothing(kind, base):
             old = None if base is None else {**SDXL.to_config("epsilon"), "_class_name": name} | base
             written = stock_config(Sampling(schedule, kind), old)
             assert overruled(written) == [] and sampling_of_config(written).schedule == schedule
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ({"prediction_type": "v"}, Sampling(SDXL, "v_prediction")),
+        ({"modelspec.prediction_type": " ", "prediction_type": "v"}, Sampling(SDXL, "v_prediction")),
+        ({"modelspec.prediction_type": "epsilon", "prediction_type": "v"}, Sampling(SDXL, "epsilon")),
+        ({"modelspec.prediction_type": "x0"}, Sampling(SDXL, "sample")),
+    ],
+)
+def test_swarmui_takes_the_word_without_its_prefix_too(entries, expected, tmp_path):
+    """T2IModelHandler.cs of 062407c7: the first of the two that is not blank."""
+    path = model(tmp_path / "m.safetensors", metadata=entries)
+    assert row(path, "SwarmUI").sampling == expected
