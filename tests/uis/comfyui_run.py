@@ -8,6 +8,7 @@ a full-size checkpoint costs no memory; everything else is ComfyUI's.
 """
 
 import asyncio
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ import torch  # noqa: E402
 from comfy_extras import nodes_model_advanced, nodes_model_merging  # noqa: E402
 
 comfy.model_management.unet_inital_load_device = lambda *args: torch.device("meta")
-comfy.model_base.BaseModel.load_model_weights = lambda self, *args: self
+comfy.model_base.BaseModel.load_model_weights = lambda self, *args, **kwargs: self
 comfy.model_management.load_models_gpu = lambda *args, **kwargs: None
 for kind in ("checkpoints", "diffusion_models", "loras"):
     folder_paths.add_model_folder_path(kind, str(folder))
@@ -48,7 +49,10 @@ def keys():
     clip = comfy.sdxl_clip.SDXLClipModel(device="meta", dtype=torch.float16).state_dict()
     with torch.device("meta"):
         vae = comfy.sd.AutoencoderKL(ddconfig=VAE_CONFIG, embed_dim=4).state_dict()
-    state = model.state_dict_for_saving(clip, vae)
+    parts = [clip, vae]
+    if "unet_state_dict" in inspect.signature(model.state_dict_for_saving).parameters:  # since 2026
+        parts.insert(0, model.diffusion_model.state_dict())
+    state = model.state_dict_for_saving(*parts)
     (folder / "keys.json").write_text(
         json.dumps({name: list(tensor.shape) for name, tensor in state.items()})
     )
@@ -91,17 +95,25 @@ def describe(model):
 
 
 def load(case):
-    """By the node that a workflow has; text encoders and VAE are left out, they would really be loaded."""
+    """By the node that a workflow has."""
     if case["loader"] == "unet":
         return nodes.UNETLoader().load_unet(case["file"], "default")[0]
-    guess = comfy.sd.load_checkpoint_guess_config
-    comfy.sd.load_checkpoint_guess_config = lambda path, **kwargs: guess(
-        path, **{**kwargs, "output_vae": False, "output_clip": False}
-    )
-    try:
-        return nodes.CheckpointLoaderSimple().load_checkpoint(case["file"])[0]
-    finally:
-        comfy.sd.load_checkpoint_guess_config = guess
+    return nodes.CheckpointLoaderSimple().load_checkpoint(case["file"])[0]
+
+
+def without_others(original):
+    """comfy.sd.load_state_dict_guess_config, which leaves out text encoders and VAE: they would really be
+    loaded."""
+
+    def guess(*args, **kwargs):
+        call = inspect.signature(original).bind(*args, **kwargs)
+        call.arguments.update(output_vae=False, output_clip=False)
+        return original(*call.args, **call.kwargs)
+
+    return guess
+
+
+comfy.sd.load_state_dict_guess_config = without_others(comfy.sd.load_state_dict_guess_config)
 
 
 def after(model, then):
