@@ -84,23 +84,34 @@ def parse_record(text: Any, markers: tuple[str, ...] = (), modelspec: str | None
         raise RecordError(f"it is not ASCII text of at most {RECORD_LIMIT} characters")
     record = _json_object(text)
     if record.get("format") != RECORD_KEY or record.get("version") != VERSION:
-        version, name = printable(str(record.get("version"))), printable(str(record.get("format")))
-        raise RecordError(f"version {version} of {name} is not known here: update the node")
+        version, name = _shown(record.get("version")), _shown(record.get("format"))
+        raise RecordError(f"version {version} of {name} is not known here: update sdxl-fixes")
     prediction_type = record.get("prediction_type")
     if prediction_type not in PREDICTION_TYPES:
-        raise RecordError(f"unknown prediction_type {printable(str(prediction_type))}")
-    sigmas = betas_to_sigmas(_betas(record.get("betas")))
-    zero_snr, shift = bool(np.isinf(sigmas[-1])), 1.0
+        raise RecordError(f"unknown prediction_type {_shown(prediction_type)}")
+    betas = _betas(record.get("betas"))
+    with np.errstate(all="ignore"):  # what overflows is refused below
+        sigmas, zero_snr, shift = _sigmas(betas, prediction_type)
+        held = sigmas.astype(np.float32)  # as UIs hold it
+        rises = bool(held[0] > 0 and np.isfinite(held[-1]) and (np.diff(held) > 0).all())
+    if not rises:
+        raise RecordError("its noise level does not rise at every timestep, or leaves float32's range")
+    return Schedule(prediction_type, sigmas, shift, zero_snr, text, markers, modelspec)
+
+
+def _sigmas(
+    betas: npt.NDArray[np.float64], prediction_type: str
+) -> tuple[npt.NDArray[np.float64], bool, float]:
+    """The table as UIs sample it, whether it ends at SNR 0, and flow's shift."""
+    sigmas = betas_to_sigmas(betas)
+    zero_snr = bool(np.isinf(sigmas[-1]))
     if prediction_type == "flow_prediction":
         sigmas[:-1] = sigmas[:-1] / (1 + sigmas[:-1])
         sigmas[-1] = 1.0 if zero_snr else sigmas[-1] / (1 + sigmas[-1])
-        shift = flow_shift(sigmas)
-    elif zero_snr:
+        return sigmas, zero_snr, flow_shift(sigmas)
+    if zero_snr:
         sigmas[-1] = max(ZERO_SNR_SIGMA, 2 * sigmas[-2])
-    held = sigmas.astype(np.float32)  # as UIs hold it
-    if not (held[0] > 0 and np.isfinite(held[-1]) and (np.diff(held) > 0).all()):
-        raise RecordError("its noise level does not rise at every timestep, or leaves float32's range")
-    return Schedule(prediction_type, sigmas, shift, zero_snr, text, markers, modelspec)
+    return sigmas, zero_snr, 1.0
 
 
 def betas_to_sigmas(betas: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -163,6 +174,12 @@ def printable(text: str) -> str:
     encoding = getattr(sys.stderr, "encoding", None) or "ascii"
     line = line.encode(encoding, "backslashreplace").decode(encoding)
     return line if len(line) <= SHOWN else line[: SHOWN // 2] + " ... " + line[-SHOWN // 2 :]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str):
+        return printable(value)
+    return f"{value:g}" if isinstance(value, float) else f"a {type(value).__name__}"
 
 
 def _same(what: str, found: Any, expected: Any, rounding: float = 0.0) -> None:
