@@ -1,9 +1,9 @@
 """What each UI will make of a file, as data: what it takes the model to predict, on which schedule, up to
 which sigma.
 
-Read from the UIs' own code (ComfyUI 0.3.64, Forge dfdcbab6, reForge 3b56b268, A1111 dev 2025, SD.Next
-058a7f0c, InvokeAI 6.14, SwarmUI 062407c7, diffusers 0.40); ComfyUI's rows are also a test against that code
-(tests/uis).
+Read from the UIs' own code (ComfyUI 0.3.64 and 0.33.0, Forge dfdcbab6, Forge Neo 2.26, reForge 3b56b268,
+A1111 dev 2025, SD.Next 058a7f0c, InvokeAI 6.14, SwarmUI 062407c7, diffusers 0.40); ComfyUI's rows and the
+extension's are also a test against that code (tests/uis).
 """
 
 from __future__ import annotations
@@ -209,17 +209,22 @@ def _a1111_old(file: ModelFile) -> Reading:
     return _stock(_yaml_says_v(file), False), note or "stamp the file"
 
 
+WEBUI_TIMESTEPS = 1000  # which the web UIs' samplers count on, and so our extension
+
+
 def _forge_extension(file: ModelFile) -> Reading:
-    if (
-        file.record is None
-        or file.kind not in ("checkpoint", "unet", "bare_unet")
-        or file.record.prediction_type == "sample"
-    ):
-        return _forge(file)[0], "stamp the file" if file.record is None else "samples no x0 prediction"
+    if file.record is None:
+        return _forge(file)[0], "stamp the file"
+    if file.kind not in ("checkpoint", "unet", "bare_unet") or file.record.prediction_type == "sample":
+        return _forge(file)[0], "samples no x0 prediction"
+    if len(file.record.schedule) != WEBUI_TIMESTEPS:
+        return _forge(file)[0], f"knows tables of {WEBUI_TIMESTEPS} timesteps only"
     return file.record, ""
 
 
 def _a1111_extension(file: ModelFile) -> Reading:
+    if file.record is not None and len(file.record.schedule) != WEBUI_TIMESTEPS:
+        return _a1111_dev(file)[0], f"knows tables of {WEBUI_TIMESTEPS} timesteps only"
     if (
         file.record is None
         or file.kind != "checkpoint"
@@ -287,10 +292,15 @@ def _shift(file: ModelFile) -> float:
 def _forge_neo(file: ModelFile) -> Reading:
     if "rectified" in str(file.path.resolve()).lower():
         return Sampling(NoiseSchedule.flow(), "flow_prediction"), (
-            "its path says rectified flow to Forge Neo: rename it"
+            f"its path says rectified flow to Forge Neo: rename it, or {EXTENSION}"
         )
-    sampling, note = _forge(file)
-    return sampling, "no route but a path with the word rectified, for flow" if note == EXTENSION else note
+    return _forge(file)
+
+
+def _neo_extension(file: ModelFile) -> Reading:
+    if file.record is None:
+        return _forge_neo(file)
+    return _forge_extension(file)
 
 
 def _yaml_says_v(file: ModelFile) -> bool:
@@ -370,6 +380,7 @@ UIS = {
     "Forge with our extension": UI(_forge_extension),
     "reForge or A1111 with our extension": UI(_a1111_extension),
     "Forge Neo": UI(_forge_neo),
+    "Forge Neo with our extension": UI(_neo_extension),
     "SwarmUI": UI(_swarm),
     "SD.Next": UI(_sd_next, _config_folder, STAND_IN_SIGMA),
     "InvokeAI": UI(_invokeai, _invokeai_folder, STAND_IN_SIGMA),

@@ -17,7 +17,7 @@ from sdxl_fixes import NoiseSchedule
 from sdxl_fixes.checkpoint import RECORD_KEY, Sampling
 from sdxl_fixes.model_files.stamp import stamp_file
 from sdxl_fixes.uis.install import TARGETS, install
-from sdxl_fixes.uis.verdicts import ZERO_SNR_SIGMA
+from sdxl_fixes.uis.verdicts import ZERO_SNR_SIGMA, verdicts
 
 SDXL = NoiseSchedule.sdxl()
 CASES = {
@@ -74,7 +74,7 @@ def results(request, extension, tmp_path_factory):
     process = subprocess.run(command, capture_output=True, text=True, cwd=checkout, timeout=300)
     assert process.returncode == 0, process.stderr[-3000:]
     made = json.loads(process.stdout.partition("RESULTS")[2])
-    return ui, dict(zip([*CASES, *REFUSED, *BROKEN], made, strict=True))
+    return ui, dict(zip([*CASES, *REFUSED, *BROKEN], made, strict=True)), folder
 
 
 def expected(sampling):
@@ -134,6 +134,17 @@ def test_what_cannot_be_followed_is_one_sentence_and_changes_nothing(results, ca
     assert sentence.endswith("; the model is loaded as without it")
     made.pop("after", None)
     assert made.pop("untouched") == made
+
+
+@pytest.mark.parametrize("case", [*CASES, *REFUSED])
+def test_inspect_says_what_the_extension_does(results, case):
+    ui, made, folder = results
+    rows = {row.ui: row for row in verdicts(folder / f"{case}.safetensors")[2]}
+    names = {"forge": "Forge", "neo": "Forge Neo"}
+    said = rows[f"{names.get(ui, 'reForge or A1111')} with our extension"]
+    assert said.right == (made[case]["said"] == [])
+    if said.right and "sigmas" in made[case]:
+        assert said.sigma_max == pytest.approx(made[case]["sigmas"][-1], rel=1e-5)
 
 
 def test_the_next_checkpoint_finds_stock_again(results):
