@@ -187,6 +187,9 @@ def save(model):
 @contextlib.contextmanager
 def dynamic_vram():
     """As on a GPU with comfy-aimdo, whose buffers are stood in for: nothing is moved there."""
+    if not hasattr(comfy.model_patcher, "ModelPatcherDynamic"):  # of 2025
+        yield
+        return
     import comfy_aimdo.host_buffer
 
     comfy_aimdo.host_buffer.HostBuffer = lambda *args: None

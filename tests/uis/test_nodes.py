@@ -78,6 +78,11 @@ def test_flow_is_the_papers_noise_level(reader, shift, tmp_path):
     assert read.shift == shift and read.sigmas[-1] == 1
 
 
+def test_whole_numbers_are_numbers(reader):
+    read = reader.parse_record(json.dumps({**RECORD, "betas": [0.1, 0.5, 1]}))
+    np.testing.assert_allclose(read.sigmas, [1 / 3, (11 / 9) ** 0.5, ZERO_SNR_SIGMA])
+
+
 def test_markers_and_modelspec_are_carried(reader, tmp_path):
     for kind in ("checkpoint", "unet"):
         path = model(tmp_path / "m.safetensors", kind)
@@ -289,6 +294,7 @@ def test_nothing_of_others_is_touched(name, tmp_path, capsys):
     assert (folder / "mine.py").read_text() == "x" and not (folder / STAMP).exists()
     (folder / "mine.py").rename(folder.parent / "mine.py")
     folder.rmdir()
+    (folder.parent / "others" / STAMP).touch()
     folder.symlink_to(folder.parent / "others")
     assert main([name, "install", str(root)]) == 2 and "is not ours" in capsys.readouterr().err
     folder.unlink()
