@@ -39,7 +39,7 @@ have all four, folders saved through the diffusers adapter all but the tensors, 
 
 "yes": by itself, nothing to do. "no": see below. "-": does not load such a file. A checkpoint, stamped; then a diffusers folder, stamped.
 **Bold**: run on the UI's own code, of the version in the last column (`tests/uis` runs it again where that code is given); plain: read
-in it. What was run of each: ComfyUI's loaders and nodes; the extension on Forge's and reForge's classes; InvokeAI's model manager and
+in it. What was run of each: ComfyUI's loaders and nodes; the extension on Forge's, Forge Neo's and reForge's classes; InvokeAI's model manager and
 the scheduler that it makes for 18 of its samplers; SD.Next's `set_overrides` and its sampler "Default"; diffusers' scheduler classes.
 SwarmUI is C# and was read: `T2IModelHandler.cs` takes `modelspec.prediction_type`, and `WorkflowGeneratorModelSupport.cs` makes of it a
 ModelSamplingDiscrete node (ModelSamplingSD3 for `sd3`) behind the loader; without the word there is no such node, and ComfyUI's row holds.
@@ -52,10 +52,15 @@ Checkpoint keeps the record. For a LoRA that changed the schedule: the node "Sch
 and v + ZTSNR work in Load Checkpoint; flow works with ModelSamplingSD3. ComfyUI keeps loaded models: restart it after a file was
 stamped.
 
-**Forge, reForge, A1111**: `sdxl-fixes webui install path/to/webui`, restart. Forge: all cases. reForge and A1111: every epsilon and
-v table; flow in reForge by its own Advanced Model Sampling (SD3). Leave "Noise schedule for sampling" at Default. Without the
-extension: the `v_pred` and `ztsnr` tensors work in Forge, reForge and the dev branch of A1111; A1111 up to 1.10 needs `sdxl-fixes
-stamp --yaml` for v and its setting "Noise schedule for sampling: Zero Terminal SNR" for ZTSNR.
+**Forge, Forge Neo, reForge, A1111**: `sdxl-fixes webui install path/to/webui`, restart. Forge and Forge Neo: all cases; flow has the
+shift of the file, whatever Neo's slider says. reForge and A1111: every epsilon and v table; flow in reForge by its own Advanced Model
+Sampling (SD3). Leave "Noise schedule for sampling" at Default. Where a record cannot be followed the console says so in one sentence, and
+the UI does as without the extension. Without it: the `v_pred` and `ztsnr` tensors work in Forge, Neo, reForge and the dev branch of A1111;
+A1111 up to 1.10 needs `sdxl-fixes stamp --yaml` for v and its setting "Noise schedule for sampling: Zero Terminal SNR" for ZTSNR.
+
+**Which folder**: the one with the UI's code, or that of its portable package (`ComfyUI_windows_portable`; one that holds `webui`). Where
+additions are kept apart from the code it is the folder that holds `custom_nodes` (ComfyUI Desktop's, or the one given to
+`--base-directory`) or `extensions` (the one given to `--data-dir`). `sdxl-fixes comfyui status path` says what is there.
 
 **SwarmUI**: it runs ComfyUI; install the node there.
 

@@ -42,7 +42,8 @@ def test_wheel_holds_all_packages_and_the_licence(built):
     names = zipfile.ZipFile(built[1]).namelist()
     for module in ("schedule", "kohya/__main__", "kohya/patches", "diffusers/__init__", "cli"):
         assert f"sdxl_fixes/{module}.py" in names
-    for file in ("schedule_file.py", "comfyui/__init__.py", "webui/scripts/sdxl_fixes_schedule.py"):
+    nodes = ("schedule_file.py", "comfyui/__init__.py", "comfyui/pyproject.toml")
+    for file in (*nodes, "webui/scripts/sdxl_fixes_schedule.py"):
         assert f"sdxl_fixes/uis/nodes/{file}" in names  # what sdxl-fixes comfyui|webui install copies
     assert "sdxl_fixes/py.typed" in names and any(name.endswith("LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests", "integrations", "examples"))]

@@ -19,7 +19,11 @@ def add_command(commands: Any) -> None:
             key, help=f"make {target.name} sample stamped files as they say, without a node in the workflow"
         )
         parser.add_argument("action", choices=tuple(ACTIONS))
-        parser.add_argument("path", type=Path, help=f"the folder of {target.name}")
+        parser.add_argument(
+            "path",
+            type=Path,
+            help=f"the folder of {target.name}, or the one that holds {target.room} ({target.apart})",
+        )
         parser.set_defaults(run=run, target=target)
 
 

@@ -221,17 +221,22 @@ def _a1111_old(file: ModelFile) -> Reading:
     return _stock(_yaml_says_v(file), False), note or "stamp the file"
 
 
+WEBUI_TIMESTEPS = 1000  # which the web UIs' samplers count on, and so our extension
+
+
 def _forge_extension(file: ModelFile) -> Reading:
-    if (
-        file.record is None
-        or file.kind not in ("checkpoint", "unet", "bare_unet")
-        or file.record.prediction_type == "sample"
-    ):
-        return _forge(file)[0], "stamp the file" if file.record is None else "samples no x0 prediction"
+    if file.record is None:
+        return _forge(file)[0], "stamp the file"
+    if file.kind not in ("checkpoint", "unet", "bare_unet") or file.record.prediction_type == "sample":
+        return _forge(file)[0], "samples no x0 prediction"
+    if len(file.record.schedule) != WEBUI_TIMESTEPS:
+        return _forge(file)[0], f"knows tables of {WEBUI_TIMESTEPS} timesteps only"
     return file.record, ""
 
 
 def _a1111_extension(file: ModelFile) -> Reading:
+    if file.record is not None and len(file.record.schedule) != WEBUI_TIMESTEPS:
+        return _a1111_dev(file)[0], f"knows tables of {WEBUI_TIMESTEPS} timesteps only"
     if (
         file.record is None
         or file.kind != "checkpoint"
@@ -304,10 +309,15 @@ def _shift(file: ModelFile) -> float:
 def _forge_neo(file: ModelFile) -> Reading:
     if "rectified" in str(file.path.resolve()).lower():
         return Sampling(NoiseSchedule.flow(), "flow_prediction"), (
-            "its path says rectified flow to Forge Neo: rename it"
+            f"its path says rectified flow to Forge Neo: rename it, or {EXTENSION}"
         )
-    sampling, note = _forge(file)
-    return sampling, "no route but a path with the word rectified, for flow" if note == EXTENSION else note
+    return _forge(file)
+
+
+def _neo_extension(file: ModelFile) -> Reading:
+    if file.record is None:
+        return _forge_neo(file)
+    return _forge_extension(file)
 
 
 def _yaml_says_v(file: ModelFile) -> bool:
@@ -384,8 +394,8 @@ class UI:
     ran_folder: tuple[str, ...] = ()
 
 
-_COMFYUI, _FORGE, _REFORGE = "ComfyUI 0.3.64", "Forge dfdcbab6", "reForge 3b56b268"
-_A1111, _NEO, _SWARM = "A1111 as of 2025", "Forge Neo as of 2025", "SwarmUI 062407c7"
+_COMFYUI, _FORGE, _REFORGE = "ComfyUI 0.33.0 and 0.3.64", "Forge dfdcbab6", "reForge 3b56b268"
+_A1111, _NEO, _SWARM = "A1111 as of 2025", "Forge Neo 2.26", "SwarmUI 062407c7"
 _SD_NEXT, _INVOKEAI, _STOCK = "SD.Next 058a7f0c", "InvokeAI 8e71a8a5 (6.14)", "diffusers 0.42"
 
 UIS = {
@@ -396,9 +406,10 @@ UIS = {
     "reForge": UI(_REFORGE, _reforge),
     "A1111, dev branch": UI(_A1111, _a1111_dev),
     "A1111 up to 1.10": UI(_A1111, _a1111_old),
-    "Forge with our extension": UI(_FORGE, _forge_extension, ran=CASES[1:]),
-    "reForge or A1111 with our extension": UI(_REFORGE, _a1111_extension, ran=CASES[1:6]),
+    "Forge with our extension": UI(_FORGE, _forge_extension, ran=CASES),
+    "reForge or A1111 with our extension": UI(_REFORGE, _a1111_extension, ran=CASES),
     "Forge Neo": UI(_NEO, _forge_neo),
+    "Forge Neo with our extension": UI(_NEO, _neo_extension, ran=CASES),
     "SwarmUI": UI(_SWARM, _swarm),
     "SD.Next": UI(_SD_NEXT, _sd_next, _config_folder, STAND_IN_SIGMA, ran=CASES, ran_folder=CASES),
     "InvokeAI": UI(_INVOKEAI, _invokeai, _invokeai_folder, STAND_IN_SIGMA, ran=CASES, ran_folder=CASES),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from known_network import sampled_by_diffusers
 from models import KINDS, PREFIXED, write
 
 from sdxl_fixes import NoiseSchedule
@@ -38,6 +39,11 @@ CASES = {
     "v 500 timesteps": Sampling(NoiseSchedule.scaled_linear(num_timesteps=500), "v_prediction"),
     "flow": Sampling(NoiseSchedule.flow(), "flow_prediction"),
     "flow shift 3": Sampling(NoiseSchedule.flow(3.0), "flow_prediction"),
+}
+HOSTILE = {
+    "deep": "[" * 9999,
+    "control": json.dumps({"format": "\x1b[2J\r\n" * 9999, "version": 1}),
+    "float": json.dumps({"format": RECORD_KEY, "version": 1, "betas": [1e-18] * 9}),
 }
 # what ComfyUI alone can know: prediction, sigma_max
 ALONE = {"v": ("v_prediction", SDXL.terminal_sigma), "v ztsnr": ("v_prediction", ZERO_SNR_SIGMA)}
@@ -80,6 +86,12 @@ def results(tmp_path_factory):
             for node in (False, True)
         ]
         cases.append({"file": file.name, "loader": "checkpoint", "node": True, "save": True, "then": "save"})
+        cases.append({"file": file.name, "loader": "checkpoint", "node": True, "then": "lora", "save": True})
+        cases += [
+            {"file": file.name, "loader": loader, "node": True, "then": then}
+            for loader in ("checkpoint", "unet")
+            for then in ("reload", "dynamic")
+        ]
     for kind, shapes in (("unet", unet), ("bare_unet", bare)):
         file = write(folder / f"{kind}.safetensors", shapes)
         stamp_file(file, CASES["v ztsnr"])
@@ -96,12 +108,18 @@ def results(tmp_path_factory):
     )
     for file in ("plain.safetensors", "broken.safetensors"):
         cases += [{"file": file, "loader": "checkpoint", "node": node} for node in (False, True)]
+    for file in HOSTILE:
+        write(folder / f"{file}.safetensors", keys, {RECORD_KEY: HOSTILE[file]})
+        cases.append({"file": f"{file}.safetensors", "loader": "checkpoint", "node": True})
+    cases.append({"file": "eps 300.safetensors", "loader": "nothing", "node": True})
     for then in ("discrete", "sd3", "from file loras/lora.safetensors"):
         cases.append(
             {"file": "eps 300.safetensors", "loader": "checkpoint", "node": True, "then": then, "save": True}
         )
     (folder / "cases.json").write_text(json.dumps(cases))
-    text = run(folder).stdout.partition("RESULTS")[2]
+    process = run(folder)
+    (folder / "stderr.txt").write_text(process.stderr, encoding="utf-8")
+    text = process.stdout.partition("RESULTS")[2]
     (folder / "results.json").write_text(text)
     found = json.loads(text)
     return folder, {
@@ -113,26 +131,55 @@ def predicts(made):
     return next(CLASSES[name] for name in made["classes"] if name in CLASSES)
 
 
+def expected(sampling):
+    """The table that is to be sampled."""
+    sigmas = sampling.schedule.sigmas.copy()
+    if sampling.prediction_type == "flow_prediction":
+        shift, u = sampling.schedule.made.options["shift"], np.arange(1, 1001) / 1000
+        return shift * u / (1 + (shift - 1) * u)  # arXiv:2403.03206 eq. 23
+    sigmas[-1] = ZERO_SNR_SIGMA if np.isinf(sigmas[-1]) else sigmas[-1]
+    return sigmas
+
+
+@pytest.mark.parametrize("then", ["", "lora", "reload", "dynamic"])
 @pytest.mark.parametrize("loader", ["checkpoint", "unet"])
 @pytest.mark.parametrize("case", CASES)
-def test_with_the_node_every_schedule_is_sampled(results, case, loader):
-    made, sampling = results[1][f"{case}.safetensors", loader, True, ""], CASES[case]
+def test_with_the_node_every_schedule_is_sampled(results, case, loader, then):
+    """Also with a LoRA, when ComfyUI loads the file once more, and with dynamic VRAM."""
+    key = (f"{case}.safetensors", loader, True, then)
+    if (then, loader) == ("lora", "unet") or "sigmas" not in results[1][key]:
+        pytest.skip("the same as with the other loader, or this ComfyUI loads a file only once")
+    made, sampling = results[1][key], CASES[case]
     assert predicts(made) == sampling.prediction_type
-    expected, last = sampling.schedule.sigmas.copy(), len(sampling.schedule) - 1
+    sigmas, last = expected(sampling), len(sampling.schedule) - 1
     if sampling.prediction_type == "flow_prediction":
-        shift = 3 if "3" in case else 1
-        u = np.arange(1, 1001) / 1000
-        expected = shift * u / (1 + (shift - 1) * u)  # arXiv:2403.03206 eq. 23
-        assert made["first_timestep"] == pytest.approx(1000) and made["middle_timestep"] == pytest.approx(
-            1000 * expected[499], rel=1e-5
-        )
+        assert made["first_timestep"] == pytest.approx(1000)
+        assert made["middle_timestep"] == pytest.approx(1000 * sigmas[499], rel=1e-5)
     else:
-        expected[last] = ZERO_SNR_SIGMA if np.isinf(expected[last]) else expected[last]
         assert made["first_timestep"] == last and made["middle_timestep"] == 499
-        halfway = np.exp(np.interp(last / 2, np.arange(last + 1), np.log(expected)))
+        halfway = np.exp(np.interp(last / 2, np.arange(last + 1), np.log(sigmas)))
         assert made["percent_0.5"] == pytest.approx(halfway, rel=1e-4)
-    np.testing.assert_allclose(made["sigmas"], expected, rtol=2e-6)
-    assert made["first_step"] == pytest.approx(expected[last], rel=1e-5)
+    np.testing.assert_allclose(made["sigmas"], sigmas, rtol=2e-6)
+    assert made["first_step"] == pytest.approx(sigmas[last], rel=1e-5)
+    if sampling.prediction_type != "sample":  # which diffusers' Euler does not know
+        reference = sampled_by_diffusers(sampling, sigmas)
+        scale = np.abs(reference).max()
+        np.testing.assert_allclose(made["sampled"], reference, rtol=1e-3, atol=1e-3 * scale)
+
+
+def test_a_checkpoint_that_is_loaded_for_its_other_parts(results):
+    assert "sigmas" not in results[1]["eps 300.safetensors", "nothing", True, ""]
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_record_is_one_sentence_in_the_console(results, case):
+    folder, made = results
+    plain = dict(made["plain.safetensors", "checkpoint", True, ""])
+    assert {**made[f"{case}.safetensors", "checkpoint", True, ""], "file": ""} == {**plain, "file": ""}
+    text = (folder / "stderr.txt").read_text(encoding="utf-8")
+    said = [line for line in text.splitlines() if f"{case}.safetensors: its schedule record" in line]
+    assert len(said) == 1 and said[0].endswith("; the model is loaded as without it")
+    assert "\x1b" not in text and "Traceback" not in text
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -160,7 +207,8 @@ def test_inspect_says_what_comfyui_does(results):
     }
     columns |= {("checkpoint", True): "ComfyUI with our node", ("unet", True): "ComfyUI with our node"}
     checked = 0
-    for file in sorted({key[0] for key in made} - {"broken.safetensors"}):
+    unreadable = {f"{name}.safetensors" for name in ("broken", *HOSTILE)}
+    for file in sorted({key[0] for key in made} - unreadable):
         rows = {row.ui: row for row in verdicts(folder / file)[2]}
         for (loader, node), ui in columns.items():
             if (file, loader, node, "") in made:
@@ -193,10 +241,11 @@ def test_the_explicit_node_takes_any_file(results):
     assert read_record(made["saved"]["metadata"]) == CASES["v 300 tail"]
 
 
+@pytest.mark.parametrize("then", ["save", "lora"])
 @pytest.mark.parametrize("case", CASES)
-def test_save_checkpoint_keeps_record_and_markers(results, case):
+def test_save_checkpoint_keeps_record_and_markers(results, case, then):
     saved, source = (
-        results[1][f"{case}.safetensors", "checkpoint", True, "save"]["saved"],
+        results[1][f"{case}.safetensors", "checkpoint", True, then]["saved"],
         read_header(results[0] / f"{case}.safetensors"),
     )
     assert read_record(saved["metadata"]) == CASES[case]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from typing import Any
 
 import comfy.model_sampling
@@ -17,28 +18,21 @@ import comfy.sd
 import folder_paths
 import torch
 
-from .schedule_file import MARKERS, RECORD_KEY, Schedule, read_schedule
+from .schedule_file import MARKERS, RECORD_KEY, Schedule, check, printable, read_schedule, why
 
-_KINDS = {
-    "epsilon": comfy.model_sampling.EPS,
-    "v_prediction": comfy.model_sampling.V_PREDICTION,
-    "sample": comfy.model_sampling.X0,
-    "flow_prediction": comfy.model_sampling.CONST,
-}
-
-
+_KINDS = {"epsilon": "EPS", "v_prediction": "V_PREDICTION", "sample": "X0", "flow_prediction": "CONST"}
 # comfy.sd.save_checkpoint's arguments
 _SAVED = ("output_path", "model", "clip", "vae", "clip_vision", "metadata", "extra_keys")
 
 
 def make_sampling(schedule: Schedule, model_config: Any) -> Any:
-    """ComfyUI's own sampling object for the schedule. What was read goes with it, for Save Checkpoint."""
-    flow = schedule.prediction_type == "flow_prediction"
-    base = (
-        comfy.model_sampling.ModelSamplingDiscreteFlow if flow else comfy.model_sampling.ModelSamplingDiscrete
-    )
+    """ComfyUI's own sampling object for the schedule, checked. What was read goes with it, for Save
+    Checkpoint. Where the record cannot be followed it raises RecordError, or what a newer ComfyUI raises."""
+    ours, flow = comfy.model_sampling, schedule.flow
+    base = ours.ModelSamplingDiscreteFlow if flow else ours.ModelSamplingDiscrete
+    kind = getattr(ours, _KINDS[schedule.prediction_type])
 
-    class ModelSamplingFromFile(base, _KINDS[schedule.prediction_type]):  # type: ignore[valid-type,misc]
+    class ModelSamplingFromFile(base, kind):  # type: ignore[valid-type,misc]
         def percent_to_sigma(self, percent: float) -> float:
             """As upstream, but for any number of timesteps (upstream's is for 1000)."""
             if flow or len(self.sigmas) == 1000 or not 0 < percent < 1:
@@ -48,29 +42,35 @@ def make_sampling(schedule: Schedule, model_config: Any) -> Any:
     sampling, sigmas = ModelSamplingFromFile(model_config), torch.from_numpy(schedule.sigmas)
     if flow:  # the network is told 1000 s, as everywhere; the shift spaces the steps
         sampling.set_parameters(shift=schedule.shift, timesteps=len(sigmas), multiplier=1000)
-        sampling.register_buffer("sigmas", sigmas.float())
+        sampling.sigmas = sigmas.float()
     else:
         sampling.set_sigmas(sigmas)
         sampling.num_timesteps, sampling.zsnr = len(sigmas), schedule.zero_snr
+    check(sampling, schedule)
     sampling.sdxl_fixes = schedule
     return sampling
 
 
 def follow(model: Any, path: str) -> None:
-    """Make a freshly loaded model follow the record of its file, if it has one."""
+    """Make a freshly loaded model follow the record of its file, if it has one. Changes all or nothing, and
+    raises nothing: what a newer ComfyUI makes of its own objects cannot be known here."""
     try:
         schedule = read_schedule(path)
-    except ValueError as error:
-        logging.warning("[sdxl-fixes] %s; the model is loaded as without it", error)
-        return
-    if schedule is not None and model is not None:
+        if schedule is None or model is None:
+            return
         model.add_object_patch("model_sampling", make_sampling(schedule, model.model.model_config))
-        logging.info("[sdxl-fixes] %s: %s", path, schedule)
+    except Exception as error:
+        sentence = f"{printable(path)}: {why(error)}; the model is loaded as without it"
+        logging.warning("[sdxl-fixes] %s", sentence)
+        return
+    logging.info("[sdxl-fixes] %s: %s", printable(path), schedule)
 
 
 def _wrap(name: str, wrapper: Any) -> None:
-    original = getattr(comfy.sd, name)
-    if not hasattr(original, "sdxl_fixes"):
+    original = getattr(comfy.sd, name, None)
+    if original is None:
+        logging.warning("[sdxl-fixes] this ComfyUI has no comfy.sd.%s: update sdxl-fixes", name)
+    elif not hasattr(original, "sdxl_fixes"):
         wrapped = functools.wraps(original)(functools.partial(wrapper, original))
         wrapped.sdxl_fixes = True  # type: ignore[attr-defined]
         setattr(comfy.sd, name, wrapped)
@@ -80,28 +80,38 @@ def load(original: Any, *args: Any, **kwargs: Any) -> Any:
     """A loader of comfy.sd, whose first argument is the file and whose first result is the model."""
     result = original(*args, **kwargs)
     path = args[0] if args else kwargs.get("ckpt_path", kwargs.get("unet_path"))
-    if isinstance(path, str):
-        follow(result[0] if isinstance(result, tuple) else result, path)
+    if isinstance(path, (str, os.PathLike)):
+        follow(result[0] if isinstance(result, tuple) else result, os.fspath(path))
     return result
 
 
 def save(original: Any, *args: Any, **kwargs: Any) -> Any:
-    """comfy.sd.save_checkpoint: the record goes with the model, and the markers are those of the file it came
-    from."""
-    call = {**dict(zip(_SAVED, args, strict=False)), **kwargs}
-    schedule = getattr(call["model"].get_model_object("model_sampling"), "sdxl_fixes", None)
-    if schedule is None or len(args) > len(_SAVED):
+    """comfy.sd.save_checkpoint: the record goes with the model."""
+    try:
+        call = _with_record({**dict(zip(_SAVED, args, strict=False)), **kwargs})
+    except Exception as error:
+        logging.warning("[sdxl-fixes] the record is not saved: %s", why(error))
+        call = None
+    if call is None or len(args) > len(_SAVED):
         return original(*args, **kwargs)
+    return original(**call)
+
+
+def _with_record(call: dict[str, Any]) -> dict[str, Any] | None:
+    """The call with the record, and with the markers of the file that the model came from; None for a model
+    that is not sampled by a record."""
+    schedule = getattr(call["model"].get_model_object("model_sampling"), "sdxl_fixes", None)
+    if schedule is None:
+        return None
     metadata = {**(call.get("metadata") or {}), RECORD_KEY: schedule.record}
     if schedule.modelspec is not None:
         metadata["modelspec.prediction_type"] = schedule.modelspec
     if "modelspec.predict_key" in metadata:
-        metadata["modelspec.predict_key"] = (
-            "v" if schedule.prediction_type == "v_prediction" else schedule.prediction_type
-        )
+        is_v = schedule.prediction_type == "v_prediction"
+        metadata["modelspec.predict_key"] = "v" if is_v else schedule.prediction_type
     extra = {name: value for name, value in (call.get("extra_keys") or {}).items() if name not in MARKERS}
     extra |= {name: torch.tensor([]) for name in schedule.markers}
-    return original(**{**call, "metadata": metadata, "extra_keys": extra})
+    return {**call, "metadata": metadata, "extra_keys": extra}
 
 
 _wrap("load_checkpoint_guess_config", load)
@@ -133,11 +143,16 @@ class ScheduleFromFile:
     def patch(self, model: Any, file: str) -> tuple[Any]:
         """A clone of the model that follows the file's record."""
         folder, _, name = file.partition("/")
-        schedule = read_schedule(folder_paths.get_full_path_or_raise(folder, name))
-        if schedule is None:
-            raise ValueError(f"{file} has no schedule record: write one with sdxl-fixes stamp")
+        path = folder_paths.get_full_path_or_raise(folder, name)
+        try:
+            schedule = read_schedule(path)
+            sampling = schedule and make_sampling(schedule, model.model.model_config)
+        except Exception as error:
+            raise ValueError(f"{printable(file)}: {why(error)}") from error
+        if sampling is None:
+            raise ValueError(f"{printable(file)} has no schedule record: write one with sdxl-fixes stamp")
         patched = model.clone()
-        patched.add_object_patch("model_sampling", make_sampling(schedule, model.model.model_config))
+        patched.add_object_patch("model_sampling", sampling)
         return (patched,)
 
 

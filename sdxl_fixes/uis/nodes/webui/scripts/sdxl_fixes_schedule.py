@@ -1,87 +1,146 @@
-"""sdxl-fixes for Forge, reForge and AUTOMATIC1111: a checkpoint that carries a schedule record is sampled by
-it.
+"""sdxl-fixes for Forge, Forge Neo, reForge and AUTOMATIC1111: a checkpoint that carries a schedule record is
+sampled by it.
 
 It acts when a checkpoint is loaded and needs no setting. Files without a record load exactly as without this
-extension. To remove it: ``sdxl-fixes webui remove PATH``, or delete its folder under extensions/.
+extension; where a record cannot be followed, one sentence in the console says so, and the UI does as without
+it. To remove it: ``sdxl-fixes webui remove PATH``, or delete its folder under extensions/.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
 import logging
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from modules import script_callbacks
-from sdxl_fixes_schedule_file import Schedule, read_schedule
+from sdxl_fixes_schedule_file import RecordError, Schedule, check, printable, read_schedule, why
 
 LOG = logging.getLogger("sdxl-fixes")
+TIMESTEPS = 1000  # which these UIs' samplers count on
 
 
 def follow(sd_model: Any) -> None:
-    """Called by the UI with every checkpoint that it has loaded."""
-    _put_back(sd_model)
+    """Called by the UI with every checkpoint that it has loaded. Changes all or nothing, and raises nothing:
+    what a UI's newer version makes of its own objects cannot be known here."""
     path = getattr(getattr(sd_model, "sd_checkpoint_info", None), "filename", None)
     try:
+        _put_back(sd_model)
         schedule = read_schedule(path) if path else None
         if schedule is None:
             return
+        if len(schedule.sigmas) != TIMESTEPS:
+            raise RecordError(f"{len(schedule.sigmas)} timesteps are not known here, only {TIMESTEPS}")
         model = getattr(getattr(getattr(sd_model, "forge_objects", None), "unet", None), "model", None)
         if hasattr(model, "predictor"):
             _forge(sd_model, model, schedule)
         elif hasattr(model, "model_sampling"):
             _reforge(sd_model, model, schedule)
         else:
-            _a1111(sd_model, schedule, ("epsilon", "v_prediction"))
-    except ValueError as error:
-        LOG.warning("[sdxl-fixes] %s; the model is loaded as without it", error)
+            _a1111(sd_model, schedule)
+    except Exception as error:
+        sentence = f"{printable(str(path))}: {why(error)}; the model is loaded as without it"
+        LOG.warning("[sdxl-fixes] %s", sentence)
         return
-    print(f"[sdxl-fixes] {path}: {schedule}")
+    print(f"[sdxl-fixes] {printable(path)}: {schedule}", file=sys.stderr)
 
 
 def _forge(sd_model: Any, model: Any, schedule: Schedule) -> None:
-    from backend.modules.k_prediction import Prediction, PredictionDiscreteFlow
+    """Forge and Forge Neo: ``model.predictor`` holds the table and makes images of the network's output."""
+    if schedule.prediction_type == "sample":
+        raise RecordError("prediction_type sample is not known here")
+    old = model.predictor
+    predictor = _flow(schedule) if schedule.flow else _discrete(old, schedule)
+    check(predictor.cpu(), schedule)
+    model.predictor = predictor.to(old.sigmas.device)
+    for holder, name in ((getattr(sd_model, "model_config", None), "ztsnr"), (sd_model, "use_shift")):
+        if hasattr(holder, name):  # table and shift are the file's: the UI would change them once more
+            setattr(holder, name, False)
 
-    if schedule.prediction_type == "flow_prediction":
-        predictor = PredictionDiscreteFlow(shift=schedule.shift, timesteps=len(schedule.sigmas))
-        if not torch.allclose(predictor.sigmas.double(), torch.from_numpy(schedule.sigmas), rtol=1e-5):
-            raise ValueError("flow over this table of noise levels is not known here")
-    elif schedule.prediction_type in ("epsilon", "v_prediction"):
-        predictor = Prediction(
-            sigma_data=1.0, prediction_type=schedule.prediction_type, timesteps=len(schedule.sigmas)
-        )
-        predictor.set_sigmas(torch.from_numpy(schedule.sigmas))
+
+def _discrete(old: Any, schedule: Schedule) -> Any:
+    """The UI's own predictor with another table; a new one if the UI has taken the model for flow."""
+    if hasattr(old, "set_sigmas"):
+        predictor = copy.deepcopy(old)
     else:
-        raise ValueError(f"{schedule.prediction_type} is not known here")
-    model.predictor = predictor
-    sd_model.model_config.ztsnr = False  # the table ends where it must; Forge would rescale it once more
+        from backend.modules.k_prediction import Prediction
+
+        predictor = _made(
+            Prediction,
+            sigma_data=1.0,
+            prediction_type=schedule.prediction_type,
+            beta_schedule="linear",
+            linear_start=0.00085,
+            linear_end=0.012,
+            timesteps=TIMESTEPS,
+        )
+    table = torch.from_numpy(schedule.sigmas)
+    predictor.prediction_type = schedule.prediction_type
+    predictor.set_sigmas(table)
+    predictor.alphas_cumprod = (1 / (1 + table**2)).float()
+    return predictor
+
+
+def _flow(schedule: Schedule) -> Any:
+    from backend.modules.k_prediction import PredictionDiscreteFlow
+
+    settings = {"shift": schedule.shift, "multiplier": 1000}
+    predictor = _made(
+        PredictionDiscreteFlow,
+        model_config=SimpleNamespace(sampling_settings=settings),
+        shift=schedule.shift,
+        timesteps=TIMESTEPS,
+    )
+    predictor.sigmas = torch.from_numpy(schedule.sigmas).float()
+    return predictor
+
+
+def _made(cls: Any, **offered: Any) -> Any:
+    """An instance, given as much of what is offered as this version of the class asks for."""
+    asked = inspect.signature(cls).parameters
+    return cls(**{name: value for name, value in offered.items() if name in asked})
 
 
 def _reforge(sd_model: Any, model: Any, schedule: Schedule) -> None:
+    """reForge: ``model.model_sampling`` as in ComfyUI, and A1111's samplers."""
     from ldm_patched.modules import model_sampling
 
-    kinds = {"epsilon": model_sampling.EPS, "v_prediction": model_sampling.V_PREDICTION}
-    _a1111(sd_model, schedule, tuple(kinds))
+    table = _alphas_cumprod(sd_model, schedule)
+    kind = model_sampling.V_PREDICTION if _is_v(schedule) else model_sampling.EPS
 
-    class ModelSamplingFromFile(model_sampling.ModelSamplingDiscrete, kinds[schedule.prediction_type]):  # type: ignore[valid-type,misc]
+    class ModelSamplingFromFile(model_sampling.ModelSamplingDiscrete, kind):  # type: ignore[valid-type,misc]
         pass
 
     sampling = ModelSamplingFromFile(model.model_config)
     sampling.set_sigmas(torch.from_numpy(schedule.sigmas))
+    check(sampling, schedule)
+    _set(sd_model, schedule, table)
     model.model_sampling = sampling
 
 
-def _a1111(sd_model: Any, schedule: Schedule, known: tuple[str, ...]) -> None:
-    """Also reForge's samplers read these."""
-    if schedule.prediction_type not in known:
-        by_hand = (
-            f": switch on Advanced Model Sampling, SD3, shift {schedule.shift:g}"
-            if "flow" in schedule.prediction_type
-            else ""
-        )
-        raise ValueError(f"{schedule.prediction_type} cannot be sampled automatically here{by_hand}")
-    table = torch.from_numpy(1 / (1 + schedule.sigmas**2)).float().to(sd_model.alphas_cumprod.device)
+def _a1111(sd_model: Any, schedule: Schedule) -> None:
+    _set(sd_model, schedule, _alphas_cumprod(sd_model, schedule))
+
+
+def _alphas_cumprod(sd_model: Any, schedule: Schedule) -> Any:
+    """The table in the form that A1111's samplers read, reForge's too."""
+    if schedule.prediction_type not in ("epsilon", "v_prediction"):
+        by_hand = f": in reForge switch on Advanced Model Sampling, SD3, shift {schedule.shift:g}"
+        what = f"{schedule.prediction_type} cannot be sampled automatically here"
+        raise RecordError(what + (by_hand if schedule.flow else ""))
+    return torch.from_numpy(1 / (1 + schedule.sigmas**2)).float().to(sd_model.alphas_cumprod.device)
+
+
+def _is_v(schedule: Schedule) -> bool:
+    return bool(schedule.prediction_type == "v_prediction")
+
+
+def _set(sd_model: Any, schedule: Schedule, table: Any) -> None:
     sd_model.sdxl_fixes_stock = (sd_model.parameterization, sd_model.alphas_cumprod)
-    sd_model.parameterization = "v" if schedule.prediction_type == "v_prediction" else "eps"
+    sd_model.parameterization = "v" if _is_v(schedule) else "eps"
     sd_model.alphas_cumprod = sd_model.alphas_cumprod_original = table
     sd_model.ztsnr = False  # the table ends where it must; the UI would rescale it once more
 
