@@ -102,6 +102,12 @@ class TrainingFlags:
         "is unchanged",
         group="timesteps",
     )
+    keep_base: float | None = flag(
+        None,
+        "conversion that keeps what the base knows: this share of the target (1: all of it) is the frozen "
+        "base's own prediction, in the new parameterisation, at every sigma that the base was trained on",
+        group="keep",
+    )
     stable_loss_steps: int | None = flag(
         None,
         "every so many optimizer steps, log the loss on the same images, noise and timesteps: one that can "
@@ -204,6 +210,8 @@ class TrainingFlags:
                 f"--terminal_timestep_share {self.terminal_timestep_share:g}: expected a share in [0, 1), or "
                 "leave it out"
             )
+        if not 0 <= (self.keep_base or 0) <= 1:
+            raise FlagError(f"--keep_base {self.keep_base:g}: expected a share in (0, 1], or leave it out")
         for name in ("stable_loss_steps", "stable_loss_images"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -270,7 +278,7 @@ FLAGS: Mapping[str, Flag] = flags_of(TrainingFlags)
 
 
 def grouped(*groups: str) -> dict[str, Flag]:
-    """The flags of some groups: schedule, loss, weighting, noise, timesteps, validation."""
+    """The flags of some groups: schedule, loss, weighting, noise, timesteps, keep, validation."""
     return {name: stated for name, stated in FLAGS.items() if stated.group in groups}
 
 

@@ -68,6 +68,7 @@ FIXES = {
         {"stratified_timesteps": None, "terminal_timestep_share": None},
         parts={"terminal_timestep_share": "mse_loss"},
     ),
+    "keep": Fix({"keep_base": None}),
     "validation": Fix({"stable_loss_steps": None}, options=("stable_loss_images",)),
     "prompts": Fix({"max_token_length": None}, due="start"),
     "buckets": Fix({"chunk_buckets": None}, due="start"),
@@ -77,7 +78,7 @@ FIXES = {
     "saving": Fix(due="later", wanted=departs),
 }
 # fixes that have no place in EDM-style training
-TRAINING = ("loss", "weighting", "noise", "timesteps", "validation")
+TRAINING = ("loss", "weighting", "noise", "timesteps", "keep", "validation")
 DIFFUSERS = Trainer(
     name="huggingface/diffusers example", v_flag="--prediction_type v_prediction", fixes=FIXES
 )
@@ -159,6 +160,7 @@ def start(
         prediction_type,
         () if weighting is None else (weighting,),
         resumed=bool(getattr(args, "resume_from_checkpoint", None)),
+        base=Sampling(base or NoiseSchedule.sdxl(), known.base_prediction_type),
     )
     _tell(run, may_act, dropped)
     return run
@@ -184,6 +186,11 @@ def _check(args: argparse.Namespace, on: frozenset[str], prediction_type: str) -
             "--stable_loss_steps knows the loss of epsilon and v_prediction, not of "
             f"{prediction_type}: leave it out"
         )
+    if "keep" in on and _trains_text(args):
+        raise FlagError(
+            "--keep_base needs text encoders that stay as they are, since the base reads their output, too: "
+            "leave --train_text_encoder and --train_text_encoder_ti out"
+        )
     if "timesteps" in on and getattr(args, "timestep_bias_strategy", "none") != "none":
         raise FlagError(
             f"--timestep_bias_strategy {args.timestep_bias_strategy} draws the timesteps its own way: leave "
@@ -204,6 +211,11 @@ def _check_sigma_space(schedule: NoiseSchedule, prediction_type: str) -> None:
             "this script noises by sigma, which must be finite: give --terminal_sigma 300 or the like "
             "instead of --zero_terminal_snr"
         )
+
+
+def _trains_text(args: argparse.Namespace) -> bool:
+    """Whether a text encoder is trained, so that embeddings change."""
+    return any(getattr(args, f"train_text_encoder{end}", False) for end in ("", "_ti"))
 
 
 def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
@@ -229,9 +241,7 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
         prompts,
         files,
     )
-    if run.stable_loss is not None and any(
-        getattr(args, f"train_text_encoder{end}", False) for end in ("", "_ti")
-    ):
+    if run.stable_loss is not None and _trains_text(args):
         warn("--stable_loss_steps: text embeddings stay as first seen, though the text encoder is trained")
 
 

@@ -53,6 +53,8 @@ def _for_training(scheduler: SchedulerMixin, run: Run) -> SchedulerMixin:
         SESSION.step.timesteps = timesteps  # for the loss, which is not told
         if run.stable_loss is not None:
             run.stable_loss.noised(original_samples)
+        if run.keep is not None:
+            run.keep.noised(SESSION.step, original_samples, noise, timesteps)
         for mark in ("schedule", "noise"):
             SESSION.reached(mark)
         return (

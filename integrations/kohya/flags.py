@@ -19,7 +19,7 @@ from .run import FIXES, SESSION, start
 
 _NOT_KOHYAS = (
     *("terminal_sigma", "terminal_sigma_method", "terminal_sigma_start"),
-    *("huber_l2_gradient", "min_snr_floor", *grouped("timesteps", "validation")),
+    *("huber_l2_gradient", "min_snr_floor", *grouped("timesteps", "keep", "validation")),
 )
 OURS: Mapping[str, Flag] = {
     **{name: FLAGS[name] for name in _NOT_KOHYAS},

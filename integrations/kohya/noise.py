@@ -32,6 +32,7 @@ def noised(
     if run is None or not run.on:
         return original(args, noise_scheduler, latents, *rest, **kwargs)
     step.sampled, step.residual = False, None
+    keep = run.keep
     if run.stable_loss is not None:
         run.stable_loss.noised(latents)
     if run.perturbation is not None:
@@ -40,6 +41,8 @@ def noised(
             noise_scheduler = _Perturbing(noise_scheduler, run.perturbation)
     result = original(args, noise_scheduler, latents, *rest, **kwargs)
     step.timesteps = result[2]
+    if keep is not None:
+        keep.noised(step, latents, result[0], result[2])
     return result
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sdxl_fixes.checkpoint import Sampling, markers, metadata
 from sdxl_fixes.command_line import Flag
+from sdxl_fixes.errors import FlagError
 from sdxl_fixes.flags import TrainingFlags
 from sdxl_fixes.log import warn
 from sdxl_fixes.model_files.header import FormatError
@@ -57,6 +58,7 @@ FIXES = {
         parts={"terminal_timestep_share": "conditional_loss"},
     ),
     "buckets": Fix({"chunk_buckets": None}, options=("chunk_layout",), due="start"),
+    "keep": Fix({"keep_base": None}),
     "validation": Fix({"stable_loss_steps": None}, options=("stable_loss_images",)),
     "previews": Fix(due="later", wanted=changes_schedule),
     "saving": Fix(due="later", wanted=worth_saying),
@@ -111,6 +113,23 @@ def trains_text(args: argparse.Namespace) -> bool:
     return bool(getattr(args, "train_text_encoder", False))
 
 
+def _base(args: argparse.Namespace) -> Sampling:
+    """How the checkpoint that is trained on is sampled: SDXL's own way unless it says another. Raises
+    FlagError, for --keep_base, where it cannot be read or its conditioning would change."""
+    if trains_text(args):
+        give = "--network_train_unet_only" if hasattr(args, "network_module") else "no --train_text_encoder"
+        raise FlagError(
+            "--keep_base needs text encoders that stay as they are, since the base reads their output, too: "
+            f"give {give}"
+        )
+    path = Path(args.pretrained_model_name_or_path)
+    try:
+        said = read_sampling(path) if path.exists() else None
+    except (OSError, ValueError) as error:
+        raise FlagError(f"--keep_base must know how the base is sampled: {error}") from error
+    return said or Sampling(NoiseSchedule.sdxl(), "epsilon")
+
+
 def start(args: argparse.Namespace, ours: Mapping[str, Flag] | None = None) -> Run:
     """The run that kohya's parsed arguments describe, after it was reported. ``ours`` are flags of the
     plugin's own. Raises FlagError, before any model is loaded, for flags that make no sense and for fixes
@@ -135,6 +154,7 @@ def start(args: argparse.Namespace, ours: Mapping[str, Flag] | None = None) -> R
         "v_prediction" if v else "epsilon",
         weightings(args, flags) if may_act else (),
         resumed=bool(getattr(args, "resume", None)),
+        base=_base(args) if "keep" in asked else None,
         options=options,
         timestep_range=(getattr(args, "min_timestep", None) or 0, getattr(args, "max_timestep", None)),
     )

@@ -9,13 +9,18 @@ from pathlib import Path
 
 _NO_DATASET = "it reads a control data set, whose batches are not made by prompts"
 _BESIDES = "its U-Net is told the control image, which the stable loss does not keep"
-_CONTROL = {"buckets": _NO_DATASET, "validation": _BESIDES}
+_CONTROL = {
+    "buckets": _NO_DATASET,
+    "validation": _BESIDES,
+    "keep": "it trains no U-Net, but what is added to one",
+}
 
 # script -> fix -> why it has no place there
 SCRIPTS: Mapping[str, Mapping[str, str]] = {
     "sdxl_train.py": {},
     "sdxl_train_network.py": {},
     "sdxl_train_textual_inversion.py": {
+        "keep": "it trains text embeddings, and no U-Net",
         "buckets": "it changes the captions after they were counted",
         "validation": "it trains the very text embeddings that the stable loss would keep",
     },

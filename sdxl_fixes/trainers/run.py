@@ -9,14 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sdxl_fixes.checkpoint import Sampling
 from sdxl_fixes.errors import FlagError
 from sdxl_fixes.flags import STABLE_LOSS_IMAGES, TrainingFlags
 from sdxl_fixes.log import rank, world_size
 from sdxl_fixes.noise import InputPerturbation
 from sdxl_fixes.objective import Objective
 from sdxl_fixes.schedule import NoiseSchedule
+from sdxl_fixes.teacher import Teacher
 from sdxl_fixes.timesteps import TimestepSampler
 from sdxl_fixes.trainers.fixes import Fix
+from sdxl_fixes.trainers.keep import Keep
 from sdxl_fixes.trainers.noising import Noising
 from sdxl_fixes.trainers.stable_loss import StableLoss
 from sdxl_fixes.trainers.step import StepLoss
@@ -55,6 +58,7 @@ class Run:
     perturbation: InputPerturbation | None
     timesteps: TimestepSampler | None
     stable_loss: StableLoss | None
+    keep: Keep | None
     # "step" or "start" -> marks that must have been seen
     due: Mapping[str, frozenset[str]] = field(default_factory=dict)
     options: Any = None  # the adapter's own
@@ -78,10 +82,12 @@ def prepare(
     weightings: tuple[Weighting, ...] = (),
     resumed: bool = False,
     timestep_range: tuple[int, int | None] = (0, None),
+    base: Sampling | None = None,
     options: Any = None,
 ) -> Run:
     """The run of the fixes ``on``. Raises FlagError, before any model is loaded, for one that does not fit
-    this version (``refused``: fix -> why) and for values that make no sense together."""
+    this version (``refused``: fix -> why) and for values that make no sense together. ``base``, which the fix
+    keep needs, is how the model that is trained on is sampled."""
     for fix in sorted(on & set(refused)):
         raise FlagError(
             f"the fix {fix!r}, which your flags ask for, does not fit this {trainer.name.rpartition('/')[2]} "
@@ -133,9 +139,24 @@ def prepare(
         stable_loss=_stable_loss(args, flags, schedule, prediction_type, weighting, resumed)
         if "validation" in on
         else None,
+        keep=_keep(flags, base, Sampling(schedule, prediction_type)) if "keep" in on else None,
         due=due,
         options=options,
     )
+
+
+def _keep(flags: TrainingFlags, base: Sampling | None, new: Sampling) -> Keep:
+    assert base is not None and flags.keep_base is not None
+    if base == new:
+        raise FlagError(
+            f"--keep_base converts a model, and the base is sampled already as your flags train, {base}: "
+            "leave it out, or give the flags of what it shall become"
+        )
+    try:
+        parts = (base.schedule, base.prediction_type, new.schedule, new.prediction_type)
+        return Keep(Teacher(*parts, flags.keep_base), base)
+    except ValueError as error:
+        raise FlagError(f"--keep_base: {error}") from error
 
 
 def _stable_loss(
