@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import digits
 import lab
 import numpy as np
 import torch
-from torch import nn
 from torch.func import functional_call, vmap
 
 from sdxl_fixes import NoiseSchedule, Objective
@@ -179,7 +177,9 @@ def work(job: lab.Job, folder: Path) -> dict[str, Any]:
                 asked = (classes + 1) % digits.CLASSES if way == "wrong class" else classes
                 sample, told = teacher.sample(latents, noise, index)
                 with torch.no_grad():
-                    goal = teacher.mix(teacher.answer(sample, teaching(sample, told, asked), index), goal, index)
+                    goal = teacher.mix(
+                        teacher.answer(sample, teaching(sample, told, asked), index), goal, index
+                    )
             rows.append((*given(variant, drawn.noisy, drawn.timesteps), classes, goal))
         x, t, classes, goal = (torch.stack(column) for column in zip(*rows, strict=True))
         for group in optimizer.param_groups:

@@ -153,8 +153,8 @@ def test_mixing_targets_is_mixing_losses_of_l2():
 
 
 def test_perturbed_samples_are_taught_the_mean_of_the_data_s_target():
-    """E[answer | perturbed sample] = E[data's target | perturbed sample], for a perfect base: by regression of
-    both on functions of the perturbed sample."""
+    """E[answer | perturbed sample] = E[data's target | perturbed sample], for a perfect base: by regression
+    of both on functions of the perturbed sample."""
     teacher = Teacher(SDXL, "epsilon", SDXL, "v_prediction")
     generator = torch.Generator().manual_seed(0)
     count, row = 40000, 500
@@ -183,7 +183,7 @@ def test_what_cannot_be_converted_is_refused():
     with pytest.raises(ValueError, match=r"share must lie in \(0, 1\], got 2"):
         Teacher(SDXL, "epsilon", ZTSNR, "v_prediction", share=2)
     tiny = NoiseSchedule.from_sigmas([1e-4, 1e-3])
-    with pytest.raises(ValueError, match="the base knows sigma 0.02917 to 14.61, the schedule has none"):
+    with pytest.raises(ValueError, match=r"the base knows sigma 0\.02917 to 14\.61, the schedule has none"):
         Teacher(SDXL, "epsilon", tiny, "v_prediction")
     assert not Teacher(ZTSNR, "epsilon", ZTSNR, "v_prediction").known[-1]  # which epsilon says nothing of
 

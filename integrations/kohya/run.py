@@ -122,9 +122,10 @@ def _base(args: argparse.Namespace) -> Sampling:
             "--keep_base needs text encoders that stay as they are, since the base reads their output, too: "
             f"give {give}"
         )
-    path = Path(args.pretrained_model_name_or_path)
+    name = getattr(args, "pretrained_model_name_or_path", None)
     try:
-        said = read_sampling(path) if path.exists() else None
+        # a name on the Hugging Face Hub says nothing here: the report tells what is taken for the base's
+        said = read_sampling(Path(name)) if name and Path(name).exists() else None
     except (OSError, ValueError) as error:
         raise FlagError(f"--keep_base must know how the base is sampled: {error}") from error
     return said or Sampling(NoiseSchedule.sdxl(), "epsilon")
