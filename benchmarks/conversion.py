@@ -19,6 +19,7 @@ from torch.func import functional_call, vmap
 from sdxl_fixes import NoiseSchedule, Objective
 from sdxl_fixes import prediction as predictions
 from sdxl_fixes.teacher import Teacher
+from sdxl_fixes.weighting import Debiased
 
 ZTSNR, FLOW = lab.STOCK.zero_terminal_snr(), NoiseSchedule.flow()
 TARGETS = {
@@ -28,7 +29,10 @@ TARGETS = {
 }
 SHARES = {"data": 0.0, "half": 0.5, "whole": 1.0, "wrong class": 1.0}
 WIDTH, BATCH, RATE, STEPS, FEW = 64, 16, 3e-4, 1024, 120
-BASE_BATCH, BASE_STEPS = 64, 1500
+BASE_BATCH = 64
+# how the base was trained: steps, weighting. Debiased weights give it in a short training what only a long
+# one gives without: an idea of the image at large sigma, where an error of epsilon is sigma times as large
+BASES = {"weak base": (1500, None), "strong base": (4000, Debiased())}
 AT = (0, *(round(8 * 2 ** (k / 2)) for k in range(15)))
 SIGMAS, HELD_OUT = np.geomspace(0.03, 14.6, 9), 200
 VARIANTS = (
@@ -50,16 +54,17 @@ def aligned(x: torch.Tensor, told: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     ).float()
 
 
-def base(data: digits.Digits, seed: int) -> digits.Network:
-    """Trained from scratch for epsilon on the stock schedule."""
+def base(data: digits.Digits, seed: int, how: str) -> digits.Network:
+    """Trained from scratch for epsilon on the stock schedule, as BASES says."""
 
     def batch(generator: torch.Generator) -> tuple[torch.Tensor, tuple[Any, ...]]:
         index = torch.randint(digits.TRAINED, (BASE_BATCH,), generator=generator)
         return data.images[index], (data.classes[index],)
 
     torch.manual_seed(seed)
-    objective = Objective(lab.STOCK, "epsilon")
-    made = digits.train_network(digits.Network(WIDTH), objective, batch, seed, BASE_STEPS)
+    steps, weighting = BASES[how]
+    objective = Objective(lab.STOCK, "epsilon", weighting=weighting)
+    made = digits.train_network(digits.Network(WIDTH), objective, batch, seed, steps)
     return made.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
@@ -148,7 +153,7 @@ def own_errors(network: digits.Network) -> list[float]:
 
 def work(job: lab.Job, folder: Path) -> dict[str, Any]:
     data = digits.Digits(job.seed)
-    teaching = base(data, job.seed)
+    teaching = base(data, job.seed, job.key)
     together, few = Together(teaching), np.random.default_rng(job.seed + 10).permutation(digits.TRAINED)[:FEW]
     objectives = {name: Objective(*sampling) for name, sampling in TARGETS.items()}
     teachers = {
@@ -200,7 +205,7 @@ def page(found: dict[str, list[Any]]) -> list[str]:
     return ["TODO"]
 
 
-KEYS = ["conversion"]
+KEYS = list(BASES)
 
 if __name__ == "__main__":
     lab.experiment("conversion", __doc__, work, KEYS, page)
