@@ -19,7 +19,6 @@ from torch.func import functional_call, vmap
 from sdxl_fixes import NoiseSchedule, Objective
 from sdxl_fixes import prediction as predictions
 from sdxl_fixes.teacher import Teacher
-from sdxl_fixes.weighting import Debiased
 
 ZTSNR, FLOW = lab.STOCK.zero_terminal_snr(), NoiseSchedule.flow()
 TARGETS = {
@@ -29,10 +28,7 @@ TARGETS = {
 }
 SHARES = {"data": 0.0, "half": 0.5, "whole": 1.0, "wrong class": 1.0}
 WIDTH, BATCH, RATE, STEPS, FEW = 64, 16, 3e-4, 1024, 120
-BASE_BATCH = 64
-# how the base was trained: steps, weighting. Debiased weights give it in a short training what only a long
-# one gives without: an idea of the image at large sigma, where an error of epsilon is sigma times as large
-BASES = {"weak base": (1500, None), "strong base": (4000, Debiased())}
+BASE_BATCH, BASE_STEPS = 64, 1500
 AT = (0, *(round(8 * 2 ** (k / 2)) for k in range(15)))
 SIGMAS, HELD_OUT = np.geomspace(0.03, 14.6, 9), 200
 VARIANTS = (
@@ -54,17 +50,16 @@ def aligned(x: torch.Tensor, told: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     ).float()
 
 
-def base(data: digits.Digits, seed: int, how: str) -> digits.Network:
-    """Trained from scratch for epsilon on the stock schedule, as BASES says."""
+def base(data: digits.Digits, seed: int) -> digits.Network:
+    """Trained from scratch for epsilon on the stock schedule."""
 
     def batch(generator: torch.Generator) -> tuple[torch.Tensor, tuple[Any, ...]]:
         index = torch.randint(digits.TRAINED, (BASE_BATCH,), generator=generator)
         return data.images[index], (data.classes[index],)
 
     torch.manual_seed(seed)
-    steps, weighting = BASES[how]
-    objective = Objective(lab.STOCK, "epsilon", weighting=weighting)
-    made = digits.train_network(digits.Network(WIDTH), objective, batch, seed, steps)
+    objective = Objective(lab.STOCK, "epsilon")
+    made = digits.train_network(digits.Network(WIDTH), objective, batch, seed, BASE_STEPS)
     return made.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
@@ -153,7 +148,7 @@ def own_errors(network: digits.Network) -> list[float]:
 
 def work(job: lab.Job, folder: Path) -> dict[str, Any]:
     data = digits.Digits(job.seed)
-    teaching = base(data, job.seed, job.key)
+    teaching = base(data, job.seed)
     together, few = Together(teaching), np.random.default_rng(job.seed + 10).permutation(digits.TRAINED)[:FEW]
     objectives = {name: Objective(*sampling) for name, sampling in TARGETS.items()}
     teachers = {
@@ -201,11 +196,107 @@ def work(job: lab.Job, folder: Path) -> dict[str, Any]:
     return {"own": own_errors(teaching), "curve": curve}
 
 
+def ratios(result: dict[str, Any], variant: str) -> np.ndarray:
+    """The variant's error over the base's own, [measurements, SIGMAS]."""
+    curve = np.array([step[VARIANTS.index(variant)] for step in result["curve"]])
+    return curve[:, : len(SIGMAS)] / np.array(result["own"])  # type: ignore[no-any-return]
+
+
+def reached(values: np.ndarray, goal: float) -> float:
+    """Samples until the falling ``values`` [measurements] meet ``goal``, between two measurements by their
+    logarithms; NaN where they do not."""
+    below = np.flatnonzero(values <= goal)
+    if not len(below) or not below[0]:
+        return math.nan
+    k = below[0]
+    share = np.log(values[k - 1] / goal) / np.log(values[k - 1] / values[k])
+    return float(BATCH * (AT[k - 1] + share * (AT[k] - AT[k - 1])))
+
+
+def mean(values: np.ndarray) -> np.ndarray:
+    """Geometric mean over the levels."""
+    return np.exp(np.log(values).mean(1))  # type: ignore[no-any-return]
+
+
+def worst(values: np.ndarray) -> np.ndarray:
+    """The largest over the levels."""
+    return values.max(1)  # type: ignore[no-any-return]
+
+
+# what is measured of the ratios -> the goal
+GOALS = {mean: 1.0, worst: 1.25}
+
+
+def _samples(counts: list[float]) -> str:
+    missing = sum(map(math.isnan, counts))
+    return f"{len(counts) - missing} of {len(counts)} runs" if missing else lab.show(counts, 0)
+
+
+def _over(counts: list[float], alone: list[float]) -> str:
+    """Geometric mean of the paired ratios and its interval; bold where that excludes 1."""
+    logs = [math.log(a / b) for a, b in zip(counts, alone, strict=True)]
+    if any(map(math.isnan, logs)):
+        return ""
+    middle, half = lab.interval(logs)
+    words = f"{math.exp(middle):.2f} ({math.exp(middle - half):.2f} to {math.exp(middle + half):.2f})"
+    return f"**{words}**" if abs(middle) > half else words
+
+
+def _row(results: list[dict[str, Any]], variant: str) -> str:
+    target, amount, way = variant.split(": ")
+    cells = [target, amount, "1, wrong class" if way == "wrong class" else f"{SHARES[way]:g}"]
+    for measure, goal in GOALS.items():
+        counts, alone = (
+            [reached(measure(ratios(r, v)), goal) for r in results]
+            for v in (variant, f"{target}: {amount}: data")
+        )
+        cells += [_samples(counts), "" if way == "data" else _over(counts, alone)]
+    cells += [lab.show([float(measure(ratios(r, variant))[-1]) for r in results]) for measure in GOALS]
+    noise = [r["curve"][-1][VARIANTS.index(variant)][-1] for r in results]
+    return f"| {' | '.join([*cells, lab.show(noise, 3)])} |"
+
+
 def page(found: dict[str, list[Any]]) -> list[str]:
-    return ["TODO"]
+    results = found["conversion"]
+    own = [lab.show([r["own"][k] for r in results], 3) for k in range(len(SIGMAS))]
+    return [
+        "# Conversion with the frozen base as teacher, measured",
+        "",
+        f"Generated by `benchmarks/conversion.py`; {lab.about('conversion')}.",
+        f"scikit-learn's digits; a network of {WIDTH} channels that predicts epsilon on SDXL's schedule is",
+        "made one that predicts v at zero terminal SNR, or rectified flow (told 1000 s; aligned: given the",
+        f"base's scale and timestep), in {STEPS} steps of {BATCH} at one learning rate, {RATE:g}. Every row of",
+        "a seed has the same draws.",
+        "The share is `--keep_base`'s: of the target, the base's own prediction where sigma is at most 14.6,",
+        f"0 is data alone. few: {FEW} images in place of {digits.TRAINED}. wrong class: the base is asked for",
+        "another digit than the student, which must do harm.",
+        "",
+        f"Measured is the squared error of the predicted image on {HELD_OUT} held-out digits at",
+        f"{len(SIGMAS)} sigmas from {SIGMAS[0]:g} to {SIGMAS[-1]:g}, each over the base's own. Samples: until",
+        "the geometric mean of these ratios is 1 (the base's own error, the goal), and until the worst of them",
+        "is 1.25. Over: of the same seed's with data alone, geometric mean and its interval, bold where that",
+        "excludes 1. At the end: mean and worst ratio, and the error where the sample is all noise, which the",
+        "base does not know.",
+        "",
+        f"## The base: {BASE_STEPS} steps of {BASE_BATCH}",
+        "",
+        f"| sigma | {' | '.join(f'{sigma:.2g}' for sigma in SIGMAS)} |",
+        "|---|" + "---|" * len(SIGMAS),
+        f"| its own error | {' | '.join(own)} |",
+        "",
+        "The digits' variance is 1: at the last sigmas this base is worse than the mean of all digits. It was",
+        "trained for a short time, and an error of epsilon counts sigma times in the image.",
+        "",
+        "## The conversions",
+        "",
+        "| target | images | share | samples to its own error | over | samples to 1.25 at the worst | over "
+        "| mean at the end | worst | all noise |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *(_row(results, variant) for variant in VARIANTS),
+    ]
 
 
-KEYS = list(BASES)
+KEYS = ["conversion"]
 
 if __name__ == "__main__":
     lab.experiment("conversion", __doc__, work, KEYS, page)
