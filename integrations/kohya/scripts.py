@@ -20,9 +20,9 @@ SCRIPTS: Mapping[str, Mapping[str, str]] = {
     "sdxl_train.py": {},
     "sdxl_train_network.py": {},
     "sdxl_train_textual_inversion.py": {
-        "keep": "it trains text embeddings, and no U-Net",
         "buckets": "it changes the captions after they were counted",
         "validation": "it trains the very text embeddings that the stable loss would keep",
+        "keep": "it trains text embeddings, and no U-Net",
     },
     "sdxl_train_control_net.py": _CONTROL,
     "sdxl_train_control_net_lllite.py": {**_CONTROL, "previews": "it makes none"},
