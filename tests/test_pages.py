@@ -28,8 +28,8 @@ TRAINERS = """
     accelerate launch: gradient_accumulation_steps multi_gpu num_processes
     sd-scripts: cache_latents_to_disk cache_text_encoder_outputs_to_disk config_file dataset_class
         dataset_config fused_backward_pass logging_dir masked_loss max_grad_norm max_timestep min_timestep
-        network_weights noise_offset prior_loss_weight resume sample_every_n_steps save_model_as
-        skip_until_initial_step v_parameterization validation_split weighted_captions
+        network_train_unet_only network_weights noise_offset prior_loss_weight resume sample_every_n_steps
+        save_model_as skip_until_initial_step v_parameterization validation_split weighted_captions
     diffusers' scripts: cache_latents caption_column clip_skip do_edm_style_training image_column lr_scheduler
         lr_warmup_steps max_train_steps mixed_precision output_dir proportion_empty_prompts
         resume_from_checkpoint timestep_bias_strategy train_batch_size train_text_encoder_ti
