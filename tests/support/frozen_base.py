@@ -14,10 +14,7 @@ def epsilon(network, x0, noise, timesteps, *args, **kwargs):
     """The copy's output for the sample of the same noise-to-signal ratio, told the stock schedule's timestep
     (linear in log sigma), [B, C, H, W]. peft's LoRA is copied as it starts, adding
     nothing."""
-    if "frozen" not in _COPIES:
-        _COPIES["frozen"] = copy.deepcopy(network).double().eval()
-        for module in _COPIES["frozen"].modules():
-            module.__dict__.pop("forward", None)  # of kohya's networks, which are no part of it
+    remember(network)
     x, told, _ = asked(x0, noise, timesteps)
 
     def double(value):
@@ -38,6 +35,14 @@ def epsilon(network, x0, noise, timesteps, *args, **kwargs):
             **{key: double(part) for key, part in kwargs.items()},
         )
     return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def remember(network):
+    """Copy it as it is now, unless that was done before."""
+    if "frozen" not in _COPIES:
+        _COPIES["frozen"] = copy.deepcopy(network).double().eval()
+        for module in _COPIES["frozen"].modules():
+            module.__dict__.pop("forward", None)  # of kohya's networks, which are no part of it
 
 
 def asked(x0, noise, timesteps):

@@ -68,7 +68,19 @@ def trace_tensors(tensors, folder):
 
     if os.environ["TRACE_TENSORS"] == "base":
         sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "support"))
+        import accelerate
         import frozen_base
+
+        load = accelerate.Accelerator.load_state
+
+        @functools.wraps(load)
+        def traced_load(self, *args, **kwargs):
+            for model in self._models:
+                if isinstance(model, UNet2DConditionModel):
+                    frozen_base.remember(model)  # before a saved state is in it
+            return load(self, *args, **kwargs)
+
+        accelerate.Accelerator.load_state = traced_load
     drawn, draw, forward = [], torch.randn_like, UNet2DConditionModel.forward
 
     @functools.wraps(draw)
