@@ -60,14 +60,14 @@ def photographs() -> torch.Tensor:
 class Network(nn.Module):
     """Four residual blocks on 64 pixels, told the timestep and the class."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
-        self.enter, self.leave = nn.Linear(SIDE**2, WIDTH), nn.Linear(WIDTH, SIDE**2)
-        self.time = nn.Sequential(nn.Linear(64, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
-        self.label = nn.Embedding(CLASSES, WIDTH)
+        self.enter, self.leave = nn.Linear(SIDE**2, width), nn.Linear(width, SIDE**2)
+        self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
+        self.label = nn.Embedding(CLASSES, width)
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.SiLU(), nn.Linear(2 * WIDTH, WIDTH)
+                nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width)
             )
             for _ in range(4)
         )

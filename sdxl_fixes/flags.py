@@ -193,6 +193,12 @@ class TrainingFlags:
         "(arXiv:2403.03206 eq. 23)",
         group="timesteps",
     )
+    keep_base: float | None = flag(
+        None,
+        "conversion that keeps what the base knows: this share of the target (1: all of it) is the frozen "
+        "base's own prediction, in the new parameterisation, at every sigma that the base was trained on",
+        group="keep",
+    )
     stable_loss_steps: int | None = flag(
         None,
         "every so many optimizer steps, log the loss on the same images, noise and timesteps: one that can "
@@ -334,6 +340,8 @@ class TrainingFlags:
             value = getattr(self, name)
             if not 0 <= (value or 0) < 1:
                 raise FlagError(f"--{name} {value:g}: expected a share in [0, 1), or leave it out")
+        if not 0 <= (self.keep_base or 0) <= 1:
+            raise FlagError(f"--keep_base {self.keep_base:g}: expected a share in (0, 1], or leave it out")
         self._check_density()
         for name in ("stable_loss_steps", "stable_loss_images", "resolution_shift"):
             value = getattr(self, name)
@@ -450,7 +458,8 @@ FLAGS: Mapping[str, Flag] = flags_of(TrainingFlags)
 
 
 def grouped(*groups: str) -> dict[str, Flag]:
-    """The flags of some groups: base, prediction, schedule, loss, weighting, noise, timesteps, validation."""
+    """The flags of some groups: base, prediction, schedule, loss, weighting, noise, timesteps, keep,
+    validation."""
     return {name: stated for name, stated in FLAGS.items() if stated.group in groups}
 
 

@@ -499,6 +499,25 @@ class NoiseSchedule:
         s = sigma / (alpha + sigma)
         return _frozen(alpha / (alpha + sigma)), _frozen(s), _frozen(len(self) * s)
 
+    def levels_at(self, sigmas: npt.ArrayLike, flow: bool = False) -> tuple[Array, Array, Array]:
+        """:meth:`levels` at any ratios sigma/alpha (shape [N], infinity among them), whether or not a row has
+        them, float64: the timestep between two rows is linear in log sigma, up to an infinite sigma in
+        1/sigma. Ratios outside the table have timestep NaN."""
+        ratio = np.asarray(sigmas, dtype=np.float64)
+        rows, finite = np.arange(len(self), dtype=np.float64), np.isfinite(self.sigmas)
+        with np.errstate(divide="ignore"):
+            told: Array = np.interp(np.log(ratio), self.log_sigmas[finite], rows[finite])
+            inverse = 1 / ratio
+        if self.zero_terminal:
+            told = told + np.maximum(0.0, 1 - self.sigmas[-2] * inverse)
+        alpha, sigma = 1 / np.hypot(1, ratio), 1 / np.hypot(1, inverse)
+        if flow:
+            alpha, sigma = 1 / (1 + ratio), 1 / (1 + inverse)
+            told = len(self) * sigma
+        # but for rounding
+        inside = (ratio >= self.sigmas[0] * (1 - 1e-9)) & (ratio <= self.terminal_sigma * (1 + 1e-9))
+        return alpha, sigma, np.where(inside, told, np.nan)
+
     @property
     def terminal_sigma(self) -> float:
         """Sigma of the last timestep."""

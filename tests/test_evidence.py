@@ -25,6 +25,7 @@ PAGES = {
     "generation": "generation",
 }
 PAGES["chunk_buckets"] = "chunk-buckets"
+PAGES["conversion"] = "conversion"
 
 
 @pytest.mark.parametrize("module", PAGES)

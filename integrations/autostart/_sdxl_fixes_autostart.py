@@ -26,7 +26,14 @@ FLAGS = (  # what sdxl_fixes.kohya adds to upstream's own; tests/test_autostart.
     *("huber_l2_gradient", "min_snr_floor", "stratified_timesteps", "terminal_timestep_share"),
     *("timestep_density", "timestep_density_weighted", "timestep_uniform_share", "resolution_shift"),
     *("logit_mean", "logit_std", "mode_scale", "laplace_mean", "laplace_scale", "beta_alpha", "beta_beta"),
-    *("flow_weighting", "stable_loss_steps", "stable_loss_images", "chunk_buckets", "chunk_layout"),
+    *(
+        "flow_weighting",
+        "keep_base",
+        "stable_loss_steps",
+        "stable_loss_images",
+        "chunk_buckets",
+        "chunk_layout",
+    ),
 )
 
 

@@ -30,17 +30,20 @@ FOREIGN = {
 # and what it is
 BESIDES: dict[str, tuple[tuple[str, ...], str]] = {
     "additional_residuals=": (
-        ("validation",),
+        ("validation", "keep"),
         "its U-Net is given a ControlNet's or an adapter's residuals, which depend on the noise",
     ),
-    "InstructPix2Pix": (("validation",), "its U-Net is given the image to edit beside the noisy latents"),
+    "InstructPix2Pix": (
+        ("validation", "keep"),
+        "its U-Net is given the image to edit beside the noisy latents",
+    ),
     '"--placeholder_token"': (
-        ("validation",),
-        "it trains the very text embeddings that the stable loss would keep",
+        ("validation", "keep"),
+        "it trains the text embeddings themselves, which would have to stay as they are",
     ),
     '"--instance_prompt"': (("buckets",), "it makes its batches of class and instance prompts"),
     "LatentPerceptualLoss": (
-        ("loss", "weighting", "noise", "timesteps", "validation"),
+        ("loss", "weighting", "noise", "timesteps", "keep", "validation"),
         "it adds a perceptual loss of its own, which no fix knows",
     ),
 }
@@ -62,6 +65,7 @@ ANCHORS: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
         (("torch.randint",), "it does not draw its timesteps with torch.randint"),
         _MSE,
     ),
+    "keep": (_TRAINS_BY_TIMESTEP, _ADDS_NOISE, _MSE, (("unet",), "it does not call unet(...)")),
     "validation": (_TRAINS_BY_TIMESTEP, _ADDS_NOISE, (("unet",), "it does not call unet(...)"), _LOGS),
     "prompts": (
         (("tokenizer", "self.tokenizer_1"), "it does not call tokenizer(...)"),

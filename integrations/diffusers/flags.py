@@ -31,7 +31,9 @@ class ScriptFlags:
     checked_caches: bool = flag(False, "key the script's caches by everything that changes their content")
 
 
-_SHARED = grouped("base", "prediction", "schedule", "loss", "weighting", "noise", "timesteps", "validation")
+_SHARED = grouped(
+    "base", "prediction", "schedule", "loss", "weighting", "noise", "timesteps", "keep", "validation"
+)
 _NOT_THERE = ("min_snr_gamma", "noise_offset")  # snr_gamma is diffusers' name; the offset is the scripts' own
 FLAGS_HERE: Mapping[str, Flag] = {
     **{name: stated for name, stated in _SHARED.items() if name not in _NOT_THERE},

@@ -9,7 +9,7 @@ from typing import Any
 
 from sdxl_fixes.trainers.patching import Patch
 
-from . import buckets, caches, checkpoint, crops, loss, prompts, schedule, timesteps, validation
+from . import buckets, caches, checkpoint, crops, keep, loss, prompts, schedule, timesteps, validation
 from .run import SESSION
 
 _FROM = ("pretrained_model_name_or_path", "subfolder")
@@ -27,7 +27,7 @@ PATCHES = (
     Patch(("run",), "accelerate:Accelerator.load_state", ("self", "input_dir"), checkpoint.load_state,
           "and are resumed on no other"),
 
-    Patch(("loss", "weighting", "timesteps"), "torch.nn.functional:mse_loss", _MSE, loss.mse_loss,
+    Patch(("loss", "weighting", "timesteps", "keep"), "torch.nn.functional:mse_loss", _MSE, loss.mse_loss,
           "the step's loss: --loss_type, delta, SNR and importance weights from the schedule, finite at SNR "
           "0, prior half included"),
     Patch(("timesteps",), "torch:randint", (), timesteps.randint, "timesteps from the run's sampler"),
@@ -57,6 +57,12 @@ PATCHES = (
           "cache keys that know the models' files and the code; cold and warm runs draw the same noise"),
     Patch(("caches",), "datasets:Dataset.remove_columns", ("self", "column_names"), caches.remove_columns,
           "any --image_column and --caption_column (upstream: only image and text)"),
+
+    # before the next row, which then is told of the trained call alone, and tells flow's timesteps first
+    Patch(("keep",), "diffusers:UNet2DConditionModel.forward", ("self", "sample", "timestep"), keep.called,
+          "the frozen base is asked first"),
+    Patch(("keep",), "accelerate:Accelerator.load_state", ("self",), keep.load_state,
+          "which is no resumed state's"),
 
     Patch(("schedule",), "diffusers.configuration_utils:ConfigMixin.from_config", ("config",),
           schedule.configured, "so do schedulers that the script makes for its validation images"),

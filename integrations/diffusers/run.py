@@ -87,6 +87,7 @@ FIXES = {
         options=TIMESTEP_OPTIONS,
         parts=dict.fromkeys(("terminal_timestep_share", "timestep_density_weighted"), "mse_loss"),
     ),
+    "keep": Fix({"keep_base": None}),
     "validation": Fix({"stable_loss_steps": None}, options=("stable_loss_images",)),
     "prompts": Fix({"max_token_length": None}, due="start"),
     "buckets": Fix({"chunk_buckets": None}, due="start"),
@@ -97,7 +98,7 @@ FIXES = {
 }
 TRAINS = ("epsilon", "v_prediction", FLOW)
 # fixes that have no place in EDM-style training
-TRAINING = ("loss", "weighting", "noise", "timesteps", "validation")
+TRAINING = ("loss", "weighting", "noise", "timesteps", "keep", "validation")
 DIFFUSERS = Trainer(
     name="huggingface/diffusers example", v_flag="--prediction_type v_prediction", fixes=FIXES
 )
@@ -181,6 +182,7 @@ def start(
         () if weighting is None else (weighting,),
         resumed=bool(getattr(args, "resume_from_checkpoint", None)),
         base=decides,
+        teacher=base,
     )
     _tell(run, may_act, dropped)
     return run
@@ -215,6 +217,11 @@ def _check(args: argparse.Namespace, on: frozenset[str], prediction_type: str) -
             "--stable_loss_steps knows the loss of epsilon, v_prediction and flow_prediction, not of "
             f"{prediction_type}: leave it out"
         )
+    if "keep" in on and _trains_text(args):
+        raise FlagError(
+            "--keep_base needs text encoders that stay as they are, since the base reads their output, too: "
+            "leave --train_text_encoder and --train_text_encoder_ti out"
+        )
     if prediction_type == FLOW and getattr(args, "do_edm_style_training", False):
         raise FlagError(
             f"--do_edm_style_training noises by sigma, which is not {FLOW}: leave one of the two out"
@@ -237,6 +244,11 @@ def _check_sigma_space(trained: Sampling) -> None:
             "this script noises by sigma, which must be finite: give --terminal_sigma 300 or the like "
             "instead of --zero_terminal_snr"
         )
+
+
+def _trains_text(args: argparse.Namespace) -> bool:
+    """Whether a text encoder is trained, so that embeddings change."""
+    return any(getattr(args, f"train_text_encoder{end}", False) for end in ("", "_ti"))
 
 
 def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
@@ -262,9 +274,7 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
         prompts,
         files,
     )
-    if run.stable_loss is not None and any(
-        getattr(args, f"train_text_encoder{end}", False) for end in ("", "_ti")
-    ):
+    if run.stable_loss is not None and _trains_text(args):
         warn("--stable_loss_steps: text embeddings stay as first seen, though the text encoder is trained")
 
 

@@ -66,6 +66,8 @@ def _for_training(scheduler: SchedulerMixin, run: Run) -> SchedulerMixin:
         check_size(original_samples)
         if run.stable_loss is not None:
             run.stable_loss.noised(original_samples)
+        if run.keep is not None:
+            run.keep.noised(SESSION.step, original_samples, noise, timesteps)
         for mark in ("schedule", "noise"):
             SESSION.reached(mark)
         return (

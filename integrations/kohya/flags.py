@@ -22,7 +22,7 @@ _NOT_KOHYAS = (
     "flow_shift",
     "match_base",
     *("terminal_sigma", "terminal_sigma_method", "terminal_sigma_start"),
-    *("huber_l2_gradient", "min_snr_floor", "flow_weighting", *grouped("timesteps", "validation")),
+    *("huber_l2_gradient", "min_snr_floor", "flow_weighting", *grouped("timesteps", "keep", "validation")),
 )
 _TRAINED = ("epsilon", "v_prediction", FLOW)
 _UNSET = "epsilon; v_prediction with --v_parameterization"

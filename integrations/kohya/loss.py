@@ -22,7 +22,7 @@ from .run import SESSION
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
-ACTS = frozenset(("loss", "weighting", "timesteps"))
+ACTS = frozenset(("loss", "weighting", "timesteps", "keep"))
 
 
 def batch(original: Callable[..., Any], self: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -63,6 +63,9 @@ def conditional_loss(
     if run is None or not run.on & ACTS:
         return original(model_pred, target, loss_type, reduction, huber_c, **kwargs)
     values = None
+    if SESSION.step.answer is not None and run.keep is not None:
+        target = run.keep.target(SESSION.step, model_pred, target)
+        SESSION.reached("keep")
     if "loss" not in run.on:
         values = original(model_pred, target, loss_type, "none", huber_c, **kwargs)
     elif loss_type != run.flags.loss_type:

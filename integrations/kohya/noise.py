@@ -34,7 +34,7 @@ def noised(
     run, step = SESSION.run, SESSION.step
     if run is None or not run.on:
         return original(args, noise_scheduler, latents, *rest, **kwargs)
-    noising = run.noising
+    noising, keep = run.noising, run.keep
     step.sampled, step.residual, step.size = False, None, (latents.shape[-2], latents.shape[-1])
     if run.stable_loss is not None:
         run.stable_loss.noised(latents)
@@ -44,6 +44,8 @@ def noised(
             noise_scheduler = _Perturbing(noise_scheduler, run.perturbation)
     noise, noisy, timesteps = original(args, noise_scheduler, latents, *rest, **kwargs)
     step.timesteps = timesteps
+    if keep is not None:
+        keep.noised(step, latents, noise, timesteps)
     if noising.flow:
         SESSION.reached(original.__name__)
         noise = noising.get_velocity(latents, noise, timesteps)

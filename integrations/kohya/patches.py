@@ -8,7 +8,19 @@ from __future__ import annotations
 
 from sdxl_fixes.trainers.patching import Patch
 
-from . import buckets, checkpoint, flags, loss, noise, previews, prompts, schedule, timesteps, validation
+from . import (
+    buckets,
+    checkpoint,
+    flags,
+    keep,
+    loss,
+    noise,
+    previews,
+    prompts,
+    schedule,
+    timesteps,
+    validation,
+)
 from .run import SESSION
 
 _LOSS, _ARGS, _DATA = (
@@ -30,6 +42,7 @@ _FUNCTIONS, _SDXL, _UNET = (
 _PIPELINE = "library.sdxl_lpw_stable_diffusion"
 _WEIGHT = ("loss", "timesteps", "noise_scheduler")
 _STEP = ("loss", "weighting", "timesteps")
+_LOSSES = (*_STEP, "keep")
 _MASKS = ("sdxl_train.py", "sdxl_train_network.py", "sdxl_train_textual_inversion.py")
 
 # What came with v0.10.0; below it the trainers pass other values between the same functions, so nothing is
@@ -65,7 +78,7 @@ PATCHES = (
     Patch(("schedule",), f"{_FUNCTIONS}:fix_noise_scheduler_betas_for_zero_terminal_snr",
           ("noise_scheduler",), schedule.rescale, "the same, whichever of the two comes last"),
 
-    Patch(("schedule", *_STEP, "noise", "validation"), f"{_LOSS}:get_noise_noisy_latents_and_timesteps",
+    Patch(("schedule", *_LOSSES, "noise", "validation"), f"{_LOSS}:get_noise_noisy_latents_and_timesteps",
           ("args", "noise_scheduler", "latents"), noise.noised,
           "tells the step its timesteps, and of flow the network T s and the loss its target; "
           "random input perturbation draws a strength per sample (upstream: "
@@ -73,11 +86,11 @@ PATCHES = (
     Patch(("timesteps",), f"{_LOSS}:get_timesteps", ("min_timestep", "max_timestep", "b_size", "device"),
           timesteps.draw, "timesteps from the run's sampler"),
 
-    Patch(_STEP, f"{_LOSS}:conditional_loss", ("model_pred", "target", "loss_type", "reduction", "huber_c"),
+    Patch(_LOSSES, f"{_LOSS}:conditional_loss", ("model_pred", "target", "loss_type", "reduction", "huber_c"),
           loss.conditional_loss,
           "the step's loss: Huber that does not cancel to 0, delta, SNR and importance weights from the one "
           "schedule", exact=True),
-    Patch(_STEP, f"{_FUNCTIONS}:apply_masked_loss", ("loss", "batch"), loss.masked, "the same under a mask",
+    Patch(_LOSSES, f"{_FUNCTIONS}:apply_masked_loss", ("loss", "batch"), loss.masked, "the same under a mask",
           exact=True, only=_MASKS),
     Patch(("loss",), f"{_LOSS}:get_huber_threshold_if_needed", ("args", "timesteps", "noise_scheduler"),
           loss.threshold,
@@ -112,6 +125,12 @@ PATCHES = (
     Patch(("buckets",), f"{_PIPELINE}:SdxlStableDiffusionLongPromptWeightingPipeline.__call__",
           ("self", "prompt", "negative_prompt"), prompts.preview,
           "previews give prompt and negative prompt the chunks of the longer one"),
+
+    # before the next row, which then is told of the trained call alone, and tells flow's timesteps first
+    Patch(("keep",), f"{_UNET}:SdxlUNet2DConditionModel.forward", ("self", "x", "timesteps"), keep.called,
+          "the frozen base is asked first"),
+    Patch(("keep",), "accelerate.accelerator:Accelerator.load_state", ("self",), keep.load_state,
+          "which is no resumed state's"),
 
     Patch(("schedule", "validation"), f"{_UNET}:SdxlUNet2DConditionModel.forward",
           ("self", "x", "timesteps"), validation.called,

@@ -79,6 +79,7 @@ FIXES = {
         parts=dict.fromkeys(("terminal_timestep_share", "timestep_density_weighted"), "conditional_loss"),
     ),
     "buckets": Fix({"chunk_buckets": None}, options=("chunk_layout",), due="start"),
+    "keep": Fix({"keep_base": None}),
     "validation": Fix({"stable_loss_steps": None}, options=("stable_loss_images",)),
     "previews": Fix(due="later", wanted=changes_schedule),
     "saving": Fix(due="later", wanted=worth_saying),
@@ -166,6 +167,24 @@ def trains_text(args: argparse.Namespace) -> bool:
     return bool(getattr(args, "train_text_encoder", False))
 
 
+def _teacher(args: argparse.Namespace) -> Sampling:
+    """How the checkpoint that is trained on is sampled: SDXL's own way unless it says another. Raises
+    FlagError, for --keep_base, where it cannot be read or its conditioning would change."""
+    if trains_text(args):
+        give = "--network_train_unet_only" if hasattr(args, "network_module") else "no --train_text_encoder"
+        raise FlagError(
+            "--keep_base needs text encoders that stay as they are, since the base reads their output, too: "
+            f"give {give}"
+        )
+    name = getattr(args, "pretrained_model_name_or_path", None)
+    try:
+        path = Path(name) if name else None
+        said = None if path is None else read_sampling(path) if path.exists() else _on_the_hub(str(name))
+    except (OSError, ValueError) as error:
+        raise FlagError(f"--keep_base must know how the base is sampled: {error}") from error
+    return said or STOCK
+
+
 def start(args: argparse.Namespace, ours: Mapping[str, Flag] | None = None) -> Run:
     """The run that kohya's parsed arguments describe, after it was reported. ``ours`` are flags of the
     plugin's own. Raises FlagError, before any model is loaded, for flags that make no sense and for fixes
@@ -197,6 +216,7 @@ def start(args: argparse.Namespace, ours: Mapping[str, Flag] | None = None) -> R
         trained,
         weightings(args, flags) if may_act else (),
         resumed=bool(getattr(args, "resume", None)),
+        teacher=_teacher(args) if "keep" in asked else None,
         options=options,
         timestep_range=(getattr(args, "min_timestep", None) or 0, getattr(args, "max_timestep", None)),
         base=base,

@@ -9,7 +9,11 @@ from pathlib import Path
 
 _NO_DATASET = "it reads a control data set, whose batches are not made by prompts"
 _BESIDES = "its U-Net is told the control image, which the stable loss does not keep"
-_CONTROL = {"buckets": _NO_DATASET, "validation": _BESIDES}
+_CONTROL = {
+    "buckets": _NO_DATASET,
+    "validation": _BESIDES,
+    "keep": "it trains no U-Net, but what is added to one",
+}
 
 # script -> fix -> why it has no place there
 SCRIPTS: Mapping[str, Mapping[str, str]] = {
@@ -18,6 +22,7 @@ SCRIPTS: Mapping[str, Mapping[str, str]] = {
     "sdxl_train_textual_inversion.py": {
         "buckets": "it changes the captions after they were counted",
         "validation": "it trains the very text embeddings that the stable loss would keep",
+        "keep": "it trains text embeddings, and no U-Net",
     },
     "sdxl_train_control_net.py": _CONTROL,
     "sdxl_train_control_net_lllite.py": {**_CONTROL, "previews": "it makes none"},

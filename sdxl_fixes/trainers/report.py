@@ -78,6 +78,11 @@ def _objective(run: Run) -> list[str]:
     perturbation = run.flags.perturbation
     if perturbation is not None:
         parts.append(f"input perturbation {'0 to ' if perturbation.random else ''}{perturbation.gamma:g}")
+    if run.keep is not None:
+        share, base = run.keep.teacher.share, run.keep.base
+        parts.append(
+            f"{100 * share:g} % of the target the frozen base's own ({base}), data alone at other sigmas"
+        )
     return parts
 
 
@@ -167,6 +172,13 @@ def disappointments(run: Run) -> list[str]:
             f"short training may sample noise, and a long one can do well; {run.trainer.v_flag} is safe at "
             "any sigma"
         )
+    if run.keep is not None:
+        for name in ("noise_offset", "multires_noise_iterations"):
+            if getattr(run.args, name, None):
+                found.append(
+                    f"--keep_base with --{name}: the base was not trained on such noise, and teaches its own "
+                    "prediction all the same"
+                )
     parts = run.weighting.parts if isinstance(run.weighting, Product) else (run.weighting,)
     if (
         any(isinstance(part, MinSNR) and not part.floor for part in parts)

@@ -18,9 +18,11 @@ from sdxl_fixes.names import FLOW
 from sdxl_fixes.noise import InputPerturbation
 from sdxl_fixes.objective import Objective
 from sdxl_fixes.schedule import NoiseSchedule
+from sdxl_fixes.teacher import Teacher
 from sdxl_fixes.timesteps import TimestepSampler
 from sdxl_fixes.trainers.base import Base
 from sdxl_fixes.trainers.fixes import Fix
+from sdxl_fixes.trainers.keep import Keep
 from sdxl_fixes.trainers.noising import Noising
 from sdxl_fixes.trainers.stable_loss import StableLoss
 from sdxl_fixes.trainers.step import StepLoss
@@ -59,6 +61,7 @@ class Run:
     perturbation: InputPerturbation | None
     timesteps: TimestepSampler | None
     stable_loss: StableLoss | None
+    keep: Keep | None
     # "step" or "start" -> marks that must have been seen
     due: Mapping[str, frozenset[str]] = field(default_factory=dict)
     options: Any = None  # the adapter's own
@@ -84,9 +87,11 @@ def prepare(
     timestep_range: tuple[int, int | None] = (0, None),
     options: Any = None,
     base: Base | None = None,
+    teacher: Sampling | None = None,
 ) -> Run:
     """The run of the fixes ``on``. Raises FlagError, before any model is loaded, for one that does not fit
-    this version (``refused``: fix -> why) and for values that make no sense together."""
+    this version (``refused``: fix -> why) and for values that make no sense together. ``base`` is the
+    model that decides, ``teacher``, which the fix keep needs, how the one that is trained on is sampled."""
     for fix in sorted(on & set(refused)):
         raise FlagError(
             f"the fix {fix!r}, which your flags ask for, does not fit this {trainer.name.rpartition('/')[2]} "
@@ -153,6 +158,7 @@ def prepare(
         perturbation=perturbation,
         timesteps=sampler if "timesteps" in on else None,
         stable_loss=_stable_loss(args, flags, trained, weighting, resumed) if "validation" in on else None,
+        keep=_keep(flags, teacher, trained) if "keep" in on else None,
         due=due,
         options=options,
         base=base,
@@ -166,6 +172,20 @@ def _compiler(args: argparse.Namespace) -> str:
         return "--torch_compile" if args.torch_compile else ""
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     return "" if backend == "no" else f"--dynamo_backend {backend} of accelerate launch"
+
+
+def _keep(flags: TrainingFlags, base: Sampling | None, new: Sampling) -> Keep:
+    assert base is not None and flags.keep_base is not None
+    if base == new:
+        raise FlagError(
+            f"--keep_base converts a model, and the base is sampled already as your flags train, {base}: "
+            "leave it out, or give the flags of what it shall become"
+        )
+    try:
+        parts = (base.schedule, base.prediction_type, new.schedule, new.prediction_type)
+        return Keep(Teacher(*parts, flags.keep_base), base)
+    except ValueError as error:
+        raise FlagError(f"--keep_base: {error}") from error
 
 
 def _stable_loss(

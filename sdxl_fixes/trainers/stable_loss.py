@@ -24,6 +24,7 @@ from sdxl_fixes.validation import Validation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
 # as many samples as this times the wanted images: who has not seen so many different ones by then has no more
 _PATIENCE = 4
@@ -97,7 +98,7 @@ class StableLoss:
         process has its images, prints and returns "stable_loss/loss" and the other numbers of Validation;
         else None. Training goes on as if nothing had happened."""
         if self._last is None:
-            _check_whole(accelerator)
+            check_whole(accelerator, "--stable_loss_steps")
         if step == self._last or step % self.every:
             self._last = self._last or 0
             return None
@@ -211,12 +212,13 @@ def _number(latents: torch.Tensor) -> int:
     )
 
 
-def _check_whole(accelerator: Accelerator) -> None:
-    """The U-Net is called outside its wrapper, which needs all of its weights here."""
+def check_whole(accelerator: Accelerator | AcceleratorState, flag: str) -> None:
+    """Raise FixError where a process lacks a part of the U-Net, which ``flag`` calls outside its
+    wrapper."""
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    plugin = getattr(getattr(accelerator, "state", None), "deepspeed_plugin", None)
+    plugin = getattr(getattr(accelerator, "state", accelerator), "deepspeed_plugin", None)
     if kind == "FSDP" or (kind == "DEEPSPEED" and getattr(plugin, "zero_stage", 3) == 3):
         raise FixError(
-            "--stable_loss_steps needs the whole U-Net in every process, and FSDP and DeepSpeed ZeRO-3 deal "
-            "it out: leave the flag out"
+            f"{flag} needs the whole U-Net in every process, and FSDP and DeepSpeed ZeRO-3 deal it out: "
+            "leave the flag out"
         )

@@ -115,18 +115,23 @@ class StepState:
     # prediction, target, the trainer's own loss of them
     residual: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
     loss: torch.Tensor | None = None  # what was returned for them
+    # --keep_base: what the base is asked (samples [B, ...], timesteps [B]), and its target [B, ...]
+    asked: tuple[torch.Tensor, torch.Tensor] | None = None
+    answer: torch.Tensor | None = None
     reached: set[str] = field(default_factory=set)  # marks of the work that was done
 
-    def of(self, part: torch.Tensor) -> torch.Tensor:
-        """The timesteps of ``part`` [b, ...]: the whole batch, or one of the halves that it was split into
-        (DreamBooth's instance and prior half). Raises FixError where that cannot be told."""
+    def of(self, part: torch.Tensor, whole: torch.Tensor | None = None) -> torch.Tensor:
+        """The timesteps of ``part`` [b, ...], or what of ``whole`` [B, ...] belongs to it: of the batch,
+        or of one of the halves that it was split into (DreamBooth's instance and prior half). Raises FixError
+        where that cannot be told."""
         if self.timesteps is None:
             raise FixError(
                 "a loss was computed before any latents were noised: give --fixes "
                 "all,-loss,-weighting,-timesteps"
             )
+        whole = self.timesteps if whole is None else whole
         if len(part) == len(self.timesteps):
-            return self.timesteps
+            return whole
         half = _split(part)
         if half is None or 2 * len(part) != len(self.timesteps):
             raise FixError(
@@ -134,7 +139,7 @@ class StepState:
                 "timesteps are not known: "
                 "give --fixes all,-loss,-weighting,-timesteps"
             )
-        return self.timesteps.chunk(2)[half]
+        return whole.chunk(2)[half]
 
 
 def _split(part: torch.Tensor) -> int | None:

@@ -45,7 +45,7 @@ def test_doctor_names_what_does_not_fit(checkout):
     edit(checkout, home(checkout, "loss"), (f"{end})", f"{end}, eps=0, scale=1)"))
     report, fits = examine(checkout / "sdxl_train.py")
     refused = {line.split()[0] for line in report.splitlines() if "REFUSED" in line}
-    assert not fits and refused == {"loss", "weighting", "timesteps"}  # those whose work is done there
+    assert not fits and refused == {"loss", "weighting", "timesteps", "keep"}  # whose work is done there
     assert "found (model_pred, target, loss_type, reduction, huber_c, eps, scale)" in report
 
 

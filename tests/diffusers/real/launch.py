@@ -4,7 +4,8 @@ HOW is unpatched, install (sdxl_fixes.diffusers.install(), then the script) or m
 sdxl_fixes.diffusers`` does). TRACE.json receives, of this process (rank 0 if there are several): the losses
 that the script backpropagates, what the U-Net is given, and the schedulers of the pipelines that make images.
 With TRACE_TENSORS also, of every step: the latents, their noise, what the U-Net is given and what it
-predicts; and what a perceptual loss beside the script compares and gives.
+predicts (and with TRACE_TENSORS=base what the U-Net that the training began with says); and what a
+perceptual loss beside the script compares and gives.
 """
 
 import functools
@@ -65,6 +66,21 @@ def trace_tensors(tensors, folder):
     import torch
     from diffusers import UNet2DConditionModel
 
+    if os.environ["TRACE_TENSORS"] == "base":
+        sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "support"))
+        import accelerate
+        import frozen_base
+
+        load = accelerate.Accelerator.load_state
+
+        @functools.wraps(load)
+        def traced_load(self, *args, **kwargs):
+            for model in self._models:
+                if isinstance(model, UNet2DConditionModel):
+                    frozen_base.remember(model)  # before a saved state is in it
+            return load(self, *args, **kwargs)
+
+        accelerate.Accelerator.load_state = traced_load
     drawn, draw, forward = [], torch.randn_like, UNet2DConditionModel.forward
 
     @functools.wraps(draw)
@@ -80,6 +96,10 @@ def trace_tensors(tensors, folder):
             # InstructPix2Pix gives others behind the noisy ones
             for name, value in zip(TENSORS, (*drawn, sample[:, :4], made[0]), strict=True):
                 tensors[name].append(value.detach().float().tolist())
+            if os.environ["TRACE_TENSORS"] == "base":
+                tensors.setdefault("base", []).append(
+                    frozen_base.epsilon(self, *drawn, timestep, *args, **kwargs).tolist()
+                )
         return made
 
     if (folder / "lpl_loss.py").is_file():

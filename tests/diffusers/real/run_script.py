@@ -115,7 +115,7 @@ def run_script(
             "TOKENIZERS_PARALLELISM": "false",
             "ACCELERATE_USE_CPU": "true",
         },
-        **({"TRACE_TENSORS": "1"} if tensors else {}),
+        **({"TRACE_TENSORS": str(tensors)} if tensors else {}),
     }
     command = [
         sys.executable,

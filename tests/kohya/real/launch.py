@@ -4,8 +4,9 @@ HOW is unpatched, install (sdxl_fixes.kohya.install(), then the script) or modul
 sdxl_fixes.kohya`` does). TRACE.json receives the losses given to the backward pass, the timesteps and the
 contexts' sizes [B, length] given to the U-Net, the prompts that were encoded, and the scheduler's tables (of
 rank 0, if there are several processes); with TRACE_TENSORS in the environment also every step's latents,
-noise and prediction. All of it is observed where every version of sd-scripts passes: in
-accelerate, torch, diffusers, and in classes of sd-scripts that have not moved.
+noise and prediction (and with TRACE_TENSORS=base what the U-Net that the training began with says of them).
+All of it is observed where every version of sd-scripts passes: in accelerate, torch, diffusers, and in
+classes of sd-scripts that have not moved.
 """
 
 import functools
@@ -110,6 +111,11 @@ def trace_tensors(steps, unet):
         # a ControlNet, of the same class, returns several
         if isinstance(module, unet) and isinstance(output, torch.Tensor) and torch.is_grad_enabled():
             steps.append([x.detach().float().tolist() for x in (*drawn[0], output)])
+            if os.environ["TRACE_TENSORS"] == "base":
+                import frozen_base
+
+                _, timesteps, *given = inputs
+                steps[-1].append(frozen_base.epsilon(module, *drawn[0], timesteps, *given).tolist())
             drawn.clear()
 
     torch.randn_like = traced_draw

@@ -60,7 +60,8 @@ def run(how, script, *flags, assets, folder, steps, checkout=None, tensors=False
     did not come to trace.
 
     ``how`` is launch.py's, or a whole command to put before it. ``{assets}`` in a flag stands for that
-    folder. With ``tensors`` the trace holds what ``expected`` computes from.
+    folder. With ``tensors`` the trace holds what ``expected`` computes from, with "base"
+    what the frozen base says, too.
     """
     trace = folder / "trace.json"
     trace.unlink(missing_ok=True)
@@ -88,7 +89,7 @@ def run(how, script, *flags, assets, folder, steps, checkout=None, tensors=False
         [*command, *(argument.replace("{assets}", str(assets)) for argument in arguments)],
         capture_output=True,
         text=True,
-        env={**_environment(checkout), **({"TRACE_TENSORS": "1"} if tensors else {})},
+        env={**_environment(checkout), **({"TRACE_TENSORS": str(tensors)} if tensors else {})},
         cwd=folder,
         timeout=600,
     )
