@@ -22,7 +22,7 @@ def mse_loss(
     if run is None or step.timesteps is None or not SESSION.called_by_script():
         return original(input, target, *args, **kwargs)
     timesteps = step.of(input)
-    if run.keep is not None and step.answer is not None:
+    if step.answer is not None and run.keep is not None:
         target = run.keep.target(step, input, target)
         SESSION.reached("keep")
     importance = None if run.timesteps is None else run.timesteps.weights(timesteps)

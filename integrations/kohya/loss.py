@@ -65,7 +65,7 @@ def conditional_loss(
     if run is None or not run.on & ACTS:
         return original(model_pred, target, loss_type, reduction, huber_c, **kwargs)
     values = None
-    if run.keep is not None and SESSION.step.answer is not None:
+    if SESSION.step.answer is not None and run.keep is not None:
         target = run.keep.target(SESSION.step, model_pred, target)
         SESSION.reached("keep")
     if "loss" not in run.on:
