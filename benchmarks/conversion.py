@@ -1,6 +1,15 @@
 """Conversion with the frozen base as teacher: how many samples it takes to get back to the base's own error.
 
-python benchmarks/conversion.py     a few minutes of one core; writes docs/evidence/conversion.md
+python benchmarks/conversion.py     a quarter of an hour of one core; writes docs/evidence/conversion.md
+
+Fixed before it was run with the seeds 1 to 5 that it reports:
+
+criteria  samples until the mean over SIGMAS of the logarithm of (student's error / base's error) of the image
+          is at most 0, and until no level is more than 10 % worse than the base; with the base as teacher
+          over with data alone of the same seed. The goal is half.
+settings  with seed 0: the base by its own error at the last sigma, which the stock loss leaves near the
+          digits' variance (0.93 after 3000 steps) and this one at a third (0.35); the conversions' learning
+          rate, of 3e-4 and 1e-3, by the second criterion with data alone.
 """
 
 from __future__ import annotations
@@ -16,26 +25,21 @@ import numpy as np
 import torch
 from torch.func import functional_call, vmap
 
-from sdxl_fixes import NoiseSchedule, Objective
+from sdxl_fixes import Debiased, NoiseSchedule, Objective
 from sdxl_fixes import prediction as predictions
 from sdxl_fixes.teacher import Teacher
 
 ZTSNR, FLOW = lab.STOCK.zero_terminal_snr(), NoiseSchedule.flow()
-TARGETS = {
-    "v": (ZTSNR, "v_prediction"),
-    "flow": (FLOW, "flow_prediction"),
-    "aligned": (FLOW, "flow_prediction"),
-}
+TARGETS = {"v": (ZTSNR, "v_prediction"), "flow": (FLOW, "flow_prediction")}
 SHARES = {"data": 0.0, "half": 0.5, "whole": 1.0, "wrong class": 1.0}
-WIDTH, BATCH, RATE, STEPS, FEW = 64, 16, 3e-4, 1024, 120
-BASE_BATCH, BASE_STEPS = 64, 1500
-AT = (0, *(round(8 * 2 ** (k / 2)) for k in range(15)))
+WIDTH, BATCH, RATE, STEPS, FEW = 128, 16, 3e-4, 4096, 120
+BASE_BATCH, BASE_STEPS, BASE_RATE = 64, 6000, 2e-3
+AT = (0, *(round(8 * 2 ** (k / 2)) for k in range(19)))
 SIGMAS, HELD_OUT = np.geomspace(0.03, 14.6, 9), 200
 VARIANTS = (
     *(f"v: all: {way}" for way in ("data", "half", "whole", "wrong class")),
-    *(f"v: few: {way}" for way in ("data", "whole")),
-    *(f"flow: all: {way}" for way in ("data", "whole")),
-    *(f"aligned: all: {way}" for way in ("data", "whole")),
+    *(f"v: few: {way}" for way in ("data", "half")),
+    *(f"flow: all: {way}" for way in ("data", "half", "whole")),
 )
 State = dict[str, torch.Tensor]
 
@@ -51,15 +55,16 @@ def aligned(x: torch.Tensor, told: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 
 def base(data: digits.Digits, seed: int) -> digits.Network:
-    """Trained from scratch for epsilon on the stock schedule."""
+    """Trained from scratch for epsilon on the stock schedule, weighted so that the image's error counts at
+    large sigma, too."""
 
     def batch(generator: torch.Generator) -> tuple[torch.Tensor, tuple[Any, ...]]:
         index = torch.randint(digits.TRAINED, (BASE_BATCH,), generator=generator)
         return data.images[index], (data.classes[index],)
 
     torch.manual_seed(seed)
-    objective = Objective(lab.STOCK, "epsilon")
-    made = digits.train_network(digits.Network(WIDTH), objective, batch, seed, BASE_STEPS)
+    objective = Objective(lab.STOCK, "epsilon", weighting=Debiased())
+    made = digits.train_network(digits.Network(WIDTH), objective, batch, seed, BASE_STEPS, BASE_RATE)
     return made.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
@@ -87,7 +92,7 @@ class Together:
 
 def given(variant: str, x: torch.Tensor, told: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What the variant's network is given of a sample and timestep."""
-    return aligned(x, told) if variant.startswith("aligned") else (x, told.float())
+    return aligned(x, told) if variant.startswith("flow") else (x, told.float())
 
 
 @functools.cache
@@ -147,9 +152,14 @@ def own_errors(network: digits.Network) -> list[float]:
 
 
 def work(job: lab.Job, folder: Path) -> dict[str, Any]:
-    data = digits.Digits(job.seed)
-    teaching = base(data, job.seed)
-    together, few = Together(teaching), np.random.default_rng(job.seed + 10).permutation(digits.TRAINED)[:FEW]
+    return convert(job.seed + 1)  # the settings were chosen with seed 0
+
+
+def convert(seed: int) -> dict[str, Any]:
+    """A base, all variants' conversions of it, and their errors after the steps AT."""
+    data = digits.Digits(seed)
+    teaching = base(data, seed)
+    together, few = Together(teaching), np.random.default_rng(seed + 10).permutation(digits.TRAINED)[:FEW]
     objectives = {name: Objective(*sampling) for name, sampling in TARGETS.items()}
     teachers = {
         v: Teacher(lab.STOCK, "epsilon", *TARGETS[v.split(":")[0]], SHARES[v.split(": ")[2]])
@@ -159,7 +169,7 @@ def work(job: lab.Job, folder: Path) -> dict[str, Any]:
     state = {name: value.requires_grad_() for name, value in together.start().items()}
     average = together.start()
     optimizer = torch.optim.AdamW(state.values(), lr=RATE)
-    generator = torch.Generator().manual_seed(job.seed + 100)
+    generator = torch.Generator().manual_seed(seed + 100)
     curve = [errors(together, average)]
     for step in range(STEPS):
         chosen = torch.randint(digits.TRAINED, (BATCH,), generator=generator)
@@ -223,8 +233,16 @@ def worst(values: np.ndarray) -> np.ndarray:
     return values.max(1)  # type: ignore[no-any-return]
 
 
-# what is measured of the ratios -> the goal
-GOALS = {mean: 1.0, worst: 1.25}
+# what is measured of the ratios -> the criterion
+GOALS = {mean: 1.0, worst: 1.1}
+SHOWN = tuple(4**k for k in range(4, 9))  # samples at which the ratios are shown
+
+
+def _middle(logs: list[float]) -> tuple[str, bool]:
+    """Geometric mean and its interval, and whether that excludes 1."""
+    middle, half = lab.interval(logs)
+    low, high = math.exp(middle - half), math.exp(middle + half)
+    return f"{math.exp(middle):.2f} ({low:.2f} to {high:.2f})", abs(middle) > half
 
 
 def _samples(counts: list[float]) -> str:
@@ -233,27 +251,53 @@ def _samples(counts: list[float]) -> str:
 
 
 def _over(counts: list[float], alone: list[float]) -> str:
-    """Geometric mean of the paired ratios and its interval; bold where that excludes 1."""
+    """The samples over those of data alone, paired, where all runs arrive."""
     logs = [math.log(a / b) for a, b in zip(counts, alone, strict=True)]
     if any(map(math.isnan, logs)):
         return ""
-    middle, half = lab.interval(logs)
-    words = f"{math.exp(middle):.2f} ({math.exp(middle - half):.2f} to {math.exp(middle + half):.2f})"
-    return f"**{words}**" if abs(middle) > half else words
+    words, sure = _middle(logs)
+    return f"**{words}**" if sure else words
+
+
+def _arm(variant: str) -> list[str]:
+    target, amount, way = variant.split(": ")
+    return [target, amount, "1, wrong class" if way == "wrong class" else f"{SHARES[way]:g}"]
+
+
+def _alone(variant: str) -> str:
+    """The same with data alone."""
+    return f"{variant.rsplit(': ', 1)[0]}: data"
 
 
 def _row(results: list[dict[str, Any]], variant: str) -> str:
-    target, amount, way = variant.split(": ")
-    cells = [target, amount, "1, wrong class" if way == "wrong class" else f"{SHARES[way]:g}"]
+    cells = _arm(variant)
     for measure, goal in GOALS.items():
         counts, alone = (
-            [reached(measure(ratios(r, v)), goal) for r in results]
-            for v in (variant, f"{target}: {amount}: data")
+            [reached(measure(ratios(r, v)), goal) for r in results] for v in (variant, _alone(variant))
         )
-        cells += [_samples(counts), "" if way == "data" else _over(counts, alone)]
-    cells += [lab.show([float(measure(ratios(r, variant))[-1]) for r in results]) for measure in GOALS]
+        cells += [_samples(counts), "" if variant == _alone(variant) else _over(counts, alone)]
     noise = [r["curve"][-1][VARIANTS.index(variant)][-1] for r in results]
     return f"| {' | '.join([*cells, lab.show(noise, 3)])} |"
+
+
+def _course(results: list[dict[str, Any]], variant: str, measure: Any) -> str:
+    """The measure at SHOWN; bold where it differs from that of data alone, paired."""
+    cells = _arm(variant)
+    for samples in SHOWN:
+        k = AT.index(samples // BATCH)
+        here, alone = ([float(measure(ratios(r, v))[k]) for r in results] for v in (variant, _alone(variant)))
+        change = [math.log(a / b) for a, b in zip(here, alone, strict=True)]
+        sure = variant != _alone(variant) and _middle(change)[1]
+        cells.append(f"**{lab.show(here, 3)}**" if sure else lab.show(here, 3))
+    return f"| {' | '.join(cells)} |"
+
+
+def _courses(results: list[dict[str, Any]], measure: Any) -> list[str]:
+    return [
+        f"| target | images | share | {' | '.join(f'{n:,}' for n in SHOWN)} |",
+        "|---|---|---|" + "---|" * len(SHOWN),
+        *(_course(results, variant, measure) for variant in VARIANTS),
+    ]
 
 
 def page(found: dict[str, list[Any]]) -> list[str]:
@@ -262,43 +306,62 @@ def page(found: dict[str, list[Any]]) -> list[str]:
     return [
         "# Conversion with the frozen base as teacher, measured",
         "",
-        f"Generated by `benchmarks/conversion.py`; {lab.about('conversion')}.",
-        f"scikit-learn's digits; a network of {WIDTH} channels that predicts epsilon on SDXL's schedule is",
-        "made one that predicts v at zero terminal SNR, or rectified flow (told 1000 s; aligned: given the",
-        f"base's scale and timestep), in {STEPS} steps of {BATCH} at one learning rate, {RATE:g}.",
-        "Every row of",
-        "a seed has the same draws.",
-        "The share is `--keep_base`'s: of the target, the base's own prediction where sigma is at most 14.6,",
-        f"0 is data alone. few: {FEW} images in place of {digits.TRAINED}. wrong class: the base is",
-        "asked for",
-        "another digit than the student, which must do harm.",
+        "Generated by `benchmarks/conversion.py`; mean and 95 % interval over training seeds 1 to 5",
+        f"({lab.versions('conversion')}). scikit-learn's digits; a network of {WIDTH} channels that predicts",
+        "epsilon on SDXL's schedule is made one that predicts v at zero terminal SNR, or rectified",
+        "flow (given",
+        f"the base's scale and timestep), in {STEPS} steps of {BATCH} at one learning rate, {RATE:g}.",
+        "Every row",
+        "of a seed has the same draws. The share is `--keep_base`'s: of the target, the base's own",
+        "prediction",
+        f"where sigma is at most 14.6; 0 is data alone. few: {FEW} images in place of",
+        f"{digits.TRAINED}. wrong",
+        "class: the base is asked for another digit than the student, which must do harm.",
         "",
         f"Measured is the squared error of the predicted image on {HELD_OUT} held-out digits at",
         f"{len(SIGMAS)} sigmas from {SIGMAS[0]:g} to {SIGMAS[-1]:g}, each over the base's own.",
-        "Samples: until",
-        "the geometric mean of these ratios is 1 (the base's own error, the goal), and until the",
-        "worst of them",
-        "is 1.25. Over: of the same seed's with data alone, geometric mean and its interval, bold where that",
-        "excludes 1. At the end: mean and worst ratio, and the error where the sample is all noise,",
-        "which the",
-        "base does not know.",
+        "Criteria, fixed",
+        "before these seeds were run: the samples until the mean logarithm of these ratios is at",
+        "most 0 (mean),",
+        "and until none of them is above 1.1 (worst). The goal is half of the samples that data alone need.",
+        "The base and the learning rate were chosen with seed 0, the rate by the second criterion with data",
+        "alone: at 1e-3 these start faster and arrive later.",
         "",
-        f"## The base: {BASE_STEPS} steps of {BASE_BATCH}",
+        "An earlier design had a weak base, whose error at sigma 14.6 was nine times the data's",
+        "variance: its",
+        "mean criterion was met within 300 samples with or without the teacher (over: 0.98 to 1.00), its",
+        "second, 1.25 at the worst level, was chosen after looking, and of that the teacher saved 6",
+        "to 17 % for",
+        "v; for flow it was hardly reached.",
+        "",
+        f"## The base: {BASE_STEPS} steps of {BASE_BATCH}, loss weighted by 1/sqrt(SNR)",
         "",
         f"| sigma | {' | '.join(f'{sigma:.2g}' for sigma in SIGMAS)} |",
         "|---|" + "---|" * len(SIGMAS),
         f"| its own error | {' | '.join(own)} |",
         "",
-        "The digits' variance is 1: at the last sigmas this base is worse than the mean of all",
-        "digits. It was",
-        "trained shortly, and an error of epsilon counts sigma times in the image.",
+        "The digits' variance is 1; the mean of a class, a guess that needs no image, has the error 0.307.",
         "",
-        "## The conversions",
+        "## Samples to the base's own error",
         "",
-        "| target | images | share | samples to its own error | over | samples to 1.25 at the worst | over "
-        "| mean at the end | worst | all noise |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "Over: of the same seed's with data alone, geometric mean and its interval, bold where that",
+        f"excludes 1. n of 5 runs: the others do not arrive in {BATCH * STEPS:,} samples. All noise:",
+        "the error",
+        "at the end where the sample is all noise, which the base does not know.",
+        "",
+        "| target | images | share | mean | over | worst | over | all noise |",
+        "|---|---|---|---|---|---|---|---|",
         *(_row(results, variant) for variant in VARIANTS),
+        "",
+        "## Mean ratio after so many samples",
+        "",
+        "Geometric mean over the sigmas of the error over the base's; bold where it differs from data alone.",
+        "",
+        *_courses(results, mean),
+        "",
+        "## Worst ratio after so many samples",
+        "",
+        *_courses(results, worst),
     ]
 
 

@@ -93,15 +93,20 @@ def train(objective: Objective, digits: Digits, seed: int, steps: int = STEPS) -
 
 
 def train_network(
-    network: Any, objective: Objective, batch: Callable[[torch.Generator], Any], seed: int, steps: int
+    network: Any,
+    objective: Objective,
+    batch: Callable[[torch.Generator], Any],
+    seed: int,
+    steps: int,
+    rate: float = 1e-3,
 ) -> Any:
-    """AdamW, 1e-3 with a cosine to 0; ``batch`` draws images and what else the network is given. Returns the
-    average of the weights (decay 0.995)."""
+    """AdamW, ``rate`` with a cosine to 0; ``batch`` draws images and what else the network is given. Returns
+    the average of the weights (decay 0.995)."""
     average = torch.optim.swa_utils.AveragedModel(
         network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
     )
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
-    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     # so that all but xi is always the same
     drawn, noised, perturbed = (torch.Generator().manual_seed(seed + 10**5 * n) for n in range(3))
     for _ in range(steps):
@@ -112,7 +117,7 @@ def train_network(
         objective.loss(network(step.noisy, step.timesteps, *condition), step).backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
-        rate.step()
+        cosine.step()
         optimizer.zero_grad()
         average.update_parameters(network)
     return average.module.eval()

@@ -78,7 +78,7 @@ def drawn(teacher, schedule, seed=0):
     return x0, torch.randn(x0.shape, generator=generator), index
 
 
-@pytest.mark.parametrize("base, new", itertools.product(BASES, NEW))
+@pytest.mark.parametrize("base, new", list(itertools.product(BASES, NEW)))
 def test_what_the_base_teaches_is_the_same_function(base, new):
     """At every sigma that the base knows: the image that the new target means is the base's own within 1e-5,
     in float32."""
