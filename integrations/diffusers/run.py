@@ -116,6 +116,7 @@ class ScriptSession(Session):
         self.trim, self.chunks, self.cut = True, list[int](), (0, 0)  # of prompts: for prompts.py
         self.script: dict[str, Any] = {}  # the globals of the script's module
         self.training = False  # whether the script has its training scheduler
+        self.drawing = False  # whether the run's sampler draws timesteps
 
     def _look(self) -> str:
         return f"sdxl-fixes doctor {self.script.get('__file__', 'SCRIPT')} tells more"
