@@ -68,7 +68,8 @@ def trainer(tmp_path_factory):
         ),
     )
     indent = "\n        "
-    made = f"{indent[1:]}unet = SdxlUNet2DConditionModel(){indent}optimizer = torch.optim.SGD(unet.parameters(), lr=0.01)\n"
+    made = f"        unet = SdxlUNet2DConditionModel(){indent}"
+    made += "optimizer = torch.optim.SGD(unet.parameters(), lr=0.01)\n"
     edit(
         root,
         "train_network.py",
