@@ -58,5 +58,5 @@ def test_draws_go_on_and_another_flow_is_refused(begin, tmp_path):
     assert torch.equal(drawn(run, 2), whole[3:])
     for other in (dict(flow_shift=1.0), dict(prediction_type="v_prediction", flow_shift=None)):
         begin(**{**FLOW, **other})
-        with pytest.raises(FixError, match="was trained with flow_prediction on .* resume with the flags"):
+        with pytest.raises(FixError, match=r"was trained with flow_prediction on .* resume with the flags"):
             load_state(SESSION, lambda accelerator, folder: None, None, str(tmp_path))
