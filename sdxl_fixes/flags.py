@@ -342,6 +342,11 @@ class TrainingFlags:
                 raise FlagError(f"--{name} {value:g}: expected a share in [0, 1), or leave it out")
         if not 0 <= (self.keep_base or 0) <= 1:
             raise FlagError(f"--keep_base {self.keep_base:g}: expected a share in (0, 1], or leave it out")
+        if self.keep_base and self.match_base:
+            raise FlagError(
+                "--keep_base converts the base model to something else, and --match_base trains on as it "
+                "was: leave one of the two out"
+            )
         self._check_density()
         for name in ("stable_loss_steps", "stable_loss_images", "resolution_shift"):
             value = getattr(self, name)

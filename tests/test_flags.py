@@ -86,6 +86,7 @@ def test_the_other_flags_reach_the_core():
         (["--terminal_sigma", "nan"], "--terminal_sigma nan: .*above the schedule's first sigma"),
         (["--terminal_sigma", "0.01"], "first sigma, 0.02917, got 0.01"),
         (["--terminal_sigma", "300", "--zero_terminal_snr"], "give one of them"),
+        (["--match_base", "--keep_base", "1"], "--keep_base converts .* --match_base trains on as it was"),
         (["--terminal_sigma_method", "tail"], "--terminal_sigma_method needs --terminal_sigma"),
         (["--terminal_sigma", "99", "--terminal_sigma_start", "900"], "start belongs to method 'tail'"),
         (

@@ -19,7 +19,7 @@ from sdxl_fixes.model_files.header import FormatError
 from sdxl_fixes.model_files.model_file import read_sampling
 from sdxl_fixes.names import FLOW, check_prediction_type
 from sdxl_fixes.schedule import NoiseSchedule
-from sdxl_fixes.trainers.base import STOCK, Base, check_flags, hub_config, read_base
+from sdxl_fixes.trainers.base import STOCK, Base, check_flags, hub_config, read_base, read_teacher
 from sdxl_fixes.trainers.fixes import (
     TIMESTEP_FLAGS,
     TIMESTEP_OPTIONS,
@@ -116,6 +116,7 @@ class ScriptSession(Session):
         self.trim, self.chunks, self.cut = True, list[int](), (0, 0)  # of prompts: for prompts.py
         self.script: dict[str, Any] = {}  # the globals of the script's module
         self.training = False  # whether the script has its training scheduler
+        self.drawing = False  # whether the run's sampler draws timesteps
 
     def _look(self) -> str:
         return f"sdxl-fixes doctor {self.script.get('__file__', 'SCRIPT')} tells more"
@@ -172,6 +173,7 @@ def start(
     if sigma_space and ("schedule" in on or decides is not None):
         _check_sigma_space(trained)
     weighting = flags.weighting() if may_act else None
+    where = args.pretrained_model_name_or_path
     run = prepare(
         replace(DIFFUSERS, v_flag="v_prediction, in a script that trains it,") if sigma_space else DIFFUSERS,
         known,
@@ -182,7 +184,7 @@ def start(
         () if weighting is None else (weighting,),
         resumed=bool(getattr(args, "resume_from_checkpoint", None)),
         base=decides,
-        teacher=base,
+        teacher=read_teacher(where, getattr(args, "revision", None)) if "keep" in on else None,
     )
     _tell(run, may_act, dropped)
     return run

@@ -14,11 +14,13 @@ from .run import SESSION
 
 
 def randint(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The run's own sampler for the script's call of that shape; every other call is torch's."""
+    """The run's own sampler for the script's call of that shape; every other call is torch's, that of a
+    uniform sampler within it too."""
     run = SESSION.run
     if (
         run is None
         or run.timesteps is None
+        or SESSION.drawing
         or len(args) != 3
         or args[:2] != (0, len(run.schedule))
         or len(args[2]) != 1
@@ -32,7 +34,11 @@ def randint(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             "--resolution_shift: the script draws its timesteps before any noise of the latents by "
             "torch.randn_like, so their size is not known: leave the flag out"
         )
-    return run.timesteps.draw(args[2][0], kwargs.get("device", "cpu"), size=SESSION.step.size)
+    SESSION.drawing = True
+    try:
+        return run.timesteps.draw(args[2][0], kwargs.get("device", "cpu"), size=SESSION.step.size)
+    finally:
+        SESSION.drawing = False
 
 
 def randn_like(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -15,7 +15,15 @@ from sdxl_fixes.log import say, warn
 from sdxl_fixes.model_files.header import FormatError
 from sdxl_fixes.model_files.model_file import is_pickle, read_sampling
 from sdxl_fixes.names import FLOW, HUBER_KINDS, HUBER_SCHEDULES, LOSS_TYPES
-from sdxl_fixes.trainers.base import STOCK, Base, check_flags, check_others, hub_config, read_base
+from sdxl_fixes.trainers.base import (
+    STOCK,
+    Base,
+    check_flags,
+    check_others,
+    hub_config,
+    read_base,
+    read_teacher,
+)
 from sdxl_fixes.trainers.fixes import (
     TIMESTEP_FLAGS,
     TIMESTEP_OPTIONS,
@@ -176,13 +184,7 @@ def _teacher(args: argparse.Namespace) -> Sampling:
             "--keep_base needs text encoders that stay as they are, since the base reads their output, too: "
             f"give {give}"
         )
-    name = getattr(args, "pretrained_model_name_or_path", None)
-    try:
-        path = Path(name) if name else None
-        said = None if path is None else read_sampling(path) if path.exists() else _on_the_hub(str(name))
-    except (OSError, ValueError) as error:
-        raise FlagError(f"--keep_base must know how the base is sampled: {error}") from error
-    return said or STOCK
+    return read_teacher(getattr(args, "pretrained_model_name_or_path", None))
 
 
 def start(args: argparse.Namespace, ours: Mapping[str, Flag] | None = None) -> Run:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,15 @@ from sdxl_fixes.command_line import add_flags
 from sdxl_fixes.errors import shown
 from sdxl_fixes.flags import SCHEDULE_FLAGS, TrainingFlags
 from sdxl_fixes.model_files.model_file import read_sampling
+from sdxl_fixes.names import FLOW
 from sdxl_fixes.schedule import NoiseSchedule
 
+BASES: Mapping[str, Callable[[], NoiseSchedule]] = {
+    "sdxl": NoiseSchedule.sdxl,
+    "linear": NoiseSchedule.linear,
+    "cosine": NoiseSchedule.cosine,
+    "flow": NoiseSchedule.flow,
+}
 FIGURES = {
     "residual_signal": "share of the image still visible at the last timestep",
     "terminal_sigma": "sigma of the last timestep",
@@ -29,9 +37,7 @@ def add_command(commands: Any) -> None:
     """Register it."""
     parser = commands.add_parser("schedule", help="table and plot of a noise schedule beside SDXL's own")
     add_flags(parser, SCHEDULE_FLAGS)
-    parser.add_argument(
-        "--base", choices=("sdxl", "linear", "cosine", "flow"), default="sdxl", help="schedule to start from"
-    )
+    add_start(parser)
     parser.add_argument(
         "--from",
         dest="file",
@@ -51,6 +57,35 @@ def add_command(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
+def add_start(parser: argparse.ArgumentParser) -> None:
+    """The flags of :func:`start_from_args`."""
+    parser.add_argument(
+        "--base", choices=BASES, help="schedule to start from (default: sdxl; for flow, flow)"
+    )
+    parser.add_argument("--flow_shift", type=float, help="shift of --base flow (default 1)")
+
+
+def start_from_args(args: argparse.Namespace) -> NoiseSchedule:
+    """The schedule that the other flags change; a flow_prediction is of flow."""
+    shift, base = args.flow_shift, args.base
+    if base is None:
+        flow = shift is not None or getattr(args, "prediction_type", None) == FLOW
+        base = "flow" if flow else "sdxl"
+    if base != "flow":
+        if shift is not None:
+            raise ValueError(f"--flow_shift belongs to --base flow, not to --base {base}: leave it out")
+        return BASES[base]()
+    try:
+        return NoiseSchedule.flow(1.0 if shift is None else shift)
+    except ValueError as error:
+        raise ValueError(f"--flow_shift {shift:g}: {error}") from error
+
+
+def changed_by_args(start: NoiseSchedule, args: argparse.Namespace) -> NoiseSchedule:
+    """What the flags of the schedule make of it; ``start`` has the shift, whatever is predicted on it."""
+    return TrainingFlags.from_args(argparse.Namespace(**{**vars(args), "flow_shift": None})).schedule(start)
+
+
 def run(args: argparse.Namespace) -> int:
     """The command."""
     if (args.width is None) != (args.height is None):
@@ -60,16 +95,11 @@ def run(args: argparse.Namespace) -> int:
             "--width and --height choose the terminal sigma: leave --terminal_sigma and "
             "--zero_terminal_snr out"
         )
-    if args.file is not None and args.base != "sdxl":
-        raise ValueError("--from and --base are two schedules to start from: give one of them")
-    makers = {
-        "sdxl": NoiseSchedule.sdxl,
-        "linear": NoiseSchedule.linear,
-        "cosine": NoiseSchedule.cosine,
-        "flow": NoiseSchedule.flow,
-    }
-    base = makers[args.base]() if args.file is None else _read_schedule(args.file)
-    schedule = TrainingFlags.from_args(args).schedule(base)
+    starts = [f"--{name}" for name in ("base", "flow_shift") if getattr(args, name) is not None]
+    if args.file is not None and starts:
+        raise ValueError(f"--from and {starts[0]} are two schedules to start from: give one of them")
+    base = start_from_args(args) if args.file is None else _read_schedule(args.file)
+    schedule = changed_by_args(base, args)
     if args.width is not None:
         schedule = _for_canvas(schedule, args.width, args.height, args.terminal_sigma_method)
     if args.plot is not None:

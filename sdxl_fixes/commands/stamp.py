@@ -11,8 +11,9 @@ from typing import Any
 from sdxl_fixes.atomic import real, replacing
 from sdxl_fixes.checkpoint import MODELSPEC, Sampling
 from sdxl_fixes.command_line import add_flags
+from sdxl_fixes.commands.schedule import add_start, changed_by_args, start_from_args
 from sdxl_fixes.errors import about, plain, printable
-from sdxl_fixes.flags import SCHEDULE_FLAGS, TrainingFlags
+from sdxl_fixes.flags import SCHEDULE_FLAGS
 from sdxl_fixes.model_files.kinds import KINDS
 from sdxl_fixes.model_files.model_file import SCHEDULER_CONFIG, beside, read_sampling
 from sdxl_fixes.model_files.stamp import (
@@ -50,12 +51,7 @@ def add_command(commands: Any) -> None:
         "sample, v-zsnr also says --zero_terminal_snr",
     )
     add_flags(parser, SCHEDULE_FLAGS)
-    parser.add_argument(
-        "--base",
-        choices=("sdxl", "linear", "cosine", "flow"),
-        help="schedule to start from (default: sdxl; for flow, flow)",
-    )
-    parser.add_argument("--shift", type=float, help="shift of --base flow (default 1)")
+    add_start(parser)
     parser.add_argument(
         "--from",
         dest="source",
@@ -159,7 +155,7 @@ def sampling_from_args(args: argparse.Namespace) -> Sampling:
     nothing says it."""
     flags = [
         name
-        for name in (*SCHEDULE_FLAGS, "base", "shift")
+        for name in (*SCHEDULE_FLAGS, "base", "flow_shift")
         if not (getattr(args, name) is None or getattr(args, name) is False)
     ]
     if args.source is None and (flags or args.prediction_type):
@@ -167,16 +163,7 @@ def sampling_from_args(args: argparse.Namespace) -> Sampling:
             raise ValueError(
                 f"--{flags[0]} tells the schedule; tell also what the model predicts, with --prediction_type"
             )
-        if args.shift is not None and args.base not in (None, "flow"):
-            raise ValueError(f"--shift belongs to --base flow, not to --base {args.base}: leave it out")
-        flow = (
-            args.base == "flow"
-            or args.shift is not None
-            or (args.base is None and args.prediction_type == "flow_prediction")
-        )
-        makers = {"linear": NoiseSchedule.linear, "cosine": NoiseSchedule.cosine}
-        base = _flow(args.shift) if flow else makers.get(args.base, NoiseSchedule.sdxl)()
-        return Sampling(TrainingFlags.from_args(args).schedule(base), args.prediction_type)
+        return Sampling(changed_by_args(start_from_args(args), args), args.prediction_type)
     if flags:
         raise ValueError(f"--from and --{flags[0]} are two sources for one schedule: give one of them")
     source = args.source or args.path
@@ -191,13 +178,6 @@ def sampling_from_args(args: argparse.Namespace) -> Sampling:
             f"{args.prediction_type}: leave one of them out"
         )
     return said
-
-
-def _flow(shift: float | None) -> NoiseSchedule:
-    try:
-        return NoiseSchedule.flow(1.0 if shift is None else shift)
-    except ValueError as error:
-        raise ValueError(f"--shift {shift:g}: {error}") from error
 
 
 def _check_yaml(old: Path, yaml: str, force: bool) -> None:

@@ -1,5 +1,5 @@
-"""The base model decides (--match_base): what it says of itself is what is trained, and flags that say
-otherwise are refused."""
+"""What a base model says of itself: with --match_base it decides what is trained, and flags that say
+otherwise are refused; with --keep_base the frozen base is asked by it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from sdxl_fixes.schedule import NoiseSchedule
 STOCK = Sampling(NoiseSchedule.sdxl(), "epsilon")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _V_NAME = re.compile(r"v[-_. ]?pred", re.IGNORECASE)
-_ELSE = "or leave --match_base out and give the flags that it was trained with"
+# the flag that needs the base -> the beginning and the end of the sentence about one that cannot be told
+_MATCH = ("--match_base", "or leave --match_base out and give the flags that it was trained with")
+_KEEP = ("--keep_base must know how the base is sampled", "or leave --keep_base out")
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,23 @@ class Base:
 
 
 def read_base(name: str | None, revision: str | None = None) -> Base:
-    """The base model ``name``: a file, a diffusers folder, or a name on the Hugging Face Hub, of which the
-    scheduler config is read. One that says nothing is SDXL's own. Raises FlagError for what cannot be
-    told."""
+    """The base model ``name`` for --match_base: a file, a diffusers folder, or a name on the Hugging Face
+    Hub, of which the scheduler config is read. One that says nothing is SDXL's own. Raises FlagError for what
+    cannot be told."""
     if not name:
         raise FlagError(
             "--match_base needs --pretrained_model_name_or_path: give the base model, or leave it out"
         )
+    return _read(name, revision, _MATCH)
+
+
+def read_teacher(name: str | None, revision: str | None = None) -> Sampling:
+    """How the base model ``name`` is sampled, for --keep_base: by the same, and as strictly, since a teacher
+    that is taken for another teaches noise. SDXL's own way without a name."""
+    return _read(name, revision, _KEEP).sampling if name else STOCK
+
+
+def _read(name: str, revision: str | None, words: tuple[str, str]) -> Base:
     path = Path(name)
     try:
         if not path.exists():
@@ -52,7 +64,7 @@ def read_base(name: str | None, revision: str | None = None) -> Base:
     except (OSError, ValueError) as error:
         sentence = " ".join(str(error).split())
         named = "" if name in sentence else f"{name}: "
-        raise FlagError(f"--match_base: {named}{sentence}; {_ELSE}") from error
+        raise FlagError(f"{words[0]}: {named}{sentence}; {words[1]}") from error
 
 
 def hub_config(name: str, revision: str | None = None) -> dict[str, Any]:
@@ -127,7 +139,7 @@ def check_others(base: Base, others: Mapping[str, str | None]) -> None:
         except OSError:  # the trainer says so
             continue
         except ValueError as error:
-            raise FlagError(f"--match_base: {error}; {_ELSE}") from error
+            raise FlagError(f"{_MATCH[0]}: {error}; {_MATCH[1]}") from error
         if said is not None and said[0] != base.sampling:
             raise FlagError(
                 f"--match_base: --{flag} {Base(str(path), *said)}, and the base model {base}: the two do not "

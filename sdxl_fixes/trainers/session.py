@@ -206,7 +206,7 @@ def run_script(
     run = session.on("saving")
     if run is not None and rank() == 0 and not session.has_reached("saving"):
         said = sampling_flags(Sampling(run.schedule, run.prediction_type))
-        words = (said or f"--prediction_type {run.prediction_type}").replace("flow_shift", "shift")
+        words = said or f"--prediction_type {run.prediction_type}"
         sys.exit(
             "sdxl-fixes: the training is done, but no model file that was saved carries its schedule: "
             f"sdxl-fixes stamp FILE {words} writes it"

@@ -60,6 +60,13 @@ def test_resolution_doubles_sigma(capsys):
     assert json.loads(capsys.readouterr().out)["this"]["terminal_sigma"] == pytest.approx(29.2293, rel=1e-5)
 
 
+def test_a_shift_is_flows(capsys):
+    """s = 3/4 in the middle of the table is sigma 3 (arXiv:2403.03206 eq. 23)."""
+    assert main(["schedule", "--flow_shift", "3", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["this"]["middle_sigma"] == pytest.approx(3) and said["this"]["terminal_sigma"] == "inf"
+
+
 def test_plot_is_a_png_and_nothing_half_written_stays(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     file = tmp_path / "s.png"
@@ -88,6 +95,9 @@ def test_plot_is_a_png_and_nothing_half_written_stays(tmp_path, monkeypatch, cap
             "use 'rescale', 'tail' or 'last'",
         ),
         (["--from", "x.json", "--base", "flow"], "give one of them"),
+        (["--from", "x.json", "--flow_shift", "3"], "--from and --flow_shift are two schedules"),
+        (["--base", "sdxl", "--flow_shift", "3"], "--flow_shift belongs to --base flow, not to --base sdxl"),
+        (["--flow_shift", "-1"], "--flow_shift -1: shift must be a positive number"),
         (["--width", "0", "--height", "8"], "--width 0 --height 8: width, height and base must be positive"),
         (["--width", "9" * 400, "--height", "8"], "--height 8: "),
     ],

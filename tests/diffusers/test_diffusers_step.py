@@ -120,3 +120,11 @@ def test_a_smaller_canvas_sees_less_noise(train, share):
             count = torch.bincount(become, minlength=1000)
             weights = count[seen] / 1000 / torch.bincount(become, evenly(abar, 0.2), minlength=1000)[seen]
         assert step["loss"].item() == pytest.approx(expected(step, False, abar, v, u=weights), rel=2e-5)
+
+
+def test_the_shift_alone_draws_as_torch_does(train):
+    """No other flag of the timesteps: the sampler's own draw is the script's torch.randint, too."""
+    flags, abar, _ = SCHEDULES["v, zero SNR"]
+    drawn = [step["timesteps"] for step in train(*flags)]
+    for step, timesteps in zip(train(*flags, "--resolution_shift", "128"), drawn, strict=True):
+        assert torch.equal(step["timesteps"], nearest(timesteps, abar, 0.5))

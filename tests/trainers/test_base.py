@@ -11,7 +11,7 @@ from sdxl_fixes.errors import FlagError
 from sdxl_fixes.flags import TrainingFlags
 from sdxl_fixes.model_files.stamp import stamp_file
 from sdxl_fixes.trainers import base as bases
-from sdxl_fixes.trainers.base import STOCK, Base, check_flags, check_others, read_base
+from sdxl_fixes.trainers.base import STOCK, Base, check_flags, check_others, read_base, read_teacher
 
 SDXL = NoiseSchedule.sdxl()
 V_ZERO = Sampling(SDXL.zero_terminal_snr(), "v_prediction")
@@ -83,6 +83,7 @@ def test_a_folder_is_believed_by_its_u_net_then_by_its_scheduler(tmp_path):
     assert read_base(str(tmp_path)).sampling == Sampling(SDXL, "v_prediction")
     stamped(tmp_path / "unet" / "diffusion_pytorch_model.safetensors", E_300, "diffusers_unet")
     assert read_base(str(tmp_path)) == Base(str(tmp_path), E_300, "its record")
+    assert read_teacher(str(tmp_path)) == E_300 and read_teacher(None) == STOCK
 
 
 def test_a_name_on_the_hub_is_believed_by_its_scheduler(monkeypatch):
@@ -118,6 +119,8 @@ def test_what_cannot_be_told_is_one_sentence_that_says_what_to_do(case, tmp_path
     ) as e:
         read_base(str(path))
     assert "\n" not in str(e.value)
+    with pytest.raises(FlagError, match=rf"^--keep_base must know how .*{sentence}.*leave --keep_base out"):
+        read_teacher(str(path))
 
 
 @pytest.mark.parametrize("name", ["noobXL-VPred-1.0", "model_v_pred", "x v-pred"])
@@ -125,8 +128,10 @@ def test_a_name_that_speaks_where_the_file_does_not_is_no_convention(name, tmp_p
     path = model(tmp_path / f"{name}.safetensors")
     with pytest.raises(FlagError, match="is named as if it were of v-prediction, and says nothing: stamp it"):
         read_base(str(path))
+    with pytest.raises(FlagError, match=r"^--keep_base must know .* is named as if it were of v-prediction"):
+        read_teacher(str(path))
     stamp_file(path, STOCK)
-    assert read_base(str(path)).sampling == STOCK
+    assert read_base(str(path)).sampling == read_teacher(str(path)) == STOCK
     assert read_base(str(model(tmp_path / "vividpredator.safetensors"))).sampling == STOCK
 
 
