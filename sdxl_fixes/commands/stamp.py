@@ -55,7 +55,7 @@ def add_command(commands: Any) -> None:
         choices=("sdxl", "linear", "cosine", "flow"),
         help="schedule to start from (default: sdxl; for flow, flow)",
     )
-    parser.add_argument("--shift", type=float, help="shift of --base flow (default 1)")
+    parser.add_argument("--flow_shift", type=float, help="shift of --base flow (default 1)")
     parser.add_argument(
         "--from",
         dest="source",
@@ -159,7 +159,7 @@ def sampling_from_args(args: argparse.Namespace) -> Sampling:
     nothing says it."""
     flags = [
         name
-        for name in (*SCHEDULE_FLAGS, "base", "shift")
+        for name in (*SCHEDULE_FLAGS, "base", "flow_shift")
         if not (getattr(args, name) is None or getattr(args, name) is False)
     ]
     if args.source is None and (flags or args.prediction_type):
@@ -167,15 +167,15 @@ def sampling_from_args(args: argparse.Namespace) -> Sampling:
             raise ValueError(
                 f"--{flags[0]} tells the schedule; tell also what the model predicts, with --prediction_type"
             )
-        if args.shift is not None and args.base not in (None, "flow"):
-            raise ValueError(f"--shift belongs to --base flow, not to --base {args.base}: leave it out")
+        if args.flow_shift is not None and args.base not in (None, "flow"):
+            raise ValueError(f"--flow_shift belongs to --base flow, not to --base {args.base}: leave it out")
         flow = (
             args.base == "flow"
-            or args.shift is not None
+            or args.flow_shift is not None
             or (args.base is None and args.prediction_type == "flow_prediction")
         )
         makers = {"linear": NoiseSchedule.linear, "cosine": NoiseSchedule.cosine}
-        base = _flow(args.shift) if flow else makers.get(args.base, NoiseSchedule.sdxl)()
+        base = _flow(args.flow_shift) if flow else makers.get(args.base, NoiseSchedule.sdxl)()
         return Sampling(TrainingFlags.from_args(args).schedule(base), args.prediction_type)
     if flags:
         raise ValueError(f"--from and --{flags[0]} are two sources for one schedule: give one of them")
@@ -197,7 +197,7 @@ def _flow(shift: float | None) -> NoiseSchedule:
     try:
         return NoiseSchedule.flow(1.0 if shift is None else shift)
     except ValueError as error:
-        raise ValueError(f"--shift {shift:g}: {error}") from error
+        raise ValueError(f"--flow_shift {shift:g}: {error}") from error
 
 
 def _check_yaml(old: Path, yaml: str, force: bool) -> None:

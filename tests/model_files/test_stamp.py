@@ -46,7 +46,7 @@ CASES = {
     ),
     "v cosine": (["--prediction_type", "v_prediction", "--base", "cosine"], NoiseSchedule.cosine(), [], None),
     "flow": (["--prediction_type", "flow_prediction"], NoiseSchedule.flow(), [], "sd3"),
-    "flow 3": (["--prediction_type", "flow_prediction", "--shift", "3"], NoiseSchedule.flow(3), [], "sd3"),
+    "flow 3": (["--prediction_type", "flow_prediction", "--flow_shift", "3"], NoiseSchedule.flow(3), [], "sd3"),
 }
 
 
@@ -207,8 +207,8 @@ def test_other_models_are_refused(tmp_path, capsys):
         ([], "does not say how it was trained"),
         (["--zero_terminal_snr"], "tell also what the model predicts"),
         (
-            ["--prediction_type", "epsilon", "--base", "cosine", "--shift", "3"],
-            "--shift belongs to --base flow",
+            ["--prediction_type", "epsilon", "--base", "cosine", "--flow_shift", "3"],
+            "--flow_shift belongs to --base flow",
         ),
         (["--from", "nowhere", "--zero_terminal_snr"], "two sources"),
         (
@@ -217,8 +217,8 @@ def test_other_models_are_refused(tmp_path, capsys):
         ),
         (["--prediction_type", "epsilon", "--terminal_sigma", "-1"], "--terminal_sigma -1"),
         (
-            ["--prediction_type", "flow_prediction", "--shift", "0"],
-            "--shift 0: shift must be a positive number",
+            ["--prediction_type", "flow_prediction", "--flow_shift", "0"],
+            "--flow_shift 0: shift must be a positive number",
         ),
         (["--from", "nowhere", "--terminal_sigma", "0"], "two sources"),
     ],
