@@ -11,6 +11,7 @@ from typing import Any
 from sdxl_fixes.atomic import real, replacing
 from sdxl_fixes.checkpoint import MODELSPEC, Sampling
 from sdxl_fixes.command_line import add_flags
+from sdxl_fixes.commands.schedule import add_flow_shift, flow_of
 from sdxl_fixes.errors import about, plain, printable
 from sdxl_fixes.flags import SCHEDULE_FLAGS, TrainingFlags
 from sdxl_fixes.model_files.kinds import KINDS
@@ -55,7 +56,7 @@ def add_command(commands: Any) -> None:
         choices=("sdxl", "linear", "cosine", "flow"),
         help="schedule to start from (default: sdxl; for flow, flow)",
     )
-    parser.add_argument("--flow_shift", type=float, help="shift of --base flow (default 1)")
+    add_flow_shift(parser)
     parser.add_argument(
         "--from",
         dest="source",
@@ -158,8 +159,8 @@ def sampling_from_args(args: argparse.Namespace) -> Sampling:
     """How the model was trained: by flags, by --from, or by what the file says itself. Raises ValueError if
     nothing says it."""
     flags = [
-        name
-        for name in (*SCHEDULE_FLAGS, "base", "flow_shift")
+        "flow_shift" if name == "shift" else name
+        for name in (*SCHEDULE_FLAGS, "base", "shift")
         if not (getattr(args, name) is None or getattr(args, name) is False)
     ]
     if args.source is None and (flags or args.prediction_type):
@@ -167,15 +168,15 @@ def sampling_from_args(args: argparse.Namespace) -> Sampling:
             raise ValueError(
                 f"--{flags[0]} tells the schedule; tell also what the model predicts, with --prediction_type"
             )
-        if args.flow_shift is not None and args.base not in (None, "flow"):
+        if args.shift is not None and args.base not in (None, "flow"):
             raise ValueError(f"--flow_shift belongs to --base flow, not to --base {args.base}: leave it out")
         flow = (
             args.base == "flow"
-            or args.flow_shift is not None
+            or args.shift is not None
             or (args.base is None and args.prediction_type == "flow_prediction")
         )
         makers = {"linear": NoiseSchedule.linear, "cosine": NoiseSchedule.cosine}
-        base = _flow(args.flow_shift) if flow else makers.get(args.base, NoiseSchedule.sdxl)()
+        base = flow_of(args.shift) if flow else makers.get(args.base, NoiseSchedule.sdxl)()
         return Sampling(TrainingFlags.from_args(args).schedule(base), args.prediction_type)
     if flags:
         raise ValueError(f"--from and --{flags[0]} are two sources for one schedule: give one of them")
@@ -191,13 +192,6 @@ def sampling_from_args(args: argparse.Namespace) -> Sampling:
             f"{args.prediction_type}: leave one of them out"
         )
     return said
-
-
-def _flow(shift: float | None) -> NoiseSchedule:
-    try:
-        return NoiseSchedule.flow(1.0 if shift is None else shift)
-    except ValueError as error:
-        raise ValueError(f"--flow_shift {shift:g}: {error}") from error
 
 
 def _check_yaml(old: Path, yaml: str, force: bool) -> None:

@@ -60,6 +60,14 @@ def test_resolution_doubles_sigma(capsys):
     assert json.loads(capsys.readouterr().out)["this"]["terminal_sigma"] == pytest.approx(29.2293, rel=1e-5)
 
 
+def test_a_shift_of_flow_is_that_of_the_paper(capsys):
+    assert main(["schedule", "--base", "flow", "--flow_shift", "3", "--json"]) == 0
+    this = json.loads(capsys.readouterr().out)["this"]
+    # s = 3 r/(1 + 2 r), arXiv:2403.03206 eq. 23, so sigma = s/(1 - s) = 3 r/(1 - r) with r = 1/1000 ... 1
+    assert this["first_sigma"] == pytest.approx(3 / 999) and this["middle_sigma"] == pytest.approx(3)
+    assert this["terminal_sigma"] == "inf"
+
+
 def test_plot_is_a_png_and_nothing_half_written_stays(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     file = tmp_path / "s.png"
@@ -88,6 +96,8 @@ def test_plot_is_a_png_and_nothing_half_written_stays(tmp_path, monkeypatch, cap
             "use 'rescale', 'tail' or 'last'",
         ),
         (["--from", "x.json", "--base", "flow"], "give one of them"),
+        (["--flow_shift", "3"], "--flow_shift belongs to --base flow: give both"),
+        (["--base", "flow", "--flow_shift", "0"], "--flow_shift 0: shift must be a positive number"),
         (["--width", "0", "--height", "8"], "--width 0 --height 8: width, height and base must be positive"),
         (["--width", "9" * 400, "--height", "8"], "--height 8: "),
     ],

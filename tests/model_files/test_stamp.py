@@ -46,7 +46,18 @@ CASES = {
     ),
     "v cosine": (["--prediction_type", "v_prediction", "--base", "cosine"], NoiseSchedule.cosine(), [], None),
     "flow": (["--prediction_type", "flow_prediction"], NoiseSchedule.flow(), [], "sd3"),
-    "flow 3": (["--prediction_type", "flow_prediction", "--flow_shift", "3"], NoiseSchedule.flow(3), [], "sd3"),
+    "flow 3": (
+        ["--prediction_type", "flow_prediction", "--flow_shift", "3"],
+        NoiseSchedule.flow(3),
+        [],
+        "sd3",
+    ),
+    "v of shift 3": (
+        ["--prediction_type", "v_prediction", "--flow_shift", "3"],
+        NoiseSchedule.flow(3),
+        [],
+        None,
+    ),
 }
 
 
