@@ -68,10 +68,12 @@ class Sampling:
         return self.schedule.zero_terminal and self.prediction_type != "flow_prediction"
 
     def __str__(self) -> str:
-        return (
+        said = (
             f"{self.prediction_type}, sigma {self.schedule.sigmas[0]:.4g} to "
             f"{self.schedule.terminal_sigma:.6g}"
         )
+        shift = flow_shift(self.schedule)
+        return said if shift is None else f"{said}, shift {shift:g}"
 
 
 def markers(schedule: NoiseSchedule, prediction_type: str) -> tuple[str, ...]:

@@ -60,11 +60,12 @@ def test_resolution_doubles_sigma(capsys):
     assert json.loads(capsys.readouterr().out)["this"]["terminal_sigma"] == pytest.approx(29.2293, rel=1e-5)
 
 
-def test_a_shift_is_flows(capsys):
-    """s = 3/4 in the middle of the table is sigma 3 (arXiv:2403.03206 eq. 23)."""
+def test_a_shift_of_flow_is_that_of_the_paper(capsys):
     assert main(["schedule", "--flow_shift", "3", "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["this"]["middle_sigma"] == pytest.approx(3) and said["this"]["terminal_sigma"] == "inf"
+    this = json.loads(capsys.readouterr().out)["this"]
+    # s = 3 r/(1 + 2 r), arXiv:2403.03206 eq. 23, so sigma = s/(1 - s) = 3 r/(1 - r) with r = 1/1000 ... 1
+    assert this["first_sigma"] == pytest.approx(3 / 999) and this["middle_sigma"] == pytest.approx(3)
+    assert this["terminal_sigma"] == "inf"
 
 
 def test_plot_is_a_png_and_nothing_half_written_stays(tmp_path, monkeypatch, capsys):

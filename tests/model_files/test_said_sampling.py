@@ -162,7 +162,7 @@ def test_the_right_stamp_of_a_flow_folder_is_taken_and_a_wrong_one_refused(tmp_p
     before = config.read_bytes()
     assert main(["stamp", str(folder), "--prediction_type", "v_prediction", "--zero_terminal_snr"]) == 2
     assert (
-        "says flow_prediction, sigma 0.002503 to inf" in capsys.readouterr().err
+        "says flow_prediction, sigma 0.002503 to inf, shift 2.5;" in capsys.readouterr().err
         and config.read_bytes() == before
     )
     assert main(["stamp", str(folder), "--prediction_type", "flow_prediction", "--flow_shift", "2.5"]) == 0

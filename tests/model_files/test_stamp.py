@@ -52,6 +52,12 @@ CASES = {
         [],
         "sd3",
     ),
+    "v of shift 3": (
+        ["--prediction_type", "v_prediction", "--flow_shift", "3"],
+        NoiseSchedule.flow(3),
+        [],
+        None,
+    ),
 }
 
 
