@@ -40,7 +40,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=4, help="of one process")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output_dir")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in --output_dir"
+    )
     parser.add_argument("--log_with", help="tensorboard, wandb, ...: a tracker that accelerate knows")
     # prediction, schedule, loss, weights, noise, timesteps, and the validation loss every --stable_loss_steps
     add_flags(parser, FLAGS)
@@ -103,8 +105,8 @@ class Progress:
     def load_state_dict(self, state: dict[str, int | str]) -> None:
         if state["trained"] != self.trained:
             raise SystemExit(
-                "--resume: the checkpoint was trained with another prediction type or schedule than the flags "
-                "of this run describe: give the flags that it was started with"
+                "--resume: the checkpoint was trained with another prediction type or schedule than the "
+                "flags of this run describe: give the flags that it was started with"
             )
         self.step = int(state["step"])
 
@@ -158,7 +160,9 @@ def main() -> None:
     data = {name: tensor.to(accelerator.device) for name, tensor in make_data().items()}
     most = len(data["latents"]) // accelerator.num_processes
     if not 1 <= args.batch_size <= most:
-        raise SystemExit(f"--batch_size {args.batch_size}: expected 1..{most}, what the data has for a process")
+        raise SystemExit(
+            f"--batch_size {args.batch_size}: expected 1..{most}, what the data has for a process"
+        )
     held_out = {
         name: tensor.to(accelerator.device)
         for name, tensor in make_data(flags.stable_loss_images or 8, seed=1).items()

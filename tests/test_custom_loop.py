@@ -114,7 +114,10 @@ def test_a_run_killed_inside_a_checkpoint_goes_on_from_the_one_before(tmp_path, 
             loop(tmp_path / "parts", "--steps", "7")
     resumed = loop(tmp_path / "parts", "--steps", "7", "--resume")
     assert resumed["first_step"] == 3 and resumed["losses"] == whole["losses"][3:]
-    assert sorted(path.name for path in (tmp_path / "parts").glob("check*")) == ["checkpoint-3", "checkpoint-6"]
+    assert sorted(path.name for path in (tmp_path / "parts").glob("check*")) == [
+        "checkpoint-3",
+        "checkpoint-6",
+    ]
 
 
 def test_the_last_two_checkpoints_are_kept(tmp_path, loop):
