@@ -3,8 +3,9 @@ U-Net.
 
     python examples/custom_loop.py --output_dir out --zero_terminal_snr --min_snr_gamma 5 --min_snr_floor
     python examples/custom_loop.py --output_dir out --steps 12 --resume ...      goes on where it stopped
-    python examples/custom_loop.py --output_dir out --stable_loss_steps 2 --log_with tensorboard ...
-    accelerate launch --num_processes 2 examples/custom_loop.py --output_dir out ...
+    python examples/custom_loop.py --output_dir logged --stable_loss_steps 2 --log_with tensorboard ...
+    accelerate launch --num_processes 2 examples/custom_loop.py --output_dir two ...
+    accelerate launch --gradient_accumulation_steps 2 examples/custom_loop.py --output_dir more ...
 
 Everything random is a function of (seed, step, process), so a resumed run repeats the uninterrupted one: on
 the CPU to the last bit; on a GPU, where two identical runs differ by 1e-5 (measured on an H100), as nearly.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 
+from sdxl_fixes import Objective
 from sdxl_fixes.command_line import add_flags
 from sdxl_fixes.flags import FLAGS, TrainingFlags
 from sdxl_fixes.validation import Validation
@@ -37,7 +40,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=4, help="of one process")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output_dir")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in --output_dir"
+    )
     parser.add_argument("--log_with", help="tensorboard, wandb, ...: a tracker that accelerate knows")
     # prediction, schedule, loss, weights, noise, timesteps, and the validation loss every --stable_loss_steps
     add_flags(parser, FLAGS)
@@ -78,7 +83,7 @@ def make_data(count: int = 24, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def my_samples(step: int, count: int, args: argparse.Namespace, accelerator: Accelerator) -> np.ndarray:
-    """This process's samples of an optimizer step: every epoch a permutation by (seed, epoch), shared out in
+    """This process's samples of a batch: every epoch a permutation by (seed, epoch), shared out in
     order."""
     together = args.batch_size * accelerator.num_processes
     epoch, place = divmod(step, count // together)
@@ -88,16 +93,45 @@ def my_samples(step: int, count: int, args: argparse.Namespace, accelerator: Acc
 
 
 class Progress:
-    """How many optimizer steps are done; accelerate saves and loads it with a checkpoint."""
+    """How many optimizer steps are done, and on what; accelerate saves and loads it with a checkpoint."""
 
-    def __init__(self) -> None:
+    def __init__(self, objective: Objective) -> None:
         self.step = 0
+        self.trained = json.dumps([objective.prediction_type, objective.schedule.to_record()], sort_keys=True)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step}
+    def state_dict(self) -> dict[str, int | str]:
+        return {"step": self.step, "trained": self.trained}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
+    def load_state_dict(self, state: dict[str, int | str]) -> None:
+        if state["trained"] != self.trained:
+            raise SystemExit(
+                "--resume: the checkpoint was trained with another prediction type or schedule than the "
+                "flags of this run describe: give the flags that it was started with"
+            )
+        self.step = int(state["step"])
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole ones, the last at the end."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def save_checkpoint(folder: Path, step: int, accelerator: Accelerator) -> None:
+    """Under another name until it is whole, so that a killed run goes on from the last whole one; two are
+    kept."""
+    partial = folder / "checkpoint.part"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        whole = folder / f"checkpoint-{step}"
+        partial.rename(whole)
+        for old in checkpoints(folder)[:-2]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
 
 
 def predict(
@@ -109,48 +143,67 @@ def predict(
 
 def main() -> None:
     args = parse_args()
+    # accelerate launch --gradient_accumulation_steps tells it
     accelerator = Accelerator(log_with=args.log_with, project_dir=args.output_dir)
     accelerator.init_trackers("custom_loop")
     flags = TrainingFlags.from_args(args)
+    batches = accelerator.gradient_accumulation_steps  # of one optimizer step
     objective = flags.objective(
-        seed=args.seed, rank=accelerator.process_index, world_size=accelerator.num_processes
+        seed=args.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        accumulation=batches,
     )
     torch.manual_seed(args.seed)
     unet = make_unet()
     unet, optimizer = accelerator.prepare(unet, torch.optim.AdamW(unet.parameters(), lr=args.learning_rate))
     data = {name: tensor.to(accelerator.device) for name, tensor in make_data().items()}
+    most = len(data["latents"]) // accelerator.num_processes
+    if not 1 <= args.batch_size <= most:
+        raise SystemExit(
+            f"--batch_size {args.batch_size}: expected 1..{most}, what the data has for a process"
+        )
     held_out = {
         name: tensor.to(accelerator.device)
         for name, tensor in make_data(flags.stable_loss_images or 8, seed=1).items()
     }
     validation, network = Validation(objective), accelerator.unwrap_model(unet)
 
-    progress, checkpoint = Progress(), args.output_dir / "checkpoint"
+    progress = Progress(objective)
     # also where the stratified draws stand
     accelerator.register_for_checkpointing(progress, objective.timesteps)
     if args.resume:
-        accelerator.load_state(str(checkpoint))
+        whole = checkpoints(args.output_dir)
+        if not whole:
+            raise SystemExit(f"--resume: {args.output_dir} holds no checkpoint-STEP: start without it")
+        accelerator.load_state(str(whole[-1]))
+    elif checkpoints(args.output_dir):
+        raise SystemExit(f"{args.output_dir} holds checkpoints: give --resume, or another --output_dir")
     first_step = progress.step
 
     losses, validated = [], {}
     for step in range(first_step, args.steps):
-        samples = torch.from_numpy(my_samples(step, len(data["latents"]), args, accelerator)).to(
-            accelerator.device
-        )
-        batch = {name: tensor[samples] for name, tensor in data.items()}
-        generator = torch.Generator(accelerator.device)
-        generator.manual_seed(
-            (args.seed * 1_000_003 + step) * accelerator.num_processes + accelerator.process_index
-        )
+        loss_of_step = 0.0
+        for number in range(step * batches, (step + 1) * batches):
+            samples = torch.from_numpy(my_samples(number, len(data["latents"]), args, accelerator)).to(
+                accelerator.device
+            )
+            batch = {name: tensor[samples] for name, tensor in data.items()}
+            generator = torch.Generator(accelerator.device)
+            generator.manual_seed(
+                (args.seed * 1_000_003 + number) * accelerator.num_processes + accelerator.process_index
+            )
 
-        # noisy latents, timesteps, target: one schedule
-        drawn = objective.draw(batch["latents"], generator=generator)
-        loss = objective.loss(predict(unet, drawn.noisy, drawn.timesteps, batch), drawn)
+            with accelerator.accumulate(unet):
+                # noisy latents, timesteps, target: one schedule
+                drawn = objective.draw(batch["latents"], generator=generator)
+                loss = objective.loss(predict(unet, drawn.noisy, drawn.timesteps, batch), drawn)
 
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(accelerator.gather(loss.detach().reshape(1)).mean().item())
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            loss_of_step += accelerator.gather(loss.detach().reshape(1)).mean().item() / batches
+        losses.append(loss_of_step)
         accelerator.log({"loss": losses[-1]}, step=step + 1)
 
         if flags.stable_loss_steps and (step + 1) % flags.stable_loss_steps == 0:
@@ -170,8 +223,7 @@ def main() -> None:
 
         if (step + 1) % args.checkpoint_every == 0:
             progress.step = step + 1
-            accelerator.save_state(str(checkpoint))
-            accelerator.wait_for_everyone()
+            save_checkpoint(args.output_dir, progress.step, accelerator)
 
     accelerator.end_training()
     if accelerator.is_main_process:

@@ -25,6 +25,10 @@ def replacing(path: Path) -> Iterator[Path]:
         with contextlib.suppress(FileNotFoundError):
             shutil.copymode(target, partial)
         os.replace(partial, target)
+    except OSError as error:
+        if error.filename is not None and os.fspath(error.filename) == str(partial):
+            error.filename = str(path)  # the name that was asked for
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

@@ -6,15 +6,16 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from sdxl_fixes.atomic import replacing
+from sdxl_fixes.errors import printable
 
-_DATA = re.compile(r'<script type="application/json" id="samples">(.*?)</script>', re.DOTALL)
+_MARK = '<meta name="generator" content="sdxl-fixes samples">'
+_CELL = re.compile(r'<img data-c="([^"]*)" data-p="([^"]*)" alt="" src="data:image/png;base64,([^"]*)">')
 _STYLE = (
     "table{border-collapse:collapse}td,th{padding:4px;vertical-align:top;font:14px "
     "sans-serif;text-align:left}img{max-width:320px}"
@@ -32,10 +33,13 @@ class SampleTable:
         self.path, self.title = Path(path), title
         self.cells: dict[str, dict[str, str]] = {}  # checkpoint -> prompt -> PNG, base64
         if self.path.exists():
-            found = _DATA.search(self.path.read_text(encoding="utf-8", errors="replace"))
-            if found is None:
+            page = self.path.read_text(encoding="utf-8", errors="replace")
+            if _MARK not in page:
                 raise ValueError(f"{self.path} exists and is not a table of samples: choose another file")
-            self.cells = json.loads(found.group(1))
+            head = re.findall("<th>([^<]*)</th>", page[: page.index("</tr>")])
+            self.cells = {html.unescape(checkpoint): {} for checkpoint in head[1:]}
+            for checkpoint, prompt, png in _CELL.findall(page):
+                self.cells[html.unescape(checkpoint)][html.unescape(prompt)] = png
 
     def add(self, checkpoint: str, prompt: str, image: Any) -> None:
         """Put ``image`` (a PIL image) into the table, in place of an older one, and write the file."""
@@ -46,9 +50,9 @@ class SampleTable:
         for checkpoint, prompt, image in samples:
             buffer = io.BytesIO()
             image.save(buffer, "PNG")
-            self.cells.setdefault(str(checkpoint), {})[str(prompt)] = base64.b64encode(
-                buffer.getvalue()
-            ).decode()
+            # a browser reads and a file holds neither control characters nor half a surrogate
+            column = self.cells.setdefault(printable(str(checkpoint)), {})
+            column[printable(str(prompt))] = base64.b64encode(buffer.getvalue()).decode()
         self._write()
 
     def _write(self) -> None:
@@ -58,14 +62,9 @@ class SampleTable:
             f"<tr><th>{html.escape(prompt)}</th>{''.join(self._cell(checkpoint, prompt) for checkpoint in self.cells)}</tr>\n"
             for prompt in prompts
         )
-        data = json.dumps(self.cells).replace("</", "<\\/")  # JSON reads an escaped slash as a slash
-        fill = "document.querySelectorAll('img').forEach(i=>i.src='data:image/png;base64,'+samples[i.dataset.c][i.dataset.p])"
         page = (
-            f'<!doctype html><meta charset="utf-8"><title>{html.escape(self.title)}</title><style>{_STYLE}</style>\n'
-            f"<table><tr><th></th>{head}</tr>\n{rows}</table>\n"
-            f'<script type="application/json" id="samples">{data}</script>\n'
-            "<script>const "
-            f"samples=JSON.parse(document.getElementById('samples').textContent);{fill}</script>\n"
+            f'<!doctype html><meta charset="utf-8">{_MARK}<title>{html.escape(printable(self.title))}</title>'
+            f"<style>{_STYLE}</style>\n<table><tr><th></th>{head}</tr>\n{rows}</table>\n"
         )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as file:
@@ -74,4 +73,6 @@ class SampleTable:
     def _cell(self, checkpoint: str, prompt: str) -> str:
         if prompt not in self.cells[checkpoint]:
             return "<td></td>"
-        return f'<td><img data-c="{html.escape(checkpoint)}" data-p="{html.escape(prompt)}" alt=""></td>'
+        # a picture of its own: browsers end a text, such as a script with all of them, at 512 MB
+        key = f'data-c="{html.escape(checkpoint)}" data-p="{html.escape(prompt)}"'
+        return f'<td><img {key} alt="" src="data:image/png;base64,{self.cells[checkpoint][prompt]}"></td>'

@@ -26,6 +26,13 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_an_error_names_the_file_that_was_asked_for(tmp_path):
+    path = tmp_path / "nowhere" / "file"
+    with pytest.raises(FileNotFoundError) as error, replacing(path) as partial:
+        partial.write_text("new")
+    assert error.value.filename == str(path)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes, and links only for some")
 def test_a_link_and_the_mode_stay(tmp_path):
     path, link = tmp_path / "file", tmp_path / "link"

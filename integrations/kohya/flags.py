@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from sdxl_fixes.command_line import Flag, add_flags, declared, read_values
@@ -32,7 +34,8 @@ OURS: Mapping[str, Flag] = {
     **CHUNK_FLAGS,
     "fixes": fixes_flag(FIXES),
 }
-NAMES = (*FLAGS, *CHUNK_FLAGS, "fixes")  # what a misspelt key may have meant
+NAMES = (*FLAGS, *CHUNK_FLAGS, "fixes")
+MEANT = (*NAMES, "v_parameterization")  # by a misspelt key
 READ = (  # kohya's own that we read with them
     *("v_parameterization", "v_pred_like_loss", "scale_v_pred_loss_like_noise_pred"),
     *("cache_text_encoder_outputs", "weighted_captions"),
@@ -65,6 +68,8 @@ def read_config(
 ) -> Any:
     """Upstream puts a TOML file's values past argparse, and ignores a key that it does not know."""
     file = getattr(args, "config_file", None)
+    if file:
+        _refuse_mark(file)
     args = original(args, parser, *rest, **kwargs)
     if file:
         # not its choices: from a file upstream takes a max_token_length of 75 or 300 as well, and kohya_ss
@@ -80,6 +85,21 @@ def read_config(
     return args
 
 
+def _refuse_mark(file: str) -> None:
+    """Upstream takes a byte order mark for a letter of the first key, which it then does not know."""
+    path = Path(file if file.endswith(".toml") else f"{file}.toml")
+    try:
+        with path.open("rb") as stream:
+            marked = stream.read(3) == codecs.BOM_UTF8
+    except OSError:
+        return  # upstream says that it is not there
+    if marked:
+        raise FlagError(
+            f"--config_file {file} begins with a byte order mark, and the trainer would ignore its first "
+            "key: save it as UTF-8 without one"
+        )
+
+
 def _warn_of_misspelt(file: str, args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Only of keys that look like a flag of ours: files written for several programs may hold others."""
     known = [action.dest for action in parser._actions]
@@ -87,7 +107,7 @@ def _warn_of_misspelt(file: str, args: argparse.Namespace, parser: argparse.Argu
         nearest = difflib.get_close_matches(
             key.strip("-").replace("-", "_").lower(), known, n=1, cutoff=ALIKE
         )
-        if nearest and nearest[0] in NAMES:
+        if nearest and nearest[0] in MEANT:
             warn(
                 f"--config_file {file}: the trainer has no flag {key!r} and ignores it: did you mean "
                 f"{nearest[0]}?"

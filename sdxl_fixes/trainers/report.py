@@ -189,7 +189,7 @@ def disappointments(run: Run) -> list[str]:
             "ones none at zero terminal SNR: "
             "short trainings learn less there (docs/min-snr.md)"
         )
-    return [*found, *_of_draws(run)]
+    return [*found, *_of_draws(run), *_of_stable_loss(run)]
 
 
 def _of_draws(run: Run) -> list[str]:
@@ -211,6 +211,15 @@ def _of_draws(run: Run) -> list[str]:
             "0.1 draws it"
         )
     return found
+
+
+def _of_stable_loss(run: Run) -> list[str]:
+    """A sentence where the training ends before its first number."""
+    kept, steps = run.stable_loss, getattr(run.args, "max_train_steps", None)
+    by_epochs = getattr(run.args, "max_train_epochs", None)  # kohya's, which overrules the steps
+    if kept is None or by_epochs or not isinstance(steps, int) or steps >= kept.every:
+        return []
+    return [f"--stable_loss_steps {kept.every}: no number in a training of {steps} steps: give fewer steps"]
 
 
 def sampling_flags(trained: Sampling) -> str | None:

@@ -166,6 +166,19 @@ def test_without_a_file_nothing_is_touched():
     }
 
 
+@pytest.mark.parametrize("ending", ["", ".toml"])  # upstream adds it
+def test_a_byte_order_mark_is_refused_in_one_sentence(tmp_path, ending):
+    file = tmp_path / "my.toml"
+    file.write_text("zero_terminal_snr = true\n", encoding="utf-8-sig")
+    given = argparse.Namespace(config_file=f"{tmp_path / 'my'}{ending}")
+    with pytest.raises(
+        FlagError, match=r"my.*begins with a byte order mark, .*: save it as UTF-8 without one"
+    ):
+        flags.read_config(pytest.fail, given, argparse.ArgumentParser())
+    file.write_text("zero_terminal_snr = true\n", encoding="utf-8")
+    assert read({"zero_terminal_snr": True}, config=given.config_file).zero_terminal_snr is True
+
+
 @pytest.mark.parametrize(
     ("key", "meant"),
     [
@@ -173,6 +186,8 @@ def test_without_a_file_nothing_is_touched():
         ("--Terminal-Sigma", "terminal_sigma"),
         ("chunk_bucket", "chunk_buckets"),
         ("fixs", "fixes"),
+        ("v_parametrization", "v_parameterization"),
+        ("v-parameterisation", "v_parameterization"),
     ],
 )
 def test_a_misspelt_key_of_ours_is_named(key, meant, capsys, monkeypatch):

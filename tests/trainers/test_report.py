@@ -1,6 +1,7 @@
 """What a run says of its draws and weights, and what it refuses before anything is loaded."""
 
 import argparse
+from dataclasses import replace
 
 import pytest
 
@@ -11,17 +12,18 @@ from sdxl_fixes.flags import TrainingFlags
 from sdxl_fixes.trainers.fixes import Fix
 from sdxl_fixes.trainers.report import disappointments, report
 from sdxl_fixes.trainers.run import Trainer, prepare
+from sdxl_fixes.trainers.stable_loss import StableLoss
 
 TRAINER = Trainer("somebody/some-trainer", "--v", {"timesteps": Fix(), "weighting": Fix()})
 ZTSNR = NoiseSchedule.sdxl().zero_terminal_snr()
 
 
-def run(prediction_type="v_prediction", schedule=ZTSNR, **flags):
+def run(prediction_type="v_prediction", schedule=ZTSNR, args=None, **flags):
     flags = TrainingFlags(**flags)
     on = frozenset(["timesteps", "weighting"])
     weightings = tuple(flags.weightings.values())
     trained = Sampling(schedule, prediction_type)
-    return prepare(TRAINER, argparse.Namespace(), on, {}, flags, trained, weightings)
+    return prepare(TRAINER, args or argparse.Namespace(), on, {}, flags, trained, weightings)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +60,23 @@ def test_the_draws_are_said_and_what_disappoints_in_them(flags, data, warnings):
     assert data in report(made, "")
     found = disappointments(made)
     assert len(found) == len(warnings) and all(a in b for a, b in zip(warnings, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (dict(max_train_steps=4), True),
+        (dict(max_train_steps=5), False),
+        (dict(max_train_steps=4, max_train_epochs=2), False),  # kohya: epochs overrule steps
+        (dict(max_train_steps=None), False),
+        (dict(), False),
+    ],
+    ids=str,
+)
+def test_a_training_too_short_for_its_stable_loss_is_told(args, said):
+    made = replace(run(args=argparse.Namespace(**args)), stable_loss=StableLoss(None, 5, 4))
+    sentence = "--stable_loss_steps 5: no number in a training of 4 steps: give fewer steps"
+    assert disappointments(made) == [sentence] * said
 
 
 def test_flows_weight_is_said_and_refused_where_it_means_nothing():
