@@ -47,7 +47,6 @@ class Found:
     size: tuple[int, int] | None
     prompt: Callable[[str], str]  # what is trained of a caption
     name: str = ""  # by which its data set knows it
-    least: int = 0  # left out unless it has more pixels
 
 
 def read_text(file: Path) -> str:
@@ -96,16 +95,19 @@ def size_in(where: str, size: Any) -> tuple[int, int] | None:
 
 
 def measure(dataset: Dataset, found: list[Found], progress: bool, unreadable: str = "left out") -> None:
-    """Fill in ``dataset.samples``; sizes come from the files' headers, many at a time. ``unreadable`` says
-    what becomes of an image that has none."""
-    with ThreadPoolExecutor() as pool:
-        each = pool.map(lambda item: _size(item, unreadable), found)
-        sizes = list(tqdm(each, "reading sizes", len(found), disable=not progress))
-    for item, size in zip(found, sizes, strict=True):
+    """Fill in ``dataset.samples``. ``unreadable`` says what becomes of an image without a size."""
+    for item, size in zip(found, sizes(found, unreadable, progress), strict=True):
         if isinstance(size, str):
             dataset.problems.append(f"{item.image}: {size}")
-        elif size[0] * size[1] > item.least:
+        else:
             dataset.samples.append(_sample(dataset, item, size))
+
+
+def sizes(found: list[Found], unreadable: str, progress: bool = False) -> list[tuple[int, int] | str]:
+    """Width and height of each, from the files' headers, many at a time, or why there are none."""
+    with ThreadPoolExecutor() as pool:
+        each = pool.map(lambda item: _size(item, unreadable), found)
+        return list(tqdm(each, "reading sizes", len(found), disable=not progress))
 
 
 def _sample(dataset: Dataset, item: Found, size: tuple[int, int]) -> Sample:

@@ -16,7 +16,7 @@ from typing import Any
 
 from sdxl_fixes.errors import printable, shown
 from sdxl_fixes.options import flag, number, tables, text, whole
-from sdxl_fixes.training_sets.images import Dataset, Found, image_of, size_in
+from sdxl_fixes.training_sets.images import Dataset, Found, image_of, size_in, sizes
 
 MOST_REPEATS = 1_000_000  # of an image per epoch
 PLAIN = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -220,7 +220,7 @@ def _from_folder(
         images = [
             Found(image, None, repeats, None, wording.prompt) for image in pictures(folder, dataset.problems)
         ]
-    images = list(_large_enough(where, options, images))
+    images = _large_enough(where, options, images)
     if not (images or flag(where, options, "is_reg")):
         dataset.problems.append(f"{where}: {printable(str(folder))} holds no picture{_below(folder)}")
     images = images if flag(where, options, "is_reg") else _trained(where, dataset, images)
@@ -293,14 +293,18 @@ def _from_cache(file: Path, repeats: int, wording: Wording) -> Iterator[Found]:
         yield Found(image, text(where, entry, "caption"), repeats, size, wording.prompt)
 
 
-def _large_enough(where: str, options: Mapping[str, Any], images: list[Found]) -> Iterator[Found]:
-    """Without the images that skip_image_resolution leaves out."""
+def _large_enough(where: str, options: Mapping[str, Any], images: list[Found]) -> list[Found]:
+    """Without the images that skip_image_resolution leaves out, unreadable ones among them."""
     limit = options.get("skip_image_resolution")
     if limit is None:
-        return iter(images)
+        return images
     sides = limit if isinstance(limit, list) and len(limit) == 2 else (limit, limit)
     area = math.prod(whole(where, "skip_image_resolution", side, 1, 1 << 20) for side in sides)
-    return (replace(item, least=area) for item in images)
+    return [
+        replace(item, size=size)
+        for item, size in zip(images, sizes(images, STOPS), strict=True)
+        if not isinstance(size, str) and math.prod(size) > area
+    ]
 
 
 def _trained(where: str, dataset: Dataset, images: list[Found]) -> list[Found]:
@@ -342,7 +346,7 @@ def _from_metadata(
         caption = _with_tags(text(place, entry, "caption") or "", text(place, entry, "tags"), wording)
         size = size_in(place, entry.get("image_size"))
         found.append(Found(image, caption, repeats, size, wording.prompt, name))
-    return _large_enough(where, options, found)
+    return iter(_large_enough(where, options, found))
 
 
 def _lines(file: Path) -> dict[str, Any]:

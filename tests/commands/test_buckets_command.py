@@ -557,6 +557,48 @@ def test_regularisation_images_repeat_up_to_the_training_images(tmp_path):
     (tmp_path / "set.json").write_text(json.dumps({"datasets": [{"resolution": 64, "subsets": subsets}]}))
     (dataset,) = read(tmp_path / "set.json")
     assert [sample.repeats for sample in dataset.samples] == [1] * 7 + [4, 3] and dataset.problems == []
+    # ... and of 3 of 5 repeats two are enough: the third is not trained
+    Image.new("RGB", (64, 64)).save(tmp_path / "reg" / "2.png")
+    subsets[1]["num_repeats"] = 5
+    (tmp_path / "set.json").write_text(json.dumps({"datasets": [{"resolution": 64, "subsets": subsets}]}))
+    assert [sample.repeats for sample in read(tmp_path / "set.json")[0].samples] == [1] * 7 + [5, 5]
+
+
+# as kohya's own process_caption makes them (tests/kohya/real/test_real_counts.py asks it)
+TAGS = {
+    "secondary": ({"secondary_separator": ";;;"}, "a;;;b, c", "a,b, c"),
+    "kept": ({"shuffle_caption": True, "keep_tokens_separator": "|||"}, "x ||| a,, b ||| z", "x, a, b, z"),
+    "shuffled": ({"shuffle_caption": True, "caption_separator": ";"}, " a;b;; c ", "a; b; ; c"),
+    "dropped": ({"caption_dropout_rate": 1.0}, "a, b", ""),
+}
+
+
+@pytest.mark.parametrize("case", TAGS)
+def test_tags_are_joined_as_kohya_joins_them(case, tmp_path):
+    options, text, expected = TAGS[case]
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text(text)
+    (dataset,) = read(toml(tmp_path, image_dir=str(tmp_path), **options))
+    assert [sample.caption for sample in dataset.samples] == [expected]
+
+
+def test_images_that_a_set_leaves_out_are_not_counted(tmp_path):
+    for number in range(10):
+        side = 64 if number else 32
+        Image.new("RGB", (side, side)).save(tmp_path / f"{number}.png")
+    subsets = [{"image_dir": str(tmp_path), "class_tokens": "t"}] * 2
+
+    def names(**settings):
+        entry = {"resolution": 64, "subsets": subsets, **settings}
+        (tmp_path / "set.json").write_text(json.dumps({"datasets": [entry]}))
+        (dataset,) = read(tmp_path / "set.json")
+        return [sample.image.stem for sample in dataset.samples], dataset.problems
+
+    found, problems = names()  # the folder is there twice
+    assert found == list("0123456789") and "is there twice, and kohya takes the first" in problems[0]
+    assert names(skip_image_resolution=[32, 32])[0] == list("123456789")
+    # Python's own shuffle of ten under kohya's seed: the first seven train
+    assert names(validation_split=0.3, validation_seed=5)[0] == list("2310876")
 
 
 @pytest.mark.parametrize(
