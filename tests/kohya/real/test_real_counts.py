@@ -120,7 +120,7 @@ def metadata(draw, path, file):
     for picture in sorted(path.glob("*.*")):
         if picture.suffix == ".txt" or picture.name.startswith("."):
             continue
-        entry = {"caption": text(draw).strip()} if draw.random() < 0.8 or OLD else {}
+        entry = {"caption": text(draw).strip() or "a" * OLD} if draw.random() < 0.8 or OLD else {}
         entry |= {"tags": text(draw).replace("\r", "")} if draw.random() < 0.5 else {}
         entry |= {"image_size": [draw.randint(20, 200), draw.randint(20, 200)]} if draw.random() < 0.5 else {}
         entries[draw.choice([picture.name, str(picture)])] = entry
