@@ -3,10 +3,12 @@ another, and no legend on data."""
 
 import importlib
 import itertools
+import re
 
 import lab
 import numpy as np
 import pytest
+import schedulers
 import style
 from PIL import Image
 from test_evidence import PAGES
@@ -98,3 +100,56 @@ def test_names_of_ends_keep_apart_and_stay_where_there_is_room(close):
     places = {text.get_text(): text.xy[1] for text in axis.texts}
     assert places["far"] == 0.9
     assert [places[name] for name in "acb"] == pytest.approx([0.5033 - 0.1, 0.5033, 0.5033 + 0.1], abs=1e-3)
+
+
+def measured(heading):
+    """A table of docs/schedulers.md: sampler -> whose -> (spreads, percent of the mean that is lost)."""
+    page = (lab.DOCS.parent / "schedulers.md").read_text(encoding="utf-8")
+    found = {}
+    for name, whose, numbers in re.findall(
+        r"^\| (\w+), (\w+) \| (.*) % \|$", page.split(f"### {heading}\n")[1].split("\n#")[0], re.M
+    ):
+        *spreads, lost = map(float, numbers.split(" | "))
+        found.setdefault(name, {})[whose] = (spreads, lost)
+    return found
+
+
+def test_the_answer_on_samplers_is_what_its_tables_say():
+    page = (lab.DOCS.parent / "schedulers.md").read_text(encoding="utf-8")
+    found = {steps: measured(f"Zero terminal SNR, {steps} steps") for steps in (10, 25, 50)}
+    assert list(found[25]) == list(schedulers.BEST_FIRST)
+    assert "\n".join(schedulers.answer(found)) in page.split("\n## How it is measured")[0]
+    right = {name for name, kinds in found[25].items() if all(abs(x - 1) < 0.05 for x in kinds["ours"][0])}
+    assert {"dpmpp_2m", "unipc"} <= right and "**Take `dpmpp_2m` or `unipc`, 25 steps" in page
+    assert not right & {"euler", "ddim", "euler_a", "ddpm"}
+    flat = [kinds["diffusers"][0][-1] for name, kinds in found[25].items() if name != "heun"]
+    assert f"{100 * min(flat):.0f} to {100 * max(flat):.0f} % of the spread" in page
+
+
+@pytest.mark.parametrize(
+    ("spreads", "said"),
+    [
+        ((1.0, 1.02, 0.97, 1.04), "**right** (1.04)"),
+        ((0.9, 1.0, 1.0, 0.63), "0.63: brightness very flat"),
+        ((0.78, 1.0, 1.95, 15.67), "15.67: brightness explodes"),
+        ((0.86, 0.92, 0.93, 0.9), "0.86: fine detail a little flat"),
+        ((1.0, 1.1, 1.0, 1.0), "1.10: detail too strong"),
+        ((0.5, 1.0, 1.6, 1.0), "0.50: fine detail very flat"),
+    ],
+)
+def test_a_sampler_is_called_by_what_it_does_worst(spreads, said):
+    assert schedulers.verdict((list(spreads), 0.0)) == said
+
+
+def test_the_picture_of_samplers_has_every_dot_and_words_for_those_beyond(close):
+    figure = schedulers.plot(found := measured("Zero terminal SNR, 25 steps"))
+    assert clashes(figure) == set()
+    for axis, whose in zip(figure.axes, ("ours", "diffusers"), strict=True):
+        dots = np.concatenate([part.get_offsets() for part in axis.collections])
+        assert sorted(dots[:, 0]) == sorted(x for kinds in found.values() for x in kinds[whose][0])
+        beyond = sum(dots[:, 0] > axis.get_xlim()[1])
+        assert beyond == sum(text.get_text().count(".") for text in axis.texts)
+        boxes = [text.get_window_extent() for text in axis.texts]
+        assert not any(box.contains(*dot) for box in boxes for dot in axis.transData.transform(dots))
+    with Image.open(lab.DOCS.parent / "schedulers.png") as image:
+        assert image.size == tuple((figure.get_size_inches() * style.DPI).round())
