@@ -39,6 +39,7 @@ def test_a_perfect_sampler_returns_it():
 
 
 def test_the_picture_is_the_photograph_with_its_mean_moved():
+    pytest.importorskip("skimage")
     page = Image.open(night_picture.PICTURE)
     photo, (width, height) = night_picture.photograph(), night_picture.SIZE
     assert page.size == (1800, night_picture.TOP + height)

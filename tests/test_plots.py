@@ -18,9 +18,8 @@ DRAWN = {module: name for module, name in PAGES.items() if module != "conversion
 
 @pytest.fixture
 def close():
+    plt = pytest.importorskip("matplotlib.pyplot")
     yield
-    import matplotlib.pyplot as plt
-
     plt.close("all")
 
 
