@@ -14,6 +14,7 @@ import buckets
 import digits
 import lab
 import numpy as np
+import style
 import torch
 from torch import nn
 
@@ -276,23 +277,17 @@ def page(found: dict[str, list[Any]]) -> list[str]:
 
 
 def plot(found: dict[str, list[Any]]) -> Any:
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 3.5))
-    for number, (what, label) in enumerate((("any", "word in chunk 1"), ("late", "word after it"))):
+    figure, axis = style.figure(4.0)
+    for number, (what, label, colour) in enumerate(
+        (("any", "word in the first chunk", style.DARK), ("late", "word after it", style.ACCENT))
+    ):
         points = [lab.interval([100 * r[what] for r in results]) for results in found.values()]
         means, halves = zip(*points, strict=True)
-        axis.bar(
-            [place + 0.3 * (number - 0.5) for place in range(len(found))],
-            means,
-            0.28,
-            yerr=halves,
-            capsize=3,
-            label=label,
-        )
+        places = [place + 0.34 * (number - 0.5) for place in range(len(found))]
+        axis.bar(places, means, 0.32, yerr=halves, label=label, color=colour, ecolor=style.INK, capsize=3)
     axis.set_xticks(range(len(found)), list(found))
-    axis.set_ylabel("of the class that was asked, %")
-    axis.legend(fontsize=8)
+    axis.set(ylabel="of the class that was asked, %", ylim=(0, 100))
+    style.above(figure)
     return figure
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import lab
 import schedulers
+import style
 
 from sdxl_fixes import Objective
 from sdxl_fixes.schedulers import SAMPLERS
@@ -71,27 +72,20 @@ def page(found: dict[str, list[Any]]) -> list[str]:
 
 
 def plot(found: dict[str, list[Any]]) -> Any:
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8, 3.5))
-    for number, kind in enumerate(KINDS):
+    figure, axis = style.figure(4.0)
+    colours = dict(zip(KINDS, (style.PALE, style.DARK, style.ACCENT), strict=True))
+    for number, (kind, colour) in enumerate(colours.items()):
         points = [
             lab.interval([result[f"{name}: {kind}"]["kept"] for result in found["zero SNR"]])
             for name in SAMPLERS
         ]
         means, halves = zip(*points, strict=True)
-        axis.bar(
-            [place + 0.27 * (number - 1) for place in range(len(SAMPLERS))],
-            means,
-            0.25,
-            yerr=halves,
-            capsize=2,
-            label=kind,
-        )
-    axis.axhline(1, color="grey", linewidth=0.5)
-    axis.set_xticks(range(len(SAMPLERS)), list(SAMPLERS), fontsize=8)
-    axis.set(ylabel="brightness kept (1 is right)", ylim=(0.5, 1.45))
-    axis.legend(fontsize=8)
+        places = [place + 0.22 * (number - 1) for place in range(len(SAMPLERS))]
+        axis.errorbar(places, means, halves, label=kind, color=colour, fmt="o", markersize=6, elinewidth=2)
+    axis.axhline(1, color=style.SOFT, linewidth=1, linestyle=":")
+    axis.set_xticks(range(len(SAMPLERS)), list(SAMPLERS))
+    axis.set(ylabel="brightness kept (1 is what was asked)")
+    style.above(figure)
     return figure
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import digits
 import lab
+import style
 
 from sdxl_fixes import Objective, ScheduledHuber
 from sdxl_fixes.loss import Loss
@@ -140,7 +141,7 @@ def page(found: dict[str, list[Any]]) -> list[str]:
             cells += [lab.show([r[what] for r in ends]), "" if loss == "l2" else change]
         cells += [lab.show([r["got"][0] for r in ends]), lab.show([r["spread"] for r in ends])]
         lines.append(f"| {loss} | {' | '.join(cells)} |")
-    return [*lines, "", "![Energy distance over corruption](huber.png)"]
+    return [*lines, "", "![Outliers and distance over corruption, by loss](huber.png)"]
 
 
 def rises(found: dict[str, list[Any]], share: int, loss: str) -> list[float]:
@@ -148,21 +149,38 @@ def rises(found: dict[str, list[Any]], share: int, loss: str) -> list[float]:
     return [1000 * (bad["distance"] - clean["distance"]) for bad, clean in pairs]
 
 
-def plot(found: dict[str, list[Any]]) -> Any:
-    import matplotlib.pyplot as plt
+PANELS = {
+    "constant": {"huber constant": "huber", "smooth_l1 constant": "smooth_l1"},
+    "exponential": {"huber exponential": "huber", "smooth_l1 exponential": "smooth_l1"},
+    "snr": {"huber snr": "huber", "smooth_l1 snr": "smooth_l1"},
+    "others": {"huber snr, l2 gradient": "huber, l2's gradient", "l1": "l1"},
+}
+TITLES = {
+    "constant": "delta constant",
+    "exponential": "delta exponential",
+    "snr": "delta by SNR",
+    "others": "other losses",
+}
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-    for axis, what, scale in ((axes[0], "outliers", 100), (axes[1], "distance", 1)):
-        for loss in LOSSES:
-            runs = [found[f"{share}%: {loss}"] for share in CORRUPTED]
-            points = [lab.interval([scale * r[what] for r in results]) for results in runs]
-            axis.errorbar(
-                CORRUPTED, *zip(*points, strict=True), label=loss, marker="o", markersize=3, capsize=3
-            )
-        axis.set_xlabel("corrupted training images, %")
-    axes[0].set_ylabel("generated outliers, %")
-    axes[1].set_ylabel("energy distance to clean digits")
-    axes[1].legend(fontsize=7)
+
+def plot(found: dict[str, list[Any]]) -> Any:
+    """A column for each schedule of delta, squared error in all of them."""
+    figure, axes = style.figure(5.6, len(PANELS), 2, sharex=True, sharey="row")
+    for column, (schedule, losses) in zip(axes.T, PANELS.items(), strict=True):
+        for axis, what, scale in zip(column, ("outliers", "distance"), (100, 1000), strict=True):
+            colours = (style.SOFT, style.ACCENT, style.OCHRE)
+            for (loss, said), colour in zip({"l2": "squared error", **losses}.items(), colours, strict=True):
+                runs = [found[f"{share}%: {loss}"] for share in CORRUPTED]
+                points = [lab.interval([scale * r[what] for r in results]) for results in runs]
+                width = 5 if loss == "huber constant" else 2  # smooth_l1's line is the same
+                style.line(axis, CORRUPTED, points, color=colour, label=said, linewidth=width)
+            axis.set_ylim(bottom=0)
+        column[0].set_title(TITLES[schedule])
+        column[1].set(xlabel="bad training images, %", xticks=CORRUPTED)
+    axes[0, 0].set_ylabel("generated outliers, %")
+    axes[1, 0].set_ylabel("distance to clean digits, x 1000")
+    for axis in axes[0, [0, 3]]:
+        axis.legend(fontsize=8, loc="upper left", borderaxespad=0, handlelength=1.4)
     return figure
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import style
 import torch
 
 from sdxl_fixes import NoiseSchedule, Objective
@@ -369,10 +370,4 @@ def experiment(
     with replacing(DOCS / f"{name}.md") as file:
         file.write_text(text(name, keys, page), encoding="utf-8")
     if plot is not None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        figure = plot(finished(name, keys))
-        figure.tight_layout()
-        with replacing(DOCS / f"{name}.png") as file:
-            figure.savefig(file, dpi=80, format="png")
+        style.save(plot(finished(name, keys)), DOCS / f"{name}.png")

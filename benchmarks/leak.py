@@ -10,6 +10,7 @@ from typing import Any
 
 import gaussian
 import lab
+import style
 import torch
 
 from sdxl_fixes import NoiseSchedule, Objective, prediction
@@ -189,7 +190,11 @@ def page(found: dict[str, list[Any]]) -> list[str]:
             for what in ("kept", "spread", "contrast")
         ]
         lines.append(f"| {key} | {' | '.join(cells)} |")
-    return [*lines, "", "![kept over samples](leak.png)"]
+    return [
+        *lines,
+        "",
+        "![Brightness kept over finetuning samples, by schedule and prediction type](leak.png)",
+    ]
 
 
 def curves(
@@ -207,34 +212,50 @@ def curves(
     return lines
 
 
-def plot(found: dict[str, list[Any]]) -> Any:
-    import matplotlib.pyplot as plt
+SAID = {
+    "v > v, stock": "SDXL's own, 14.6",
+    "v > v, 300 beta_end": "300, by beta_end",
+    "v > v, 300 rescale": "300, by rescale",
+    "v > v, 300 last": "300, last step alone",
+    "v > v, zero SNR": "zero terminal SNR",
+    "eps > eps, stock": "epsilon, SDXL's own",
+    "eps > v, stock": "v, SDXL's own",
+    "eps > v, zero SNR": "v, zero terminal SNR",
+}
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-    shown = ["stock", "300 beta_end", "300 rescale", "300 last", "zero SNR"]
+
+def plot(found: dict[str, list[Any]]) -> Any:
+    figure, axes = style.figure(4.4, 2, sharey=True)
+    v = ("stock", "300 beta_end", "300 rescale", "300 last", "zero SNR")
+    v_colours = (style.OCHRE, style.DARK, style.GREEN, style.PALE, style.ACCENT)
     groups = (
-        (axes[0], [f"v > v, {name}" for name in shown], SHORT),
-        (axes[1], [PREDICTION_RUNS[i] for i in (0, 3, 4)], LONG),
+        (axes[0], {f"v > v, {name}": colour for name, colour in zip(v, v_colours, strict=True)}, SHORT),
+        (
+            axes[1],
+            dict(
+                zip(
+                    (PREDICTION_RUNS[i] for i in (0, 3, 4)),
+                    (style.DARK, style.OCHRE, style.ACCENT),
+                    strict=True,
+                )
+            ),
+            LONG,
+        ),
     )
-    for axis, keys, at in groups:
-        for key in keys:
+    for axis, colours, at in groups:
+        samples, ends = [step * lab.BATCH for step in at], []
+        for key, colour in colours.items():
             points = [
                 lab.interval([result["curve"][i]["kept"] for result in found[key]]) for i in range(len(at))
             ]
-            axis.errorbar(
-                [s * lab.BATCH for s in at],
-                *zip(*points, strict=True),
-                label=key,
-                marker="o",
-                markersize=3,
-                capsize=3,
-            )
-        axis.axhline(1, color="grey", linewidth=0.5)
-        axis.set_xlabel("finetuning samples")
-        axis.legend(fontsize=8, loc="center right")
-    axes[0].set_ylabel("brightness kept (1 is right)")
-    axes[0].set_title("from a stock v checkpoint", fontsize=10)
-    axes[1].set_title("from a stock epsilon checkpoint", fontsize=10)
+            style.line(axis, samples, points, color=colour)
+            ends.append((points[-1][0], SAID[key], colour))
+        style.name_ends(axis, samples[-1], ends, 0.075)
+        axis.axhline(1, color=style.SOFT, linewidth=1, linestyle=":")
+        axis.set(xlabel="finetuning samples", ylim=(0, 1.2), xticks=[n for n in samples if n != 80])
+    axes[0].set_title("A v model, finetuned on each schedule")
+    axes[1].set_title("An epsilon model, as SDXL is, finetuned")
+    axes[0].set_ylabel("brightness kept (1 is what was asked)")
     return figure
 
 

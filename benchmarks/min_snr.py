@@ -11,6 +11,7 @@ from typing import Any
 
 import digits
 import lab
+import style
 import torch
 
 from sdxl_fixes import MinSNR, Objective
@@ -114,16 +115,23 @@ def page(found: dict[str, list[Any]]) -> list[str]:
     return [*lines, "", "![Error of v by timestep](min-snr.png)"]
 
 
-def plot(found: dict[str, list[Any]]) -> Any:
-    import matplotlib.pyplot as plt
+SAID = {
+    "none": "no weights",
+    "textbook": "min-SNR, textbook",
+    "floor": "min-SNR with the floor",
+    "soft": "soft min-SNR",
+}
 
-    figure, axis = plt.subplots(figsize=(6, 4))
-    shown = range(99, 1000, 100)
-    for name in WEIGHTS:
+
+def plot(found: dict[str, list[Any]]) -> Any:
+    figure, axis = style.figure(4.2)
+    shown, ends = range(99, 1000, 100), []
+    for name, colour in zip(WEIGHTS, (style.SOFT, style.OCHRE, style.ACCENT, style.GREEN), strict=True):
         points = [lab.interval([r[f"loss_unweighted/t{t}"] for r in found[f"digits: {name}"]]) for t in shown]
-        axis.errorbar(shown, *zip(*points, strict=True), label=name, marker="o", markersize=3, capsize=3)
-    axis.set(xlabel="timestep", ylabel="error of v on held-out digits")
-    axis.legend(fontsize=8)
+        style.line(axis, shown, points, color=colour)
+        ends.append((points[-1][0], SAID[name], colour))
+    style.name_ends(axis, 999, ends, 0.02)
+    axis.set(xlabel="timestep", ylabel="error of v on held-out digits", xticks=shown)
     return figure
 
 

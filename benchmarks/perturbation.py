@@ -11,6 +11,7 @@ from typing import Any
 
 import digits
 import lab
+import style
 import torch
 
 from sdxl_fixes import InputPerturbation, Objective
@@ -90,33 +91,27 @@ def page(found: dict[str, list[Any]]) -> list[str]:
 
 
 def plot(found: dict[str, list[Any]]) -> Any:
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 4))
-    for prediction_type, style in zip(TYPES, ("--", "-"), strict=True):
-        for number, sampler in enumerate(SAMPLERS):
-            plain, changed = (found[f"{prediction_type}: {name}"] for name in ("none", ".1"))
+    figure, axes = style.figure(4.2, len(TYPES), sharey=True)
+    for axis, prediction_type in zip(axes, TYPES, strict=True):
+        plain, changed = (found[f"{prediction_type}: {name}"] for name in ("none", ".1"))
+        for number, (sampler, colour) in enumerate(zip(SAMPLERS, style.COLOURS, strict=False)):
             ratios = [
-                [r[f"{sampler} {n}"] / p[f"{sampler} {n}"] - 1 for r, p in zip(changed, plain, strict=True)]
+                [
+                    100 * (r[f"{sampler} {n}"] / p[f"{sampler} {n}"] - 1)
+                    for r, p in zip(changed, plain, strict=True)
+                ]
                 for n in STEPS
             ]
-            points = [lab.interval([100 * ratio for ratio in row]) for row in ratios]
-            label = f"{prediction_type}, {sampler}"
+            means, halves = zip(*map(lab.interval, ratios), strict=True)
+            places = [place + 0.2 * (number - 1) for place in range(len(STEPS))]
             axis.errorbar(
-                STEPS,
-                *zip(*points, strict=True),
-                label=label,
-                color=f"C{number}",
-                linestyle=style,
-                marker="o",
-                markersize=3,
-                capsize=3,
+                places, means, halves, label=sampler, color=colour, fmt="o", markersize=5, elinewidth=2
             )
-    axis.axhline(0, color="grey", linewidth=0.5)
-    axis.set(xlabel="steps", ylabel="change of the energy distance by 0.1, %", xscale="log", ylim=(-30, 40))
-    axis.set_xticks(STEPS, [str(steps) for steps in STEPS])
-    axis.minorticks_off()
-    axis.legend(fontsize=7)
+        axis.axhline(0, color=style.SOFT, linewidth=1)
+        axis.set_xticks(range(len(STEPS)), [f"{steps} steps" for steps in STEPS])
+        axis.set_title("epsilon, SDXL's schedule" if prediction_type == "epsilon" else "v, zero terminal SNR")
+    axes[0].set_ylabel("change of the distance by 0.1, % (less is better)")
+    style.above(figure)
     return figure
 
 

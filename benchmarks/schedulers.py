@@ -1,9 +1,9 @@
 """Every scheduler beside diffusers' own, on data whose ideal samples are known and in time per step
 (generation.py: on trained models).
 
-python benchmarks/schedulers.py docs/schedulers.md                    the tables (a minute) python
-benchmarks/schedulers.py --cost                                time per step, ours over diffusers', side by
-side
+python benchmarks/schedulers.py docs/schedulers.md     the page and its picture (a minute)
+
+python benchmarks/schedulers.py --cost     time per step, ours over diffusers', side by side
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import diffusers
 import gaussian
 import numpy as np
+import style
 import torch
 
 from sdxl_fixes import NoiseSchedule
@@ -43,6 +44,8 @@ BEST_FIRST = ("dpmpp_2m", "unipc", "dpmpp_2m_sde", "heun", "euler", "ddim", "eul
 SCALES = (0.25, 1.0, 8.0, 64.0)
 HEAD = "| | fine detail | detail | structure | brightness | mean brightness lost |"
 RULE = "|---|---:|---:|---:|---:|---:|"
+NAMES = ("fine detail", "detail", "structure", "brightness")  # of SCALES
+Found = tuple[list[float], float] | str
 
 
 def stock(name: str, schedule: NoiseSchedule, prediction_type: str, spacing: str = "trailing") -> Any:
@@ -56,7 +59,7 @@ def stock(name: str, schedule: NoiseSchedule, prediction_type: str, spacing: str
 
 def measured(
     make: Callable[[], Any], schedule: NoiseSchedule, prediction_type: str, steps: int, name: str
-) -> tuple[list[float], float] | str:
+) -> Found:
     """Spread over the truth at each of SCALES, and the brightness lost in percent; or why there is none."""
     samples = 20000 if name in NOISY else 2
     try:
@@ -77,17 +80,16 @@ def lost(mean: torch.Tensor) -> float:
     return round(100 * (1 - float(mean[-1]) / gaussian.MEAN_OVER_SCALE), 1) + 0.0  # no -0.0
 
 
-def row(label: str, found: tuple[list[float], float] | str) -> str:
+def row(label: str, found: Found) -> str:
     if isinstance(found, str):
         return f"| {label} | {found} |" + " |" * len(SCALES)
     spreads, gone = found
     return f"| {label} | {' | '.join(f'{spread:.2f}' for spread in spreads)} | {gone:.1f} % |"
 
 
-def table(prediction_type: str, schedule: NoiseSchedule, steps: int) -> list[str]:
-    """Markdown: the ideal, then each sampler, ours and diffusers'."""
-    mean, spread = gaussian.ideal(schedule, prediction_type == "flow_prediction", SCALES)
-    lines = [HEAD, RULE, row("*ideal*", (spread.tolist(), lost(mean)))]
+def compared(prediction_type: str, schedule: NoiseSchedule, steps: int) -> dict[str, dict[str, Found]]:
+    """Of each sampler, the best first, what ours gives and what diffusers' gives, where there is one."""
+    found = {}
     for name in BEST_FIRST:
         makes = {"ours": lambda name=name: schedule.scheduler(name, prediction_type)}
         theirs = flow_class(name, schedule) if prediction_type == "flow_prediction" else None
@@ -95,11 +97,73 @@ def table(prediction_type: str, schedule: NoiseSchedule, steps: int) -> list[str
             makes["diffusers"] = lambda name=name: stock(name, schedule, prediction_type)
         elif theirs is not None:
             makes["diffusers"] = theirs
-        lines += [
-            row(f"{name}, {whose}", measured(make, schedule, prediction_type, steps, name))
-            for whose, make in makes.items()
-        ]
+        found[name] = {
+            whose: measured(make, schedule, prediction_type, steps, name) for whose, make in makes.items()
+        }
+    return found
+
+
+def table(prediction_type: str, schedule: NoiseSchedule, found: dict[str, dict[str, Found]]) -> list[str]:
+    """Markdown: the ideal, then each sampler, ours and diffusers'."""
+    mean, spread = gaussian.ideal(schedule, prediction_type == "flow_prediction", SCALES)
+    lines = [HEAD, RULE, row("*ideal*", (spread.tolist(), lost(mean)))]
+    for name, kinds in found.items():
+        lines += [row(f"{name}, {whose}", result) for whose, result in kinds.items()]
     return lines
+
+
+def worst(found: Found) -> tuple[float, str]:
+    """The spread that is furthest from right, as a factor, and what it is the spread of."""
+    assert not isinstance(found, str), found
+    rounded = [round(value, 2) for value in found[0]]
+    return max(zip(rounded, NAMES, strict=True), key=lambda pair: abs(math.log(pair[0])))
+
+
+def verdict(found: Found) -> str:
+    """``0.63: brightness very flat``, or ``right``."""
+    value, what = worst(found)
+    bounds = ((1.5, "explodes"), (1.05, "too strong"), (0.95, ""), (0.84, "a little flat"), (0.7, "flat"))
+    word = next((word for bound, word in bounds if value >= bound), "very flat")
+    return f"**right** ({value:.2f})" if not word else f"{value:.2f}: {what} {word}"
+
+
+def answer(found: dict[int, dict[str, dict[str, Found]]]) -> list[str]:
+    """Which sampler, and how many steps: its worst spread in words. ``found`` by number of steps."""
+    lines = ["| sampler | ours | diffusers' |", "|---|---|---|"]
+    for name, kinds in found[25].items():
+        lines.append(f"| `{name}` | {verdict(kinds['ours'])} | {verdict(kinds['diffusers'])} |")
+    lines += ["", "## How many steps", "", "The worst of the four spreads again:", ""]
+    counts = sorted(found)
+    lines += [
+        f"| sampler | {' | '.join(f'{steps} steps' for steps in counts)} |",
+        "|---|" + "---:|" * len(counts),
+    ]
+    for whose in ("ours", "diffusers"):
+        for name in found[25]:
+            cells = " | ".join(f"{worst(found[steps][name][whose])[0]:.2f}" for steps in counts)
+            lines.append(f"| `{name}`, {whose} | {cells} |")
+    return lines
+
+
+def plot(found: dict[str, dict[str, Found]]) -> Any:
+    """A dot for each spread of each sampler; what lies beyond the axis is said in words at its edge."""
+    figure, axes = style.figure(3.6, 2, sharey=True)
+    places = range(len(found))[::-1]
+    for axis, whose in zip(axes, ("ours", "diffusers"), strict=True):
+        for number, (what, colour) in enumerate(
+            zip(NAMES, (style.PALE, style.DARK, style.OCHRE, style.ACCENT), strict=True)
+        ):
+            values = [kinds[whose][0][number] for kinds in found.values()]  # type: ignore[index]
+            axis.scatter(values, places, color=colour, label=what, s=42, zorder=3)
+        for place, kinds in zip(places, found.values(), strict=True):
+            if beyond := ", ".join(f"{value:.2f}" for value in kinds[whose][0] if value > 1.2):  # type: ignore[operator]
+                axis.text(1.19, place, f"{beyond} →", ha="right", va="bottom", fontsize=8, color=style.SOFT)
+        axis.axvline(1, color=style.SOFT, linewidth=1)
+        axis.set(xlim=(0.5, 1.2), title="ours" if whose == "ours" else "diffusers', trailing")
+        axis.set_xlabel("spread of the samples over the true one (1 is right, less is flat)", fontsize=8)
+    axes[0].set_yticks(places, list(found))
+    style.above(figure)
+    return figure
 
 
 def flow_class(name: str, schedule: NoiseSchedule) -> Callable[[], Any] | None:
@@ -115,23 +179,24 @@ def flow_class(name: str, schedule: NoiseSchedule) -> Callable[[], Any] | None:
 
 def ends() -> list[str]:
     """Brightness over the schedules: spread over the ideal's, for a few samplers."""
-    names = ("dpmpp_2m", "euler", "heun")
+    shown = (("dpmpp_2m", "ours"), ("dpmpp_2m", "diffusers"), ("heun", "diffusers"))
     lines = [
-        "| v_prediction, 25 steps | *ideal* loses | "
-        + " | ".join(f"{name}, {whose}" for name in names for whose in ("ours", "diffusers"))
+        "| terminal sigma | a perfect sampler loses | "
+        + " | ".join(f"`{name}`, {whose}" for name, whose in shown)
         + " |",
-        "|---|" + "---|" * (1 + 2 * len(names)),
+        "|---|" + "---:|" * (1 + len(shown)),
     ]
     for label, schedule in SCHEDULES.items():
         mean, ideal = gaussian.ideal(schedule, False, SCALES)
         cells = []
-        for name in names:
-            for make in (
-                lambda name=name, schedule=schedule: schedule.scheduler(name, "v_prediction"),
-                lambda name=name, schedule=schedule: stock(name, schedule, "v_prediction"),
-            ):
-                found = measured(make, schedule, "v_prediction", 25, name)
-                cells.append(found if isinstance(found, str) else f"{found[0][-1] / float(ideal[-1]):.2f}")
+        for name, whose in shown:
+            make = (
+                (lambda name=name, schedule=schedule: schedule.scheduler(name, "v_prediction"))
+                if whose == "ours"
+                else (lambda name=name, schedule=schedule: stock(name, schedule, "v_prediction"))
+            )
+            found = measured(make, schedule, "v_prediction", 25, name)
+            cells.append(found if isinstance(found, str) else f"{found[0][-1] / float(ideal[-1]):.2f}")
         lines.append(f"| {label} | {lost(mean):.1f} % | {' | '.join(cells)} |")
     return lines
 
@@ -160,15 +225,11 @@ def epsilon() -> list[str]:
 
 def spacings() -> list[str]:
     """Spread that a first-order sampler keeps, by spacing and scale, in closed form."""
-    scales = (0.125, 0.25, 1.0, 8.0, 64.0, 128.0)
-    lines = [
-        "| 25 steps | " + " | ".join(f"{scale:g}" for scale in scales) + " |",
-        "|---|" + "---|" * len(scales),
-    ]
+    lines = [f"| 25 steps | {' | '.join(NAMES)} |", "|---|" + "---:|" * len(SCALES)]
     for label, schedule in {"zero terminal SNR": STOCK.zero_terminal_snr(), "14.6": STOCK}.items():
         for spacing in ("first_order", "log_sigma", "trailing"):
             for names, fresh in (("ddim, euler", False), ("ddpm, euler_a", True)):
-                cells = [first_order(schedule, spacing, scale, fresh) for scale in scales]
+                cells = [first_order(schedule, spacing, scale, fresh) for scale in SCALES]
                 text = " | ".join(f"{cell:.2f}" for cell in cells)
                 lines.append(f"| {label}, {spacing}, {names} | {text} |")
     return lines
@@ -213,50 +274,46 @@ def differing(spacing: str) -> int:
     return count
 
 
-def tables() -> str:
-    """docs/schedulers.md."""
+def page(found: dict[int, dict[str, dict[str, Found]]]) -> str:
+    """docs/schedulers.md. ``found``: of zero terminal SNR, by number of steps."""
     zero = STOCK.zero_terminal_snr()
+    flat = [kinds["diffusers"][0][-1] for name, kinds in found[25].items() if name != "heun"]
     lines = [
-        "# Schedulers, measured",
+        "# Which sampler",
+        "",
+        "**Take `dpmpp_2m` or `unipc`, 25 steps or more**, made by `schedule.scheduler(name, "
+        "prediction_type)`: they return what a",
+        "perfect sampler returns. Samplers of first order (`euler`, `ddim`) leave everything a little flat, "
+        "those that draw noise at every step",
+        "(`euler_a`, `ddpm`) more so; more steps help. diffusers' own classes return "
+        f"{100 * min(flat):.0f} to {100 * max(flat):.0f} % of the spread of the brightness",
+        "under zero terminal SNR, and its Heun explodes.",
+        "",
+        "![Spread of the samples by sampler, ours and diffusers', at 25 steps](schedulers.png)",
+        "",
+        "Zero terminal SNR, v-prediction, 25 steps: the worst of four spreads over the true one, where 1 is "
+        "right and less is flat.",
+        "",
+        *answer(found),
+        "",
+        "## How it is measured",
         "",
         f"Generated by `benchmarks/schedulers.py` with diffusers {diffusers.__version__}; the method is in "
         "`benchmarks/gaussian.py`.",
-        "Data whose perfect model is known in closed form, so nothing but the scheduler can be wrong. "
-        "Numbers are the spread of the",
-        "samples over the true one: 1 is right, less is flat. Fine detail has a quarter of the spread of a "
-        "latent value, detail its",
-        "own, structure 8 times that; brightness is the mean of a 128 x 128 canvas. The last column is how "
-        "much of its mean is lost",
-        "(-1 % is too much). *diffusers* is its own class, told the schedule as well as it can be, with "
-        "trailing spacing;",
-        "*ours* is `schedule.scheduler(name)`. The *ideal* sampler is exact from the first step to "
-        "the last: what it loses",
-        "is the schedule's own flaw. Samplers that draw noise: 20,000 samples, about 1 %.",
-        "",
-        "## Zero terminal SNR, v_prediction",
-    ]
-    for steps in (25, 10, 50):
-        lines += ["", f"### {steps} steps", "", *table("v_prediction", zero, steps)]
-    lines += ["", "## SDXL's own schedule, v_prediction", "", "### To 14.6 in 25 steps", ""]
-    lines += table("v_prediction", STOCK, 25)
-    lines += [
-        "",
-        "## Rectified flow",
-        "",
-        "*diffusers* is FlowMatchEulerDiscreteScheduler for `euler`, use_flow_sigmas for the solvers. Both "
-        "take times of their own, even",
-        "before the shift; use_flow_sigmas begins below pure noise and tells the network whole timesteps.",
-    ]
-    for shift in (3.0, 6.0):
-        schedule = NoiseSchedule.flow(shift)
-        lines += ["", f"### Shift {shift:g}, 25 steps", "", *table("flow_prediction", schedule, 25)]
-    lines += [
+        "Data whose perfect model is known in closed form, so nothing but the scheduler can be wrong. Fine "
+        "detail has a quarter of the spread of",
+        "a latent value, detail its own, structure 8 times that; brightness is the mean of a 128 x 128 "
+        "canvas. *diffusers* is its own class, told",
+        "the schedule as well as it can be, with trailing spacing. The *ideal* sampler is exact from the "
+        "first step to the last: what it loses is",
+        "the schedule's own flaw. Samplers that draw noise: 20,000 samples, about 1 %.",
         "",
         "## Brightness by terminal sigma",
         "",
-        "Spread of the brightness over the ideal's. `last` cannot be sampled by anybody: between sigma 14.6 "
-        "and 300 there is no trained",
-        "timestep to go to.",
+        "What the schedule itself loses of the mean brightness, and the spread of the brightness over the "
+        "ideal's (v-prediction, 25 steps).",
+        "`last` cannot be sampled by anybody: between sigma 14.6 and 300 there is no trained timestep to go "
+        "to.",
         "",
         *ends(),
         "",
@@ -266,8 +323,7 @@ def tables() -> str:
         "",
         "## Spacings of first-order samplers",
         "",
-        "Share of the spread that is kept, by scale (1 is a latent value, 64 the brightness of 128 x 128 of "
-        "them).",
+        "Share of the spread that is kept, in closed form.",
         "",
         *spacings(),
         "",
@@ -288,6 +344,28 @@ def tables() -> str:
         f"{differing('trailing')} and {differing('linspace')} of the numbers",
         "of steps from 1 to 1000 a timestep differs by one, or diffusers' list has one too many.",
     ]
+    lines += [
+        "",
+        "## All numbers",
+        "",
+        "The last column is how much of the mean brightness is lost (-1 % is too much).",
+    ]
+    for steps, kinds in found.items():
+        lines += ["", f"### Zero terminal SNR, {steps} steps", "", *table("v_prediction", zero, kinds)]
+    lines += ["", "### SDXL's own schedule, to 14.6, 25 steps", ""]
+    lines += table("v_prediction", STOCK, compared("v_prediction", STOCK, 25))
+    lines += [
+        "",
+        "### Rectified flow",
+        "",
+        "*diffusers* is FlowMatchEulerDiscreteScheduler for `euler`, use_flow_sigmas for the solvers. Both "
+        "take times of their own, even",
+        "before the shift; use_flow_sigmas begins below pure noise and tells the network whole timesteps.",
+    ]
+    for shift in (3.0, 6.0):
+        schedule = NoiseSchedule.flow(shift)
+        kinds = compared("flow_prediction", schedule, 25)
+        lines += ["", f"#### Shift {shift:g}, 25 steps", "", *table("flow_prediction", schedule, kinds)]
     return "\n".join(lines) + "\n"
 
 
@@ -317,12 +395,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("tables", nargs="?", type=Path, metavar="MD")
+    parser.add_argument("page", nargs="?", type=Path, metavar="MD")
     parser.add_argument("--cost", action="store_true")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    if args.tables:
-        args.tables.write_text(tables(), encoding="utf-8")
+    if args.page:
+        zero = STOCK.zero_terminal_snr()
+        found = {steps: compared("v_prediction", zero, steps) for steps in (10, 25, 50)}
+        args.page.write_text(page(found), encoding="utf-8")
+        style.save(plot(found[25]), args.page.with_suffix(".png"))
     if args.cost:
         cost()
 
