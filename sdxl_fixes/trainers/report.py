@@ -168,8 +168,8 @@ def disappointments(run: Run) -> list[str]:
     elif epsilon and sigma > 2 * NoiseSchedule.sdxl().terminal_sigma:
         found.append(
             f"epsilon prediction at sigma {sigma:.4g}: a network that hardly feels how large its input is "
-            "samples noise until it is well trained, so a short training may do so, and a long one can do well; "
-            f"{run.trainer.v_flag} is safe at any sigma"
+            "samples noise until it is well trained, so a short training may do so, and a long one can do "
+            f"well; {run.trainer.v_flag} is safe at any sigma"
         )
     if run.keep is not None:
         for name in ("noise_offset", "multires_noise_iterations"):
