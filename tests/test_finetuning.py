@@ -256,7 +256,7 @@ def test_a_run_is_a_line_of_numbers_and_repeats_itself(monkeypatch):
         1.21, rel=1e-3
     )
     line = finetuning.truth_line(truth)
-    assert line["dpmpp_2m"]["slope"] == pytest.approx(1, abs=0.02) and 0 < line["brightness_share"] < 1
+    assert line["dpmpp_2m"]["slope"] == pytest.approx(1, abs=0.05) and 0 < line["brightness_share"] < 1
 
 
 # ---------------------------------------------------------------- the page
