@@ -1,7 +1,7 @@
 """The fixes judged as users meet them: tiny-sdxl, a checkpoint trained as SDXL was (epsilon, stock schedule),
 finetuned with and without them.
 
-python benchmarks/finetuning.py run [--experiment E] [--seeds 1 2 3] [--length 1 4 16]
+python benchmarks/finetuning.py run [--experiment E] [--seeds 1 2 3] [--length 0 1 4 16]
 python benchmarks/finetuning.py page      writes docs/evidence/finetuning.md and its plots
 
 A run is one arm with one seed for length x STEPS steps of BATCH. Arms of a seed see the same pictures, noise
@@ -184,11 +184,13 @@ class Job:
         return self.arm.experiment, self.arm.name, self.seed, STEPS * self.length
 
 
-def by_worth(seeds: Sequence[int] = (1, 2, 3, 4, 5), lengths: Sequence[int] = (1, 4, 16)) -> list[Job]:
-    """All runs: the whole matrix with two seeds, four times the steps where the sign could turn, more seeds,
+def by_worth(seeds: Sequence[int] = (1, 2, 3, 4, 5), lengths: Sequence[int] = (0, 1, 4, 16)) -> list[Job]:
+    """All runs: the checkpoint as it is, the whole matrix with two seeds, four times the steps where the sign could turn, more seeds,
     then sixteen times of four arms."""
     first, more = (1, 2), [seed for seed in seeds if seed not in (1, 2)]
-    order = [Job(arm, seed, 1) for seed in first for arm in ARMS]
+    stock = next(arm for arm in ARMS if arm.name == "eps 14.6")
+    order = [Job(stock, seed, 0) for seed in (*first, *more)]
+    order += [Job(arm, seed, 1) for seed in first for arm in ARMS]
     order += [Job(arm, seed, 4) for seed in first for arm in LONGER]
     for seed in more:
         order += [Job(arm, seed, 1) for arm in ARMS] + [Job(arm, seed, 4) for arm in LONGER]
@@ -229,7 +231,7 @@ class Plain(torch.nn.Module):
         return output
 
 
-def finetune(network: Any, arm: Arm, seed: int, steps: int) -> float:
+def finetune(network: Any, arm: Arm, seed: int, steps: int) -> float | None:
     """AdamW, gradients clipped at norm 1, bfloat16 autocast as in the checkpoint's own training; returns the
     mean loss of the last tenth. Pictures, noise and timesteps depend on the seed alone."""
     world, objective = load_world(), arm.objective()
@@ -258,7 +260,7 @@ def finetune(network: Any, arm: Arm, seed: int, steps: int) -> float:
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     network.eval()
-    return float(np.mean(losses[-max(1, steps // 10) :]))
+    return float(np.mean(losses[-max(1, steps // 10) :])) if losses else None
 
 
 @torch.no_grad()
@@ -403,7 +405,7 @@ def main() -> None:
     parser.add_argument("--experiment", choices=EXPERIMENTS, nargs="+", default=EXPERIMENTS)
     parser.add_argument("--arm", nargs="+", help="these arms only, by name")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--length", type=int, nargs="+", choices=(1, 4, 16), default=[1, 4, 16])
+    parser.add_argument("--length", type=int, nargs="+", choices=(0, 1, 4, 16), default=[0, 1, 4, 16])
     parser.add_argument(
         "--results", type=Path, default=RESULTS, help=f"default {RESULTS.name} in benchmarks/results"
     )

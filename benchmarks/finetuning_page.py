@@ -129,7 +129,7 @@ def page(record: Sequence[Line]) -> str:
         "",
         "Every run starts from tiny-sdxl: SDXL's U-Net class, 9.6 million parameters, trained from scratch as SDXL was "
         "(epsilon, stock schedule) on 32 things in 14 places, 64 x 64 pixels, latents of 8 x 8 x 48. It is finetuned on "
-        f"pictures of the same world, {finetuning.STEPS} steps of {finetuning.BATCH} (1x), four or sixteen times as many; "
+        f"pictures of the same world, {finetuning.STEPS} steps of {finetuning.BATCH}, four or sixteen times as many, or none; "
         "AdamW, learning rate "
         f"{finetuning.RATE:g}, falling to 0 in the second half. Arms of a seed share pictures, noise and timesteps. Arms in v "
         "start from the epsilon checkpoint as users do, so they also learn another prediction; their control is v on the "

@@ -162,8 +162,9 @@ def test_every_arm_is_an_objective_with_a_reference_and_a_name_of_its_own():
 def test_two_seeds_of_everything_come_first_and_seed_0_never():
     jobs = finetuning.by_worth()
     arms = len(finetuning.ARMS)
-    assert {(job.seed, job.length) for job in jobs[: 2 * arms]} == {(1, 1), (2, 1)}
-    assert jobs[2 * arms].length == 4 and all(job.seed for job in jobs)
+    assert [job.key[1:] for job in jobs[:5]] == [("eps 14.6", seed, 0) for seed in (1, 2, 3, 4, 5)]
+    assert {(job.seed, job.length) for job in jobs[5 : 5 + 2 * arms]} == {(1, 1), (2, 1)}
+    assert jobs[5 + 2 * arms].length == 4 and all(job.seed for job in jobs)
     assert len({job.key for job in jobs}) == len(jobs)
 
 
