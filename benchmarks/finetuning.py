@@ -185,8 +185,8 @@ class Job:
 
 
 def by_worth(seeds: Sequence[int] = (1, 2, 3, 4, 5), lengths: Sequence[int] = (0, 1, 4, 16)) -> list[Job]:
-    """All runs: the checkpoint as it is, the whole matrix with two seeds, four times the steps where the sign could turn, more seeds,
-    then sixteen times of four arms."""
+    """All runs: the checkpoint as it is, the whole matrix with two seeds, four times the steps where the sign
+    could turn, more seeds, then sixteen times of four arms."""
     first, more = (1, 2), [seed for seed in seeds if seed not in (1, 2)]
     stock = next(arm for arm in ARMS if arm.name == "eps 14.6")
     order = [Job(stock, seed, 0) for seed in (*first, *more)]
