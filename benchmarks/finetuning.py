@@ -157,14 +157,14 @@ def _arms() -> list[Arm]:
 
 ARMS = _arms()
 EXPERIMENTS = list(dict.fromkeys(arm.experiment for arm in ARMS))
-# what each arm is compared with: the arm of the first experiment that differs from it in one thing
+# what each arm is compared with: one that differs from it in one thing
 REFERENCE = {
     "min-SNR": lambda arm: f"v {arm.schedule}",
     "Huber": lambda arm: "v zero SNR" if not arm.dirty else "l2, 15 % wrong captions",
     "perturbation": lambda arm: "v zero SNR" if arm.prediction_type == "v_prediction" else "eps 14.6",
     "pairing": lambda arm: "v zero SNR",
     "timesteps": lambda arm: "v zero SNR",
-    "terminal": lambda arm: f"{arm.name.split()[0]} 14.6",
+    "terminal": lambda arm: arm.name.split(",")[0] if arm.told else f"{arm.name.split()[0]} 14.6",
 }
 # arms whose verdict more steps could turn
 LONGER = [arm for arm in ARMS if arm.experiment in ("terminal", "min-SNR", "Huber")]

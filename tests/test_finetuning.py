@@ -298,7 +298,7 @@ def test_the_plot_shows_each_arm_once_and_a_mark_for_each_length():
     figure = finetuning_page.plot(_lines(), "terminal")
     left = figure.axes[0]
     assert [label.get_text() for label in left.get_yticklabels()] == ["v 14.6", "v zero SNR"]
-    assert len(left.containers) == 3 and left.containers[0].lines[0].get_xdata()[0] == pytest.approx(0.37)
+    assert len(left.lines) == 7 and left.lines[1].get_xdata() == pytest.approx(0.37)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["400 steps", "1600 steps"]
     assert left.get_legend() is None  # no legend lies over the data
 
