@@ -329,6 +329,11 @@ def text(name: str, keys: Sequence[str], page: Callable[[dict[str, list[Any]]], 
         f"{sum(map(len, found.values()))} runs, {seconds / 60:.0f} minutes of one core.",
         "",
     ]
+    return wrapped(lines)
+
+
+def wrapped(lines: Sequence[str]) -> str:
+    """A page of paragraphs, each of one or more lines, and of tables, headings and pictures as they are."""
     prose = [
         list(group)
         if table

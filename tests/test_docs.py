@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pairing
 import pytest
 import torch
 
@@ -155,6 +156,15 @@ def perturbed():
     return table(["gamma", "fixed", "random"], rows)
 
 
+def paired():
+    """What noise that is the nearest of k draws says of the brightness, with the latents' mean square 1."""
+    rows = [
+        [f"{100 * share:.1f} %", *(f"{100 * pairing.leak(k, share):.1f} %" for k in (2, 4, 8, 64))]
+        for share in (1 / 64, 1 / 16, 1 / 4)
+    ]
+    return table(["share of the energy in brightness", "k = 2", "4", "8", "64"], rows)
+
+
 def strata():
     """Independent and stratified draws of an optimizer step, in closed form."""
     rows = []
@@ -231,7 +241,7 @@ TABLES = {
     "zero-terminal-snr": (sigmas, leak, needed),
     "min-snr": (min_snr,),
     "huber": (deltas, gradients),
-    "input-perturbation": (perturbed,),
+    "input-perturbation": (perturbed, paired),
     "timesteps": (strata, shares, densities),
 }
 

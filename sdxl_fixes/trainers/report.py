@@ -167,10 +167,9 @@ def disappointments(run: Run) -> list[str]:
         found.append(EPSILON_AT_ZERO_SNR.replace("v_prediction", run.trainer.v_flag))
     elif epsilon and sigma > 2 * NoiseSchedule.sdxl().terminal_sigma:
         found.append(
-            f"epsilon prediction at sigma {sigma:.4g}: an error of the prediction becomes {sigma:.4g} times "
-            "as large in the image, so a "
-            f"short training may sample noise, and a long one can do well; {run.trainer.v_flag} is safe at "
-            "any sigma"
+            f"epsilon prediction at sigma {sigma:.4g}: a network that hardly feels how large its input is "
+            "samples noise until it is well trained, so a short training may do so, and a long one can do "
+            f"well; {run.trainer.v_flag} is safe at any sigma"
         )
     if run.keep is not None:
         for name in ("noise_offset", "multires_noise_iterations"):
