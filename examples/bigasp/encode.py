@@ -15,6 +15,7 @@ that is made twice is the same twice.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -127,13 +128,13 @@ class Part:
             yield latents.Encoded(row, self.paths[row], width, height, top, left, latent)
 
 
-def plan(args: argparse.Namespace, rows: list[int]) -> None:
+def plan(args: argparse.Namespace, rows: list[int], paths: list[str]) -> None:
     """What the parts are made of, kept beside them: a store that was begun otherwise is not gone on with."""
     settings = {
-        k: str(v) for k, v in vars(args).items() if k not in ("output", "batch_size", "readers", "model")
+        k: str(v) for k, v in vars(args).items() if k not in ("output", "table", "batch_size", "readers")
     }
-    wanted = {"pictures": len(rows), **settings}
-    file = args.output / "plan.json"
+    pictures = hashlib.sha256("\n".join(f"{row} {paths[row]}" for row in rows).encode()).hexdigest()
+    wanted, file = {"pictures": pictures, **settings}, args.output / "plan.json"
     if not file.exists():
         partial = file.with_name(f"plan.{rank()}.part")
         partial.write_text(json.dumps(wanted))
@@ -151,7 +152,8 @@ def main() -> None:
     table = pd.read_parquet(args.table)
     rows = np.flatnonzero(table.score > 0).tolist() if "score" in table else list(range(len(table)))
     args.output.mkdir(parents=True, exist_ok=True)
-    plan(args, rows)
+    paths = table.path.tolist()
+    plan(args, rows, paths)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     vae = (
         AutoencoderKL.from_pretrained(args.model, subfolder="vae").eval().to(device)
@@ -159,7 +161,6 @@ def main() -> None:
     buckets = np.array(
         aspects.resolutions("kohya", args.area, args.bucket_step, args.min_side, args.max_side)
     )
-    paths = table.path.tolist()
     parts = [args.output / f"part-{k:05d}" for k in range(-(-len(rows) // args.part))]
     count, start = 0, time.perf_counter()
     for k in range(rank(), len(parts), world_size()):

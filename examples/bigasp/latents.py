@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -100,6 +101,7 @@ def write(folder: Path, samples: Iterable[Encoded], dtype: str = "fp16") -> int:
 def join(folder: Path, parts: list[Path]) -> None:
     """One index over the part folders in ``folder``, by streaming's own means; in place when it is whole."""
     partial = folder / f"index.{os.getpid()}.part"
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     logging.disable(logging.WARNING)  # that there is a temporary folder
     try:
