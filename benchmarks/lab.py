@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import photo_training as demo
 import torch
+from photo_settings import CAPTIONS, SPREAD, DemoSettings
+from photos import Photos, embed_captions, load_photos, unfold
 
 from sdxl_fixes import NoiseSchedule, Objective
 from sdxl_fixes.atomic import replacing
-from sdxl_fixes.demo import experiment as demo
-from sdxl_fixes.demo.photos import Photos, embed_captions, load_photos, unfold
-from sdxl_fixes.demo.settings import CAPTIONS, SPREAD, DemoSettings
 from sdxl_fixes.validation import Validation
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "evidence"

@@ -11,10 +11,10 @@ from typing import Any
 import gaussian
 import lab
 import torch
+from photo_settings import CANVAS, SPREAD
+from photos import fold, unfold
 
 from sdxl_fixes import NoiseSchedule, Objective, prediction
-from sdxl_fixes.demo.photos import fold, unfold
-from sdxl_fixes.demo.settings import CANVAS, SPREAD
 from sdxl_fixes.timesteps import TimestepSampler
 
 ZERO = lab.STOCK.zero_terminal_snr()

@@ -12,10 +12,10 @@ import leak
 import numpy as np
 import pytest
 import torch
+from photo_settings import CANVAS
+from photos import unfold
 
 from sdxl_fixes import InputPerturbation, Objective
-from sdxl_fixes.demo.photos import unfold
-from sdxl_fixes.demo.settings import CANVAS
 
 PAGES = {
     "leak": "leak",

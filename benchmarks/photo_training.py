@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from photo_settings import CANVAS, CAPTIONS, FOLD, TEXT_WIDTH, DemoSettings
+from photos import Captions, Photos, embed_captions, load_photos, unfold
 
-from sdxl_fixes.demo.photos import Captions, Photos, embed_captions, load_photos, unfold
-from sdxl_fixes.demo.settings import CANVAS, CAPTIONS, FOLD, TEXT_WIDTH, DemoSettings
 from sdxl_fixes.objective import Objective
 from sdxl_fixes.schedule import NoiseSchedule
 

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from photo_settings import CANVAS, CAPTIONS, FOLD, GREY, SPREAD, TEXT_WIDTH, UNIT, DemoSettings
 from torch.nn import functional as F
-
-from sdxl_fixes.demo.settings import CANVAS, CAPTIONS, FOLD, GREY, SPREAD, TEXT_WIDTH, UNIT, DemoSettings
 
 PHOTOS = (
     *(
