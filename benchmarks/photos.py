@@ -1,5 +1,4 @@
-"""The demo's data: photographs at any brightness, folded to few sites; frozen random vectors for
-captions."""
+"""Photographs at any brightness, folded to few sites; frozen random vectors for captions."""
 
 from __future__ import annotations
 
