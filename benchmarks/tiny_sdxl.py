@@ -1,7 +1,7 @@
 """Make tiny-sdxl, the checkpoint of `sdxl-fixes demo`, and the world that it is trained on.
 
 python benchmarks/tiny_sdxl.py data PACKAGE     npm's @lobehub/fluent-emoji-3d 1.1.0, unpacked
-python benchmarks/tiny_sdxl.py train STATE      hours on one core; goes on from STATE; then writes the checkpoint
+python benchmarks/tiny_sdxl.py train STATE      hours on one core; goes on from STATE; writes the checkpoint
 
 The U-Net is of SDXL's class and structure and is trained as SDXL was: epsilon, on the stock schedule. First
 with a loss weight of 1 / sqrt(SNR), since a short training learns composition late, and with objects that

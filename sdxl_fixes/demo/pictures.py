@@ -56,9 +56,9 @@ def strip(pictures: torch.Tensor, times: int = 2) -> Any:
     return enlarged(torch.cat(list(pictures), 2), times)
 
 
-def readme_picture(before: Result, fixed: Result, minutes: float) -> bytes:
+def readme_picture(before: Result, fixed: Result) -> bytes:
     """PNG, 1,640 pixels wide, to be shown at half of that: what was asked, what SDXL's schedule gave, what
-    the same weights gave after ``minutes`` of finetuning with the fixes."""
+    the same weights gave after finetuning with the fixes."""
     from PIL import Image, ImageDraw, ImageFont
 
     pairs = shown(before.pictures.shape[1])
@@ -66,7 +66,7 @@ def readme_picture(before: Result, fixed: Result, minutes: float) -> bytes:
     width = 2 * edge + len(pairs) * tile + (len(pairs) - 1) * gap
     rows = (
         (before, MUTED, "SDXL's noise schedule"),
-        (fixed, ACCENT, f"the same weights after {_minutes(minutes)} of finetuning with sdxl-fixes"),
+        (fixed, ACCENT, f"the same weights after {len(fixed.losses)} steps with sdxl-fixes"),
     )
     image = Image.new("RGB", (width, top + len(rows) * (head + tile) + edge), PAPER)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(30)
@@ -83,8 +83,3 @@ def readme_picture(before: Result, fixed: Result, minutes: float) -> bytes:
     buffer = io.BytesIO()
     image.quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
-
-
-def _minutes(minutes: float) -> str:
-    whole = max(1, round(minutes))
-    return "a minute" if whole == 1 else f"{whole} minutes"

@@ -74,7 +74,7 @@ def write_report(plan: Plan, results: list[Result], seconds: float, output: Path
     numbers = summarize(plan, results, seconds)
     before, fixed = _by_key(results, "before"), _by_key(results, "fixed")
     files = {
-        "demo.png": readme_picture(before, fixed, fixed.seconds / 60),
+        "demo.png": readme_picture(before, fixed),
         "report.html": page(numbers, results).encode(),
         "results.json": json.dumps(numbers, indent=2).encode(),  # the last: whoever sees it sees all three
     }
