@@ -6,7 +6,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LEFT, WIDTH, ROW, TOP = 118, 640, 30, 26  # of a drawing, in its units
+LEFT, RIGHT, WIDTH, ROW, TOP = 130, 34, 640, 30, 26  # of a drawing, in its units
 
 
 @dataclass(frozen=True)
@@ -44,4 +44,4 @@ def dot_rows(title: str, rows: Sequence[Dots], classes: Sequence[str]) -> str:
 
 def _x(share: float) -> float:
     """Where a share is drawn; what lies outside 0 to 1 is drawn at the edge."""
-    return round(LEFT + (WIDTH - LEFT - 24) * min(1.0, max(0.0, share)), 1)
+    return round(LEFT + (WIDTH - LEFT - RIGHT) * min(1.0, max(0.0, share)), 1)

@@ -26,7 +26,7 @@ STYLE = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:17px/1.6 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1120px;margin:0 auto;padding:36px 32px 64px}
-h1{font-size:clamp(26px,3.4vw,38px);line-height:1.2;letter-spacing:-.02em;margin:0 0 6px;font-weight:650}
+h1{font-size:clamp(26px,3.4vw,38px);line-height:1.2;letter-spacing:-.02em;margin:0 0 6px;font-weight:650;text-wrap:balance}
 h2{font-size:22px;line-height:1.3;letter-spacing:-.01em;margin:56px 0 8px;font-weight:650}
 p,ul{max-width:68ch;margin:10px 0}
 ul{padding-left:1.2em}
@@ -62,10 +62,11 @@ td.fixed{color:var(--accent);font-weight:600}
 .strips h3{margin:0;font-size:15px;font-weight:600;color:var(--muted)}
 .strips h3.fixed{color:var(--accent)}
 .strips figcaption{font-size:14px;color:var(--muted);line-height:1.4}
+.strips figcaption span{display:none}
 .strips img{width:100%;display:block;border-radius:4px}
 .small{color:var(--muted);font-size:15px}
 code{font:14px ui-monospace,Menlo,Consolas,monospace;background:var(--soft);padding:1px 5px;border-radius:4px}
-@media(max-width:760px){main{padding:22px 16px 48px}.pairs{grid-template-columns:1fr;gap:22px}.pair{grid-template-columns:1fr 1fr}.chart text{font-size:19px}h2{margin-top:44px}.strips{gap:10px}.strips figcaption{font-size:13px}th,td{padding-right:12px}}
+@media(max-width:760px){main{padding:22px 16px 48px}.pairs{grid-template-columns:1fr;gap:22px}.pair{grid-template-columns:1fr 1fr}.chart text{font-size:19px}h2{margin-top:44px}.strips{grid-template-columns:1fr;gap:8px}.strips h3{display:none}.strips figcaption span{display:inline}th,td{padding-right:12px}}
 """
 
 
@@ -252,9 +253,10 @@ def _strips(results: list[Result]) -> str:
     for row, place in enumerate(PLACES):
         for result in (before, fixed):
             source = data_uri(strip(result.pictures[row]))
-            said = html.escape(f"{place}: {result.run.label}")
+            said = html.escape(result.run.label)
             parts.append(
-                f'<figure><img src="{source}" alt="{said}" loading="lazy"><figcaption>{place}</figcaption></figure>'
+                f'<figure><img src="{source}" alt="{place}: {said}" loading="lazy">'
+                f"<figcaption>{place}<span>: {said}</span></figcaption></figure>"
             )
     return "".join(parts)
 
