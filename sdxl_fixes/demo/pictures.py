@@ -81,5 +81,5 @@ def readme_picture(before: Result, fixed: Result) -> bytes:
         middle = top + row * (head + tile) + head / 2
         draw.text((edge, middle + 4), text, colour, font, anchor="lm")
     buffer = io.BytesIO()
-    image.quantize(256, Image.Quantize.MAXCOVERAGE).save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
