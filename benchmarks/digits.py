@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from photo_settings import DemoSettings
+from photos import load_photos
 from torch import nn
 
 from sdxl_fixes import NoiseSchedule, Objective
-from sdxl_fixes.demo.photos import load_photos
-from sdxl_fixes.demo.settings import DemoSettings
 
 SIDE, CLASSES = 8, 10
 TRAINED = 1200  # images that are trained on; the other 597 are what generated ones are compared with

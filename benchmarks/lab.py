@@ -1,10 +1,9 @@
 """What the experiments share: real photographs of a known brightness, a tiny U-Net of SDXL's class, and
 honest statistics.
 
-Data, network and training are those of the demo (sdxl_fixes/demo/), which for seed 0 repeats the first runs
-here. A caption says dark, middle or bright, and as with real captions that is not all: the brightness of the
-photographs under one caption spreads by 0.3 around what it says. So a model that sees the brightness in its
-input learns to read it there.
+Data, network and training are those of photos.py and photo_training.py. A caption says dark, middle or
+bright, and as with real captions that is not all: the brightness of the photographs under one caption spreads
+by 0.3 around what it says. So a model that sees the brightness in its input learns to read it there.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from typing import Any
 
 import numpy as np
 import style
+import photo_training as demo
 import torch
+from photo_settings import CAPTIONS, SPREAD, DemoSettings
+from photos import Photos, embed_captions, load_photos, unfold
 
 from sdxl_fixes import NoiseSchedule, Objective
 from sdxl_fixes.atomic import replacing
-from sdxl_fixes.demo import experiment as demo
-from sdxl_fixes.demo.photos import Photos, embed_captions, load_photos, unfold
-from sdxl_fixes.demo.settings import CAPTIONS, SPREAD, DemoSettings
 from sdxl_fixes.validation import Validation
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "evidence"
@@ -121,8 +120,8 @@ def adapt(
     at: Sequence[int],
     sampler: str = "dpmpp_2m",
 ) -> tuple[Any, list[dict[str, Any]]]:
-    """Finetune the stock checkpoint of ``from_type`` for another objective, as the demo does. Returns the
-    network and the measurements after the steps ``at`` (0: before training)."""
+    """Finetune the stock checkpoint of ``from_type`` for another objective. Returns the network and
+    the measurements after the steps ``at`` (0: before training)."""
     unet, crops = base(job.seed, work, from_type).train(), photos(job.seed)
     curve: list[dict[str, Any]] = []
 

@@ -12,10 +12,11 @@ import leak
 import numpy as np
 import pytest
 import torch
+from photo_settings import CANVAS, FOLD, DemoSettings
+from photo_training import build_unet
+from photos import embed_captions, fold, unfold
 
 from sdxl_fixes import InputPerturbation, Objective
-from sdxl_fixes.demo.photos import unfold
-from sdxl_fixes.demo.settings import CANVAS
 
 PAGES = {
     "leak": "leak",
@@ -224,3 +225,19 @@ def test_batches_of_chunk_buckets_are_of_one_length_and_leave_no_prompt_out():
         sum(len(set(prompts.chunks[batch])) > 1 for batch in epoch) <= 2
     )  # what fills no batch moves up: once to 2 chunks, once to 3
     assert list(next(batches)) not in epoch
+
+
+def test_folding_photographs_is_a_rotation():
+    canvas = torch.randn(2, 1, CANVAS, CANVAS)
+    folded = fold(canvas)
+    torch.testing.assert_close(unfold(folded), canvas, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(folded.square().sum(), canvas.square().sum())
+    torch.testing.assert_close(folded[:, 0].mean() / FOLD, canvas.mean())  # brightness is one channel
+
+
+def test_the_network_starts_as_half_the_identity():
+    unet, captions = build_unet(DemoSettings(widths=(128, 32))), embed_captions(0)
+    noise = torch.randn(2, FOLD**2, 8, 8)
+    with torch.no_grad():
+        out = unet(noise, torch.tensor(500), **captions.conditioning(torch.tensor([0, 2]))).sample
+    torch.testing.assert_close((out * noise).mean(), torch.tensor(0.5), atol=0.05, rtol=0)

@@ -45,6 +45,8 @@ def test_wheel_holds_all_packages_and_the_licence(built):
     nodes = ("schedule_file.py", "comfyui/__init__.py", "comfyui/pyproject.toml")
     for file in (*nodes, "webui/scripts/sdxl_fixes_schedule.py"):
         assert f"sdxl_fixes/uis/nodes/{file}" in names  # what sdxl-fixes comfyui|webui install copies
+    for file in ("world.safetensors", "LICENSES.md", "tiny-sdxl/unet/config.json"):
+        assert f"sdxl_fixes/demo/data/{file}" in names
     assert "sdxl_fixes/py.typed" in names and any(name.endswith("LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests", "integrations", "examples"))]
 

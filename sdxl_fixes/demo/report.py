@@ -1,48 +1,82 @@
 """The demo's report: results.json, one HTML page with its pictures inside, and one picture for the README.
-Every verdict is computed."""
+Every number and every verdict is computed."""
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
-import math
-import sys
-import textwrap
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import numpy as np
-import torch
-
 from sdxl_fixes.atomic import replacing
-from sdxl_fixes.demo.experiment import Result
-from sdxl_fixes.demo.settings import CANVAS, CAPTIONS, GREY, SPREAD, UNIT, DemoSettings
+from sdxl_fixes.demo.charts import Dots, dot_rows
+from sdxl_fixes.demo.finetune import PAINTED, Result
+from sdxl_fixes.demo.measure import summarize
+from sdxl_fixes.demo.pictures import caption, data_uri, enlarged, readme_picture, shown, strip
+from sdxl_fixes.demo.plan import Plan
+from sdxl_fixes.demo.world import CANVAS, PLACES, UNIT
 from sdxl_fixes.schedule import NoiseSchedule
 
-COLOURS = {
-    "stock_epsilon": "#e59866",
-    "fixed_epsilon": "#935116",
-    "stock_v": "#c0392b",
-    "longer_v": "#d98880",
-}
-COLOURS |= {"fixed_v": "#7fb3d5", "ztsnr_v": "#1f618d"}
-NEAR = 0.5  # half of the step from one caption to the next
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-img{max-width:100%;display:block;margin:1rem 0}pre{overflow-x:auto;background:#f4f4f4;padding:.8rem;font-size:13px}h2{margin-top:2rem}"""
+GREYS = [place for place, colour in PLACES.items() if not isinstance(colour, str) and len(set(colour)) == 1]
+COLOURS = [place for place, colour in PLACES.items() if not isinstance(colour, str) and len(set(colour)) > 1]
+CLOSE = 0.05  # of black to white: what counts as the brightness that was asked
+STYLE = """
+:root{--ink:#1c1f24;--muted:#667080;--line:#e3e6ea;--paper:#fff;--soft:#f6f7f8;--accent:#0b7a75;--stock:#8a93a0}
+@media(prefers-color-scheme:dark){:root{--ink:#e8eaed;--muted:#9aa3af;--line:#2b3038;--paper:#14171b;--soft:#1b1f25;--accent:#3cc7bd;--stock:#7d8794}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--paper);color:var(--ink);font:17px/1.6 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:1120px;margin:0 auto;padding:36px 32px 64px}
+h1{font-size:clamp(26px,3.4vw,38px);line-height:1.2;letter-spacing:-.02em;margin:0 0 6px;font-weight:650;text-wrap:balance}
+h2{font-size:22px;line-height:1.3;letter-spacing:-.01em;margin:56px 0 8px;font-weight:650}
+p,ul{max-width:68ch;margin:10px 0}
+ul{padding-left:1.2em}
+li{margin:6px 0}
+.lead{color:var(--muted);margin:0 0 22px}
+.pairs{display:grid;grid-template-columns:repeat(5,1fr);gap:16px}
+figure{margin:0}
+.pairs figcaption{font-weight:600;font-size:15px;line-height:1.3;margin-bottom:8px}
+.pairs img{width:100%;aspect-ratio:1;display:block;border-radius:6px}
+.pair{display:grid;gap:10px}
+.tag{display:flex;justify-content:space-between;gap:6px;font-size:13px;line-height:1.4;margin-top:5px;color:var(--muted)}
+.tag b{font-weight:600;white-space:nowrap}
+.tag.fixed{color:var(--accent)}
+.key{display:flex;flex-wrap:wrap;gap:6px 22px;font-size:14px;color:var(--muted);margin:14px 0 4px}
+.key svg{width:16px;height:16px;vertical-align:-3px;margin-right:6px}
+.chart{width:100%;max-width:760px;height:auto;display:block;margin:6px 0}
+.chart text{fill:var(--muted);font-size:14px}
+.chart .name{fill:var(--ink)}
+.grid{stroke:var(--line)}
+.miss{stroke:var(--stock);stroke-width:2;opacity:.45}
+.before{fill:var(--stock)}
+.control{fill:none;stroke:var(--stock);stroke-width:2}
+.fixed{fill:var(--accent)}
+.asked{stroke:var(--ink);stroke-width:2.5}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-size:15px;font-variant-numeric:tabular-nums;margin:12px 0}
+th,td{padding:5px 18px 5px 0;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th{font-weight:600;color:var(--muted)}
+th:first-child,td:first-child{text-align:left}
+td:last-child,th:last-child{padding-right:0}
+td.fixed{color:var(--accent);font-weight:600}
+.strips{display:grid;grid-template-columns:1fr 1fr;gap:12px 20px}
+.strips h3{margin:0;font-size:15px;font-weight:600;color:var(--muted)}
+.strips h3.fixed{color:var(--accent)}
+.strips figcaption{font-size:14px;color:var(--muted);line-height:1.4}
+.strips figcaption span{display:none}
+.strips img{width:100%;display:block;border-radius:4px}
+.small{color:var(--muted);font-size:15px}
+code{font:14px ui-monospace,Menlo,Consolas,monospace;background:var(--soft);padding:1px 5px;border-radius:4px}
+@media(max-width:760px){main{padding:22px 16px 48px}.pairs{grid-template-columns:1fr;gap:22px}.pair{grid-template-columns:1fr 1fr}.chart text{font-size:19px}h2{margin-top:44px}.strips{grid-template-columns:1fr;gap:8px}.strips h3{display:none}.strips figcaption span{display:inline}th,td{padding-right:12px}}
+"""
 
 
-def write_report(
-    settings: DemoSettings, results: list[Result], seconds: float, output: Path
-) -> dict[str, Any]:
+def write_report(plan: Plan, results: list[Result], seconds: float, output: Path) -> dict[str, Any]:
     """Write the three files of finished runs. Returns the content of results.json."""
-    numbers = summarize(settings, results, seconds)
+    numbers = summarize(plan, results, seconds)
+    before, fixed = _by_key(results, "before"), _by_key(results, "fixed")
     files = {
-        "demo.png": picture(results),
-        "report.html": page(numbers, results, table(numbers)).encode(),
+        "demo.png": readme_picture(before, fixed),
+        "report.html": page(numbers, results).encode(),
         "results.json": json.dumps(numbers, indent=2).encode(),  # the last: whoever sees it sees all three
     }
     try:
@@ -56,274 +90,205 @@ def write_report(
     return numbers
 
 
-def summarize(settings: DemoSettings, results: list[Result], seconds: float) -> dict[str, Any]:
-    """The content of results.json. Everything but "timing" and "versions" is a function of the settings."""
-    runs = []
-    for result in results:
-        schedule = result.variant.schedule
-        measured = zip(CAPTIONS.items(), result.brightness, result.contrast, strict=True)
-        captions = [
-            {
-                "caption": caption,
-                "asked": asked,
-                "got": float(np.mean(got)),
-                "spread": _spread(got),
-                "each": got,
-                "contrast": contrast,
-            }
-            for (caption, asked), got, contrast in measured
-        ]
-        misses = [
-            abs(float(np.mean(got)) - asked)
-            for asked, got in zip(CAPTIONS.values(), result.brightness, strict=True)
-        ]
-        runs.append(
-            {
-                "key": result.variant.key,
-                "label": result.variant.label,
-                "prediction_type": result.variant.prediction_type,
-                "schedule": repr(schedule),
-                "terminal_sigma": schedule.terminal_sigma
-                if math.isfinite(schedule.terminal_sigma)
-                else "inf",
-                "residual_signal": schedule.residual_signal,
-                "captions": captions,
-                "miss": float(np.mean(misses)),
-                "final_loss": result.final_loss,
-                "losses": result.losses,
-            }
-        )
-    return {
-        "settings": {**asdict(settings), "widths": list(settings.widths)},  # as JSON gives it back
-        "canvas": CANVAS,
-        "parameters": results[0].parameters,
-        "runs": runs,
-        "timing": {"total_seconds": seconds, **{result.variant.key: result.seconds for result in results}},
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-        },
-    }
-
-
 def table(numbers: dict[str, Any]) -> str:
-    """The plain-text table of a results.json: brightness got, mean and spread, under each brightness
-    asked."""
-    settings, empty = numbers["settings"], ""
-    lines = [
-        f"{empty:<30}" + "".join(f"{caption:>18}" for caption in CAPTIONS),
-        f"{'brightness asked':<30}"
-        + "".join(f"{asked:>11.2f}{empty:>7}" for asked in CAPTIONS.values())
-        + f"{'mean miss':>12}{'final loss':>12}",
-    ]
-    for row in numbers["runs"]:
-        got = "".join(f"{cell['got']:>11.2f} ±{cell['spread']:>5.2f}" for cell in row["captions"])
-        lines.append(f"{row['label']:<30}{got}{row['miss']:>12.2f}{row['final_loss']:>12.3f}")
-    lines.append(
-        "Brightness: 0 is middle grey, 1 a quarter of the way from black to white; ± is the spread "
-        "over the generated pictures."
-    )
-    lines.append(
-        f"{settings['samples']} pictures per caption, {settings['steps']} training steps on the stock "
-        "schedule, "
-        f"{settings['finetuning_steps']} of finetuning, seed {settings['seed']}."
-    )
-    return "\n".join(lines)
-
-
-def _spread(values: list[float]) -> float:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-
-
-def picture(results: list[Result]) -> bytes:
-    """PNG for the README: SDXL's own training, then v-prediction instead, then zero terminal SNR with it."""
-    rows = [
-        result
-        for key in ("stock_epsilon", "longer_v", "ztsnr_v")
-        for result in results
-        if result.variant.key == key
-    ]
-    return _grid(rows, columns=3, dpi=72)  # noise packs badly: under 400 kB
-
-
-def page(numbers: dict[str, Any], results: list[Result], table: str) -> str:
-    """The whole report as HTML that asks for nothing outside itself. ``table`` is the plain-text table of
-    ``numbers``."""
-    settings, canvas, stock = numbers["settings"], numbers["canvas"], NoiseSchedule.sdxl()
-    zero = next(row for row in numbers["runs"] if row["key"] == "ztsnr_v")
-    # What the stock schedule's last training step shows of a picture's mean, and how far noise alone moves
-    # that mean
-    brightest = max(cell["asked"] for cell in zero["captions"])
-    signal, noise = stock.residual_signal * brightest, float(stock.sqrt_one_minus_alphas_cumprod[-1]) / canvas
-    body = f"""<h1>sdxl-fixes demo: what the noise schedule does to brightness</h1>
-<h2>What is wrong</h2>
-<p>A diffusion model is trained to remove noise, and it generates by starting from pure noise. SDXL's schedule never trains it on pure
-noise: at its noisiest step {stock.residual_signal:.1%} of the picture is still there (sigma {stock.terminal_sigma:.1f}).</p>
-<p>That sounds little, but over a whole canvas of {canvas} x {canvas} latent pixels the noise averages out. In the canvas's mean, a
-picture of brightness {brightest:g} still shows as {signal:.3f}, and noise moves that mean by {noise:.4f} only: the picture is
-{signal / noise:.0f} times as strong. So the model can read the brightness from its input, and need not learn it from the caption. When it
-generates, the input is pure noise, whose mean is 0: as far as the model trusts its input, it gets a brightness nobody asked for. How far it
-does so in this run is measured below.</p>
-<h2>What the fix does</h2>
-<p>Zero terminal SNR (arXiv:2305.08891) shifts the schedule so that the last step is pure noise, in training and in generation alike.
-There the model has only the caption to go by. It needs v-prediction: to predict the noise in pure noise teaches nothing about pictures.
-Share of the picture at the last step: {stock.residual_signal:.4f} with the stock schedule, {zero["residual_signal"]:.4f} with the fixed
-one.</p>
-{_image(_schedules(results), "residual signal and sigma of the schedules")}
-<h2>What came out</h2>
-<ul>{"".join(f"<li>{html.escape(sentence)}</li>" for sentence in verdicts(numbers))}</ul>
-{_image(_grid(results, columns=3), "generated pictures: one row per run, one column per caption")}
-{_image(_brightness(numbers), "brightness asked and got")}
-<pre>{html.escape(table)}</pre>
-{_image(_losses(numbers), "training losses")}
-<p>Losses of different prediction types or schedules measure different tasks, so do not compare their heights. The brightness is the
-measurement.</p>
-<h2>How it was measured</h2>
-<p>Network: diffusers' UNet2DConditionModel, SDXL's class and structure, with {numbers["parameters"] / 1e6:.1f} million parameters. Runs
-of the same length (seed {settings["seed"]}) see the same photos, noise and timesteps in the same order: {settings["steps"]} steps of
-{settings["batch"]} photos on the stock schedule, and {settings["finetuning_steps"]} more from there on another schedule or, for comparison,
-on the same. Only prediction type and schedule differ. Generation: DPM-Solver++ (2M) on the schedule that was trained last,
-{settings["sampling_steps"]} steps, no guidance, {settings["samples"]} pictures per caption, from the same starting noise in every run and
-for every caption.</p>
-<p>Photos: random crops of the photographs inside the scikit-image package, in black and white, exposed so that the means of the photos
-under one caption spread by {SPREAD} around what it says, since captions do not say everything. Brightness 0 is middle grey, and 1 is a
-quarter of the way from black to white. There are no VAE and no text encoder offline: the latents are the photo's own pixels, turned into
-64 channels of 8 x 8 by the 8 x 8 cosine transform of JPEG (a rotation: nothing is lost and white noise stays white), and each caption
-word is a frozen random vector.</p>
-<p>Epsilon-prediction cannot generate from a terminal SNR of 0, so a terminal sigma of 300 stands in for it where both prediction types
-are compared. Even so, epsilon-prediction multiplies the network's error by that sigma in the first step of generation; v-prediction does
-not.</p>
-<p>A training of minutes is too short to judge pictures by their detail: judge the brightness. This shows the mechanism on one tiny
-network; it does not say how strong the effect is in SDXL itself.</p>"""
-    head = f'<meta charset="utf-8"><title>sdxl-fixes demo</title><style>{STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
+    """The plain-text table of a results.json: the background's brightness in percent, black to white."""
+    runs = numbers["runs"]
+    names = [place for place in PLACES if place in GREYS]
+    lines = [f"{'brightness of the background, %':<34}" + "".join(f"{name:>15}" for name in names)]
+    rows = [("asked", numbers["asked"]), *((run["label"], run["places"]) for run in runs)]
+    for label, cells in rows:
+        got = {cell["place"]: cell["brightness"] for cell in cells}
+        lines.append(f"{label:<34}" + "".join(f"{100 * got[name]:>15.0f}" for name in names))
+    return "\n".join([*lines, "", *verdicts(numbers)])
 
 
 def verdicts(numbers: dict[str, Any]) -> list[str]:
-    """What the numbers say: the schedule judged with the prediction type held fixed, then the reverse."""
-    runs = {row["key"]: row for row in numbers["runs"]}
-    pairs = (
-        (
-            "With v-prediction, finetuning with zero terminal SNR instead of the stock schedule",
-            "longer_v",
-            "ztsnr_v",
-        ),
-        (
-            "With v-prediction, finetuning to a terminal sigma of 300 instead of the stock schedule",
-            "longer_v",
-            "fixed_v",
-        ),
-        (
-            "With epsilon-prediction, finetuning to a terminal sigma of 300 afterwards",
-            "stock_epsilon",
-            "fixed_epsilon",
-        ),
-        ("With the stock schedule, v- instead of epsilon-prediction", "stock_epsilon", "stock_v"),
-        ("With a terminal sigma of 300, v- instead of epsilon-prediction", "fixed_epsilon", "fixed_v"),
-    )
+    """What the numbers say, in sentences."""
+    runs = {run["key"]: run for run in numbers["runs"]}
+    right, steps = _cells(numbers["asked"]), numbers["plan"]["steps"]
+    got = {key: _cells(run["places"]) for key, run in runs.items()}
     sentences = []
-    for what, before, after in pairs:
-        old, new = runs[before]["miss"], runs[after]["miss"]
-        change = "hardly changes" if abs(new - old) < 0.05 else ("lowers" if new < old else "raises")
-        sentences.append(
-            f"{what} {change} the mean distance between brightness asked and got: {old:.2f} "
-            f"without, {new:.2f} with."
+    for place in ("at night", "in snow"):
+        parts = [f"{_percent(cells[place])} {_WHO[key]}" for key, cells in got.items()]
+        said = f"Asked for a background of {_percent(right[place])} brightness ({place}): "
+        sentences.append(said + ", ".join(parts) + ".")
+    for key in ("control", "fixed"):
+        old, new = runs["before"]["miss"], runs[key]["miss"]
+        change = (
+            "is as large as before" if abs(new - old) < 0.1 * old else ("falls" if new < old else "rises")
         )
-    for row in runs.values():
-        misses = [abs(got - cell["asked"]) for cell in row["captions"] for got in cell["each"]]
-        near = sum(miss < NEAR for miss in misses)
         sentences.append(
-            f"{row['label']}: {near} of {len(misses)} pictures came within {NEAR} of the brightness asked."
+            f"After {steps} steps {_HOW[key]} the mean distance between brightness asked and got {change}: "
+            f"{100 * new:.1f} points, {100 * old:.1f} before."
+        )
+    for key, run in runs.items():
+        misses = [
+            abs(each - right[cell["place"]]["brightness"]) for cell in run["places"] for each in cell["each"]
+        ]
+        near = sum(miss < CLOSE for miss in misses)
+        sentences.append(
+            f"Within {100 * CLOSE:.0f} points of the brightness asked: {near} of {len(misses)} pictures "
+            f"{_WHO[key]}."
         )
     return sentences
 
 
-# ---------------------------------------------------------------- pictures
+_WHO = {
+    "before": "on SDXL's schedule",
+    "control": "after more training on it",
+    "fixed": "with the fixes",
+}
+_HOW = {"control": "on SDXL's own schedule", "fixed": "with v-prediction and zero terminal SNR"}
 
 
-def _grid(results: list[Result], columns: int, dpi: int = 110) -> bytes:
-    """Rows are runs, columns captions; ``columns`` samples side by side in each cell, labelled with
-    brightness asked and got."""
-    figure = _figure(9, (2.6 / columns + 0.45) * len(results) + 0.3)
-    axes = figure.subplots(len(results), len(CAPTIONS), squeeze=False)
-    for row, result in enumerate(results):
-        for column, (caption, asked) in enumerate(CAPTIONS.items()):
-            axis = axes[row][column]
-            tiles = [GREY + UNIT * tile.numpy() for tile in result.pictures[column][:columns]]
-            axis.imshow(
-                np.clip(np.concatenate(tiles, 1), 0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
-            )
-            got = float(np.mean(result.brightness[column]))
-            title = f"asked {asked:+.1f}, got {got:+.2f}"
-            axis.set_title(f'"{caption}"\n{title}' if row == 0 else title, fontsize=9)
-            axis.set_xticks([])
-            axis.set_yticks([])
-        axes[row][0].set_ylabel(textwrap.fill(result.variant.label, 16), fontsize=7)
-    return _png(figure, dpi)
-
-
-def _brightness(numbers: dict[str, Any]) -> bytes:
-    figure = _figure(6, 4)
-    axis = figure.subplots()
-    asked = [cell["asked"] for cell in numbers["runs"][0]["captions"]]
-    axis.plot(asked, asked, color="black", linestyle=":", label="as asked")
-    for row in numbers["runs"]:
-        got, spread = ([cell[name] for cell in row["captions"]] for name in ("got", "spread"))
-        axis.errorbar(
-            asked, got, yerr=spread, marker="o", capsize=3, color=COLOURS[row["key"]], label=row["label"]
-        )
-    axis.set(xlabel="brightness asked", ylabel="brightness got (bars: spread)")
-    axis.set_ylim(-3, 3)  # a diverged run must not flatten the others
-    axis.legend(fontsize=8)
-    return _png(figure)
-
-
-def _losses(numbers: dict[str, Any]) -> bytes:
-    figure = _figure(7, 3)
-    axis = figure.subplots()
-    for row in numbers["runs"]:
-        window = min(20, len(row["losses"]))
-        smooth = np.convolve(row["losses"], np.ones(window) / window, "valid")
-        axis.plot(np.arange(len(smooth)) + window, smooth, color=COLOURS[row["key"]], label=row["label"])
-    axis.set(xlabel="training step", ylabel=f"loss, mean of {window} steps", yscale="log")
-    axis.legend(fontsize=8)
-    return _png(figure)
-
-
-def _schedules(results: list[Result]) -> bytes:
-    figure = _figure(9, 3)
-    signal, sigma = figure.subplots(1, 2)
-    for key in ("stock_v", "fixed_v", "ztsnr_v"):
-        for result in (result for result in results if result.variant.key == key):
-            schedule = result.variant.schedule
-            style = {
-                "color": COLOURS[key],
-                "label": result.variant.label.removeprefix("v, ").removeprefix("then "),
-            }
-            signal.plot(schedule.sqrt_alphas_cumprod, **style)
-            finite = schedule.sigmas[np.isfinite(schedule.sigmas)]
-            sigma.plot(finite, **style)
-    signal.set(xlabel="timestep", ylabel="share of the picture left")
-    sigma.set(xlabel="timestep", ylabel="sigma (the last may be infinite)", yscale="log")
-    signal.legend(fontsize=8)
-    sigma.legend(fontsize=8)
-    return _png(figure)
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure  # no pyplot: no window, no global state
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _png(figure: Any, dpi: int = 110) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _image(png: bytes, description: str) -> str:
-    return (
-        f'<img alt="{html.escape(description)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+def page(numbers: dict[str, Any], results: list[Result]) -> str:
+    """The whole report as HTML that asks for nothing outside itself."""
+    plan, stock = numbers["plan"], NoiseSchedule.sdxl()
+    # at SDXL's last step, in the mean over the canvas of the plane of latents that is brightness: what black
+    # leaves there, and how far noise alone moves it
+    signal, noise = stock.residual_signal * 3**0.5 / UNIT, stock.sqrt_one_minus_alphas_cumprod[-1] / CANVAS
+    body = f"""<main>
+<h1>{html.escape(_headline(numbers))}</h1>
+<p class="lead">One tiny SDXL, before and after {plan["steps"]} steps of finetuning with zero terminal SNR. Same noise. Under each
+picture: how bright its background is, from 0 % (black) to 100 % (white).</p>
+{_pairs(numbers, results)}
+<h2>What came out</h2>
+<ul>{"".join(f"<li>{html.escape(sentence)}</li>" for sentence in verdicts(numbers))}</ul>
+<h2>Brightness of the background, asked and got</h2>
+{_KEY}
+{_chart(numbers, "brightness", [*GREYS, *(place for place in PLACES if place not in (*GREYS, *COLOURS))])}
+<h2>Saturation of coloured backgrounds, asked and got</h2>
+{_KEY}
+{_chart(numbers, "saturation", COLOURS)}
+<h2>Every picture</h2>
+<div class="strips"><h3>SDXL's schedule</h3><h3 class="fixed">with the fixes</h3>{_strips(results)}</div>
+<h2>Why</h2>
+<p>A diffusion model is trained to remove noise, and it generates from pure noise. SDXL's schedule never shows it pure noise: at its last
+training step {stock.residual_signal:.1%} of the picture is still there. That sounds little, but noise averages out over the canvas. In the
+mean of {CANVAS} x {CANVAS} pixels the brightness of a black picture stands {signal / noise:.0f} times above the noise,
+so the model reads the brightness off its input instead of the caption. When it generates there is nothing to read: pure noise has mean 0, which is
+grey. The larger the canvas, the stronger.</p>
+<p>Zero terminal SNR (arXiv:2305.08891) ends the schedule in pure noise, in training and in generation, so that the last step has only the
+caption to go by. It needs v-prediction: to predict the noise in pure noise teaches nothing about pictures.</p>
+<h2>All numbers</h2>
+<div class="scroll">{_table(numbers)}</div>
+<h2>How it was measured</h2>
+<p>The network is tiny-sdxl: diffusers' UNet2DConditionModel, SDXL's class and structure, 9.6 million parameters, trained as SDXL was
+(epsilon, SDXL's schedule) on {CANVAS} x {CANVAS} pictures of 32 things in {len(PLACES)} places. The latents are the pictures' own pixels under
+JPEG's cosine transform, and each caption word is a frozen random vector: no VAE and no text encoder. Both finetunes start from its weights and
+see the same pictures, captions, noise and timesteps in the same order (seed {plan["seed"]}): {plan["steps"]} steps of {plan["batch"]}, AdamW at
+{plan["learning_rate"]:g}, averaged weights, float32, one thread. The control keeps epsilon and SDXL's schedule; the other is told v-prediction
+and zero terminal SNR, nothing else. Sampled with DPM-Solver++ (2M) in {plan["sampling_steps"]} steps on the schedule that was trained last,
+without guidance, {plan["pictures"]} pictures per place.</p>
+<p>The background is measured on the outermost two pixels, where no object reaches. What was asked is what training pictures of the same
+caption have there: black is a little above 0 %, because backgrounds vary.</p>
+<p class="small">Checkpoint {numbers["checkpoint"]}; {", ".join(f"{name} {value}" for name, value in numbers["versions"].items())};
+{numbers["timing"]["total_seconds"]:.0f} seconds. This shows the mechanism on a small network. It does not say how strong the effect is in
+SDXL, nor how long SDXL takes to learn v-prediction. Drawings: Fluent Emoji, Copyright (c) Microsoft Corporation, MIT licence.</p>
+</main>"""
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>sdxl-fixes demo</title><style>{STYLE}</style>"
     )
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
+
+
+# ---------------------------------------------------------------- parts of the page
+
+
+def _headline(numbers: dict[str, Any]) -> str:
+    """What happened to black, in one line."""
+    got = {run["key"]: _cells(run["places"])["at night"]["brightness"] for run in numbers["runs"]}
+    night = _cells(numbers["asked"])["at night"]["brightness"]
+    names = [_grey(got[key], night) for key in ("before", "fixed")]
+    return f"Asked for night, SDXL's schedule paints {names[0]}. With the fixes: {names[1]}."
+
+
+def _grey(brightness: float, black: float) -> str:
+    return "black" if brightness < black + CLOSE else "dark grey" if brightness < 0.25 else "grey"
+
+
+def _pairs(numbers: dict[str, Any], results: list[Result]) -> str:
+    before, fixed = _by_key(results, "before"), _by_key(results, "fixed")
+    cells = {run["key"]: run["places"] for run in numbers["runs"]}
+    parts = []
+    for place, thing in shown(before.pictures.shape[1]):
+        said, pair = caption(PAINTED[thing], list(PLACES)[place]), ""
+        for result, name in ((before, "SDXL's schedule"), (fixed, "fixed")):
+            key = result.run.key
+            source = data_uri(enlarged(result.pictures[place, thing]))
+            got = cells[key][place]["each"][thing]
+            pair += (
+                f'<div><img src="{source}" alt="{html.escape(f"{said}: {name}")}"><div class="tag {key}">'
+                f"<span>{name}</span><b>{100 * got:.0f} %</b></div></div>"
+            )
+        parts.append(f'<figure><figcaption>“{said}”</figcaption><div class="pair">{pair}</div></figure>')
+    return f'<div class="pairs">{"".join(parts)}</div>'
+
+
+def _dot(name: str) -> str:
+    return f'<svg viewBox="0 0 16 16"><circle class="{name}" cx="8" cy="8" r="6"/></svg>'
+
+
+_KEY = (
+    '<div class="key"><span><svg viewBox="0 0 16 16"><line class="asked" x1="8" x2="8" y1="0" y2="16"/></svg>'
+    f"asked</span><span>{_dot('before')}SDXL's schedule</span><span>{_dot('control')}the same, trained on"
+    f"</span><span>{_dot('fixed')}with the fixes</span></div>"
+)
+
+
+def _chart(numbers: dict[str, Any], quantity: str, places: list[str]) -> str:
+    right = _cells(numbers["asked"])
+    got = [_cells(run["places"]) for run in numbers["runs"]]
+    rows = [
+        Dots(place, right[place][quantity], [cells[place][quantity] for cells in got]) for place in places
+    ]
+    return dot_rows(f"{quantity} asked and got", rows, [run["key"] for run in numbers["runs"]])
+
+
+def _strips(results: list[Result]) -> str:
+    before, fixed = _by_key(results, "before"), _by_key(results, "fixed")
+    parts = []
+    for row, place in enumerate(PLACES):
+        for result in (before, fixed):
+            source = data_uri(strip(result.pictures[row]))
+            said = html.escape(result.run.label)
+            parts.append(
+                f'<figure><img src="{source}" alt="{place}: {said}" loading="lazy">'
+                f"<figcaption>{place}<span>: {said}</span></figcaption></figure>"
+            )
+    return "".join(parts)
+
+
+def _table(numbers: dict[str, Any]) -> str:
+    head = "".join(f"<th>{html.escape(run['label'])}</th>" for run in numbers["runs"])
+    lines = [f"<tr><th>brightness, %</th><th>asked</th>{head}</tr>"]
+    columns = [numbers["asked"], *(run["places"] for run in numbers["runs"])]
+    keys = ["", *(run["key"] for run in numbers["runs"])]
+    for quantity in ("brightness", "saturation", "contrast"):
+        if quantity != "brightness":
+            lines.append(f"<tr><th>{quantity}, %</th>{'<th></th>' * len(columns)}</tr>")
+        for row, place in enumerate(PLACES):
+            if quantity == "saturation" and place not in COLOURS:
+                continue
+            values = "".join(
+                f'<td class="{key}">{100 * column[row][quantity]:.0f}'
+                + (f" ± {100 * column[row]['spread']:.0f}" if quantity == "brightness" else "")
+                + "</td>"
+                for key, column in zip(keys, columns, strict=True)
+            )
+            lines.append(f"<tr><td>{place}</td>{values}</tr>")
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _cells(cells: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {cell["place"]: cell for cell in cells}
+
+
+def _percent(cell: dict[str, Any]) -> str:
+    return f"{100 * cell['brightness']:.0f}\N{NO-BREAK SPACE}%"
+
+
+def _by_key(results: list[Result], key: str) -> Result:
+    return next(result for result in results if result.run.key == key)

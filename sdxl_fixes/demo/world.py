@@ -49,6 +49,31 @@ JITTER = 0.06  # standard deviation of a background's brightness: captions do no
 
 
 @dataclass(frozen=True)
+class Variation:
+    """How objects vary: their size, ``smallest`` to ``smallest + more`` of the canvas; how far they are
+    ``moved`` at most, in half canvases (None: as far as they fit); whether half of them are ``mirrored``."""
+
+    smallest: float = 0.82
+    more: float = 0.1
+    moved: float | None = 0.06
+    mirrored: bool = False
+
+    def theta(self, vary: torch.Tensor) -> torch.Tensor:
+        """[B, 4] uniform random numbers -> affine_grid's matrices, [B, 2, 3]."""
+        scale = self.smallest + self.more * vary[:, 0]
+        limit = 1 - scale if self.moved is None else torch.full_like(scale, self.moved)
+        side = torch.where(vary[:, 3] < 0.5, -1.0, 1.0) if self.mirrored else torch.ones_like(scale)
+        theta = torch.zeros(len(vary), 2, 3)
+        theta[:, 0, 0], theta[:, 1, 1] = side / scale, 1 / scale
+        theta[:, :, 2] = -limit[:, None] * (2 * vary[:, 1:3] - 1) / scale[:, None]
+        theta[:, 0, 2] *= side
+        return theta
+
+
+LITTLE = Variation()
+
+
+@dataclass(frozen=True)
 class World:
     """The pictures and the words' vectors, as :func:`load_world` reads them."""
 
@@ -57,17 +82,17 @@ class World:
     words: torch.Tensor  # [words, TEXT_WIDTH]; the first is the empty word, 0
 
     def pictures(
-        self, objects: torch.Tensor, places: torch.Tensor, generator: torch.Generator
+        self,
+        objects: torch.Tensor,
+        places: torch.Tensor,
+        generator: torch.Generator,
+        variation: Variation = LITTLE,
     ) -> torch.Tensor:
         """Objects and places by number, [B] each -> RGB in -1 to 1, [B, 3, CANVAS, CANVAS]. Size, position
         and the background's brightness vary."""
         count = len(objects)
         vary = torch.rand(count, 4, generator=generator)
-        scale = 0.82 + 0.1 * vary[:, 0]
-        theta = torch.zeros(count, 2, 3)
-        theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
-        theta[:, :, 2] = -0.06 * (2 * vary[:, 1:3] - 1) / scale[:, None]
-        grid = F.affine_grid(theta, [count, 4, CANVAS, CANVAS], align_corners=False)
+        grid = F.affine_grid(variation.theta(vary), [count, 4, CANVAS, CANVAS], align_corners=False)
         front = F.grid_sample(self.objects[objects], grid, align_corners=False)
         back = torch.empty(count, 3, CANVAS, CANVAS)
         jitter = JITTER * torch.randn(count, generator=generator)
@@ -84,11 +109,13 @@ class World:
         y, x = torch.randint(0, texture.shape[-1] - CANVAS + 1, (2,), generator=generator).tolist()
         return texture[:, y : y + CANVAS, x : x + CANVAS]
 
-    def draw(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def draw(
+        self, count: int, generator: torch.Generator, variation: Variation = LITTLE
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """``count`` captioned pictures: latents [B, CHANNELS, 8, 8], objects [B], places [B]."""
         objects = torch.randint(len(OBJECTS), (count,), generator=generator)
         places = torch.randint(len(PLACES), (count,), generator=generator)
-        return fold(self.pictures(objects, places, generator)), objects, places
+        return fold(self.pictures(objects, places, generator, variation)), objects, places
 
     def conditioning(
         self, objects: torch.Tensor, places: torch.Tensor, empty: torch.Tensor | None = None

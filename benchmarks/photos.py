@@ -1,5 +1,4 @@
-"""The demo's data: photographs at any brightness, folded to few sites; frozen random vectors for
-captions."""
+"""Photographs at any brightness, folded to few sites; frozen random vectors for captions."""
 
 from __future__ import annotations
 
@@ -11,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from photo_settings import CANVAS, CAPTIONS, FOLD, GREY, SPREAD, TEXT_WIDTH, UNIT, DemoSettings
 from torch.nn import functional as F
-
-from sdxl_fixes.demo.settings import CANVAS, CAPTIONS, FOLD, GREY, SPREAD, TEXT_WIDTH, UNIT, DemoSettings
 
 PHOTOS = (
     *(

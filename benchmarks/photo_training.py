@@ -1,84 +1,23 @@
-"""Train a tiny SDXL U-Net as SDXL was, finetune it with the fixed noise schedule, offline on a CPU, and
-sample both.
+"""The experiments' first instrument: a tiny U-Net of SDXL's class, trained from scratch on photographs, and
+sampled, on the CPU.
 
-There are no VAE and no text encoder offline, so the latents are the photo's own pixels and each caption word
-is a frozen random vector; the network class, the noise, the objective and the sampler are the real ones. The
-report says all this, too.
+No VAE and no text encoder: the latents are the photo's own pixels and each caption word is a frozen random
+vector; the network class, the noise, the objective and the sampler are the real ones.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
-import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
+from photo_settings import CANVAS, CAPTIONS, FOLD, TEXT_WIDTH, DemoSettings
+from photos import Captions, Photos, unfold
 
-from sdxl_fixes.demo.photos import Captions, Photos, embed_captions, load_photos, unfold
-from sdxl_fixes.demo.settings import CANVAS, CAPTIONS, FOLD, TEXT_WIDTH, DemoSettings
 from sdxl_fixes.objective import Objective
-from sdxl_fixes.schedule import NoiseSchedule
 
 Progress = Callable[[Iterable[Any], str], Iterator[Any]]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What one training run is to show: a prediction type and a schedule; a run with a ``start`` finetunes
-    that run's network."""
-
-    key: str
-    label: str
-    prediction_type: str
-    schedule: NoiseSchedule
-    start: str | None = None
-
-
-@dataclass(frozen=True)
-class Result:
-    """One finished run."""
-
-    variant: Variant
-    losses: list[float]  # one per training step
-    pictures: torch.Tensor  # [captions, samples, CANVAS, CANVAS], latents
-    parameters: int  # of the network
-    seconds: float
-
-    @property
-    def brightness(self) -> list[list[float]]:
-        """Mean of each generated picture, [captions][samples], in latent units."""
-        rows: list[list[float]] = self.pictures.double().mean((2, 3)).tolist()
-        return rows
-
-    @property
-    def contrast(self) -> list[float]:
-        """Standard deviation inside a generated picture, per caption, in latent units."""
-        rows: list[float] = self.pictures.double().flatten(2).std(2).mean(1).tolist()
-        return rows
-
-    @property
-    def final_loss(self) -> float:
-        """Mean loss of the last tenth of the steps."""
-        return float(np.mean(self.losses[-max(1, len(self.losses) // 10) :]))
-
-
-def variants() -> list[Variant]:
-    """What SDXL is and its v-prediction twin, from scratch; finetunes of them in which the schedule alone
-    changes, and one as it was."""
-    stock = NoiseSchedule.sdxl()
-    sigma_300, zero = stock.with_terminal_sigma(300), stock.zero_terminal_snr()
-    return [
-        Variant("stock_epsilon", "epsilon, stock schedule", "epsilon", stock),
-        Variant("fixed_epsilon", "epsilon, then sigma 300", "epsilon", sigma_300, "stock_epsilon"),
-        Variant("stock_v", "v, stock schedule", "v_prediction", stock),
-        Variant("longer_v", "v, stock schedule for longer", "v_prediction", stock, "stock_v"),
-        Variant("fixed_v", "v, then sigma 300", "v_prediction", sigma_300, "stock_v"),
-        Variant("ztsnr_v", "v, then zero terminal SNR", "v_prediction", zero, "stock_v"),
-    ]
 
 
 def build_unet(settings: DemoSettings) -> Any:
@@ -192,29 +131,3 @@ def sample(
         output = unet(scheduler.scale_model_input(x, t), t, **conditioning).sample
         x = scheduler.step(output if network is None else network(x, t, output), t, x, **options).prev_sample
     return unfold(x).reshape(len(CAPTIONS), samples, CANVAS, CANVAS)
-
-
-def compare(settings: DemoSettings, progress: Progress, which: list[Variant] | None = None) -> list[Result]:
-    """Train and sample every variant; a variant's start must come before it."""
-    photos, captions = load_photos(settings), embed_captions(settings.seed)
-    networks: dict[str | None, Any] = {}
-    results = []
-    for variant in variants() if which is None else which:
-        start = time.perf_counter()
-        if variant.start is None:
-            unet, seed = build_unet(settings), settings.seed
-            plan = rates(settings.learning_rate, settings.steps, 50, 0.3)
-        else:
-            unet, seed = copy.deepcopy(networks[variant.start]), settings.seed + 100
-            plan = rates(settings.finetuning_rate, settings.finetuning_steps, 20, 0.5)
-        objective = Objective(variant.schedule, variant.prediction_type)
-        work = progress(plan, f"train {variant.label}")
-        losses = list(train(unet.train(), objective, photos, captions, seed, work, settings.batch))
-        networks[variant.key] = unet.eval()
-        scheduler = variant.schedule.scheduler("dpmpp_2m", variant.prediction_type)
-        pictures = sample(
-            unet, scheduler, captions, settings.seed, settings.samples, settings.sampling_steps, progress
-        )
-        parameters = sum(parameter.numel() for parameter in unet.parameters())
-        results.append(Result(variant, losses, pictures, parameters, time.perf_counter() - start))
-    return results
