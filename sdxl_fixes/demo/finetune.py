@@ -130,8 +130,8 @@ def average(averaged: Any, unet: Any, decay: float) -> None:
 
 @torch.no_grad()
 def sample(unet: Any, scheduler: Any, world: World, plan: Plan, progress: Progress) -> torch.Tensor:
-    """[places, Plan.pictures, 3, CANVAS, CANVAS] in RGB, -1 to 1, without guidance. The noise is the same in
-    every place and for every network, another for each picture of a place."""
+    """[places, Plan.pictures, 3, CANVAS, CANVAS] in RGB, -1 to 1, without guidance. The first noise is the same
+    in every place, another for each picture of a place; all noise is the same for every network."""
     scheduler.set_timesteps(plan.sampling_steps)
     generator = torch.Generator().manual_seed(plan.seed + 1000)
     noise = torch.randn(plan.pictures, CHANNELS, CANVAS // FOLD, CANVAS // FOLD, generator=generator)
