@@ -19,6 +19,7 @@ import torch
 
 from sdxl_fixes.errors import FixError, FlagError, shown
 from sdxl_fixes.log import world_size
+from sdxl_fixes.trainers.report import lost_above
 
 from .run import SESSION
 
@@ -110,13 +111,12 @@ def cannot_learn(args: argparse.Namespace) -> list[str]:
             "gradient, so that weights become NaN by 0/0: take --mixed_precision bf16 --full_bf16 "
             f"{ROUNDED}, or leave out --full_fp16"
         )
-    if getattr(args, "full_bf16", False) and isinstance(rate, float) and _to_nearest(args, name, options):
-        lost = 512 * rate  # of 8 significant bits, a weight w is at least w/512 from where it would round up
-        if 0 < lost < 1:
-            found.append(
-                f"--full_bf16 with {name} rounds weights to nearest, and a step of --learning_rate {rate:g} "
-                f"is lost in every weight above {lost:.2g}: {ROUNDED} rounds stochastically"
-            )
+    lost = lost_above(rate) if isinstance(rate, float) else None
+    if getattr(args, "full_bf16", False) and lost is not None and _to_nearest(args, name, options):
+        found.append(
+            f"--full_bf16 with {name} rounds weights to nearest, and a step of --learning_rate {rate:g} "
+            f"is lost in every weight above {lost:.2g}: {ROUNDED} rounds stochastically"
+        )
     return found
 
 
