@@ -38,6 +38,8 @@ def memories():
         ("1, diffusers, 32 cards, 2 images", "4 + 4 + 8 + 2 + 4", 22, 0, 2, "80 GB"),
         ("1, diffusers, 16 cards, 8 images", "4 + 4 + 8 + 2 + 4", 22, 0, 8, "80 GB, barely"),
         ("2 and 4, kohya, 4 images", "2", 2, ADAFACTOR * 4 / 1e9 + texts, 4, "24 GB"),
+        ("2, kohya, AdamW with 8-bit states, 4 images", "2 + 2.03", 2 + 2.03, texts, 4, "24 GB"),
+        ("2, kohya, the same, 2 images", "2 + 2.03", 2 + 2.03, texts, 2, "24 GB"),
         ("3, 4 images", "2", 2, lora, 4, "24 GB"),
         ("3, 1 image", "2", 2, lora, 1, "12 GB"),
         ("4, diffusers, 4 images", "4 + 4 + 2 + 2", 12, 0, 4, "48 GB"),

@@ -4,6 +4,7 @@ them."""
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -29,7 +30,7 @@ from sdxl_fixes.trainers.fixes import (
     switch_off,
 )
 from sdxl_fixes.trainers.patching import PatchSet
-from sdxl_fixes.trainers.report import tell
+from sdxl_fixes.trainers.report import lost_above, tell
 from sdxl_fixes.trainers.run import Run, Trainer, prepare
 from sdxl_fixes.trainers.session import Session
 
@@ -278,6 +279,25 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
     )
     if run.stable_loss is not None and _trains_text(args):
         warn("--stable_loss_steps: text embeddings stay as first seen, though the text encoder is trained")
+    if may_act and (line := rounded_lora(args, "" if script is None else Path(script).name)):
+        warn(line)
+
+
+_LORA = ("train_text_to_image_lora_sdxl", "train_dreambooth_lora_sdxl")
+
+
+def rounded_lora(args: argparse.Namespace, script: str) -> str | None:
+    """A sentence on what the LoRA ``script`` does with bfloat16: diffusers' scripts cast what is trained up
+    to float32 for fp16 alone; None for others."""
+    lost = lost_above(getattr(args, "learning_rate", None) or 0.0)
+    precision = getattr(args, "mixed_precision", None) or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if not script.startswith(_LORA) or precision != "bf16" or lost is None:
+        return None
+    return (
+        "--mixed_precision bf16: this script keeps the LoRA itself in bfloat16 and rounds it to nearest, so "
+        f"that a step of --learning_rate {args.learning_rate:g} is lost in every weight above {lost:.2g}: "
+        "with --mixed_precision fp16, or no, it is kept in float32"
+    )
 
 
 def refuse_edm(fixes: Collection[str]) -> None:

@@ -18,6 +18,7 @@ from sdxl_fixes.names import FLOW
 from sdxl_fixes.trainers.fixes import fixes_flag
 
 from .chunk_flags import CHUNK_FLAGS
+from .optimizers import cannot_learn, check
 from .run import FIXES, SESSION, start
 
 _NOT_KOHYAS = (
@@ -44,6 +45,8 @@ READ = (  # kohya's own that we read with them
     *("masked_loss", "prior_loss_weight"),
     *("train_text_encoder", "network_module", "network_train_unet_only", "network_weights", "save_model_as"),
     *("torch_compile", "use_safetensors", "controlnet_model_name_or_path", "weights"),
+    *("optimizer_type", "learning_rate", "max_grad_norm", "full_bf16", "full_fp16", "mixed_precision"),
+    *("fused_backward_pass", "fused_optimizer_groups", "use_8bit_adam"),
 )
 # difflib's ratio; noise_offset_type, which kohya_ss writes and sd-scripts ignores, has 0.83 with noise_offset
 ALIKE = 0.85
@@ -116,5 +119,8 @@ def _warn_of_misspelt(file: str, args: argparse.Namespace, parser: argparse.Argu
 
 def verify(original: Callable[..., Any], args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
     """The first call of every trainer's train(): nothing is loaded yet."""
+    check(args)
     SESSION.begin(start(args, OURS))
+    for line in cannot_learn(args) if args.fixes != "none" else ():
+        warn(line)
     return original(args, *rest, **kwargs)

@@ -221,6 +221,13 @@ def _of_stable_loss(run: Run) -> list[str]:
     return [f"--stable_loss_steps {kept.every}: no number in a training of {steps} steps: give fewer steps"]
 
 
+def lost_above(rate: float) -> float | None:
+    """The size of bfloat16 weights above which a step of ``rate`` is lost where they are rounded to nearest:
+    of 8 significant bits, a weight w is at least w/512 from where it would round up. None where that is no
+    small weight."""
+    return 512 * rate if 0 < rate < 1 / 512 else None
+
+
 def sampling_flags(trained: Sampling) -> str | None:
     """The flags that train on ``trained``; None if no flags do."""
     words = f"--prediction_type {trained.prediction_type}"
