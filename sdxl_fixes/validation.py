@@ -92,15 +92,19 @@ class Validation:
             try:
                 for module, _ in modes:
                     module.training = False
+                # one copy for all batches; where in the sums, image, timestep
+                table = torch.tensor(
+                    [(self.timesteps.index(t), image, t) for image, t in work], dtype=torch.int64
+                ).reshape(-1, 3)
+                table = table.T.contiguous().to(latents.device)
                 for start in range(0, len(work), batch_size):
-                    chunk = work[start : start + batch_size]
+                    chunk = slice(start, start + batch_size)
                     noise = torch.stack(
-                        [self.noise(numbers[image], t, latents.shape[1:]) for image, t in chunk]
+                        [self.noise(numbers[image], t, latents.shape[1:]) for image, t in work[chunk]]
                     )
-                    images, timesteps = (
-                        torch.tensor(column, device=latents.device) for column in zip(*chunk, strict=True)
-                    )
-                    where = torch.tensor([self.timesteps.index(t) for _, t in chunk], device=latents.device)
+                    if devices:  # from pinned memory a copy does not wait
+                        noise = noise.pin_memory().to(latents.device, non_blocking=True)
+                    where, images, timesteps = table[:, chunk]
                     sums.index_add_(1, where, self._losses(predict, latents, images, timesteps, noise))
             finally:
                 for module, mode in modes:
