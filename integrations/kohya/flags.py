@@ -18,13 +18,19 @@ from sdxl_fixes.names import FLOW
 from sdxl_fixes.trainers.fixes import fixes_flag
 
 from .chunk_flags import CHUNK_FLAGS
+from .heldout import SPLIT_FLAGS, check
 from .run import FIXES, SESSION, start
 
 _NOT_KOHYAS = (
     "flow_shift",
     "match_base",
     *("terminal_sigma", "terminal_sigma_method", "terminal_sigma_start"),
-    *("huber_l2_gradient", "min_snr_floor", "flow_weighting", *grouped("timesteps", "keep", "validation")),
+    *(
+        "huber_l2_gradient",
+        "min_snr_floor",
+        "flow_weighting",
+        *grouped("timesteps", "keep", "validation", "heldout", "ema"),
+    ),
 )
 _TRAINED = ("epsilon", "v_prediction", FLOW)
 _UNSET = "epsilon; v_prediction with --v_parameterization"
@@ -32,9 +38,10 @@ OURS: Mapping[str, Flag] = {
     "prediction_type": replace(FLAGS["prediction_type"], choices=_TRAINED, unset=_UNSET),
     **{name: FLAGS[name] for name in _NOT_KOHYAS},
     **CHUNK_FLAGS,
+    **SPLIT_FLAGS,
     "fixes": fixes_flag(FIXES),
 }
-NAMES = (*FLAGS, *CHUNK_FLAGS, "fixes")
+NAMES = (*FLAGS, *CHUNK_FLAGS, *SPLIT_FLAGS, "fixes")
 MEANT = (*NAMES, "v_parameterization")  # by a misspelt key
 READ = (  # kohya's own that we read with them
     *("v_parameterization", "v_pred_like_loss", "scale_v_pred_loss_like_noise_pred"),
@@ -116,5 +123,8 @@ def _warn_of_misspelt(file: str, args: argparse.Namespace, parser: argparse.Argu
 
 def verify(original: Callable[..., Any], args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
     """The first call of every trainer's train(): nothing is loaded yet."""
-    SESSION.begin(start(args, OURS))
+    run = start(args, OURS)
+    if run.heldout is not None:
+        check(args)
+    SESSION.begin(run)
     return original(args, *rest, **kwargs)

@@ -53,9 +53,7 @@ def line(what: str, means: dict[str, float], images: int, validation: Validation
     )
 
 
-def _groups(
-    samples: Sequence[Sample], device: torch.device
-) -> Iterator[tuple[list[int], torch.Tensor, Any]]:
+def _groups(samples: Sequence[Sample], device: torch.device) -> Iterator[tuple[list[int], torch.Tensor, Any]]:
     """Images of one shape and conditioning of one length together: numbers, latents [N, C, H, W],
     conditioning."""
     groups: dict[str, list[Sample]] = {}
