@@ -60,6 +60,18 @@ class Average:
         finally:
             self._model.restore(self.parameters)
 
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The average of the trained parameter whose memory ``tensor`` is, in its shape and dtype. Raises
+        FixError if it is none."""
+        for parameter, average in zip(self.parameters, self._model.shadow_params, strict=True):
+            if parameter.data_ptr() == tensor.data_ptr() and parameter.shape == tensor.shape:
+                found: torch.Tensor = average.to(tensor.dtype, copy=True)
+                return found
+        raise FixError(
+            f"--ema_decay: a tensor of shape {list(tensor.shape)} is saved that is no trained weight, so the "
+            "average cannot be saved (the model itself is): leave the flag out"
+        )
+
     def beside(self, file: str | Path) -> Path:
         """Where the average of the model in ``file`` goes (``NAME-ema``), remembered; averages whose model
         the trainer has removed meanwhile are removed."""
