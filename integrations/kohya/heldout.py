@@ -63,19 +63,21 @@ def check(args: argparse.Namespace) -> None:
 
 def datasets(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The data sets are made: which pictures are held out is known."""
-    trained, split = original(*args, **kwargs)
-    if (heldout := _heldout()) is not None:
-        folder = SESSION.run.args.heldout_dir if SESSION.run is not None else None
-        if folder:
-            pictures = bucketed(in_folder(folder), _buckets(trained.datasets[0]))
-        else:
-            pictures = [
-                picture
-                for dataset in (split.datasets if split is not None else ())
-                for picture in bucketed(_samples(dataset), _buckets(dataset))
-            ]
-        heldout.name(_untrained(pictures, trained.datasets))
-    return trained, split
+    made = original(*args, **kwargs)
+    heldout, run = _heldout(), SESSION.run
+    if heldout is None or run is None:
+        return made
+    trained, split = made
+    if run.args.heldout_dir:
+        pictures = bucketed(in_folder(run.args.heldout_dir), _buckets(trained.datasets[0]))
+    else:
+        pictures = [
+            picture
+            for dataset in (split.datasets if split is not None else ())
+            for picture in bucketed(_samples(dataset), _buckets(dataset))
+        ]
+    heldout.name(_untrained(pictures, trained.datasets))
+    return made
 
 
 def cache_text(
