@@ -9,21 +9,18 @@ from pathlib import Path
 import checkouts
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(checkouts.first()), str(HERE), str(HERE.parents[1] / "support")]
-import tiny
-import torch
-from closed_form import alphas_cumprod
-from PIL import Image
-from torchvision import transforms
-
-tiny.apply()
-import library.sdxl_model_util as sdxl_model_util
-import library.sdxl_train_util as sdxl_train_util
-import library.strategy_sdxl as strategy_sdxl
 
 
-@torch.no_grad()
 def losses(assets, picture, evaluated):
+    import library.sdxl_model_util as sdxl_model_util
+    import library.sdxl_train_util as sdxl_train_util
+    import library.strategy_sdxl as strategy_sdxl
+    import torch
+    from closed_form import alphas_cumprod
+    from PIL import Image
+    from torchvision import transforms
+
+    torch.set_grad_enabled(False)
     te1, te2, vae, unet, *_ = sdxl_model_util.load_models_from_sdxl_checkpoint(
         "sdxl", str(assets / "model.safetensors"), "cpu"
     )
@@ -50,5 +47,9 @@ def losses(assets, picture, evaluated):
 
 
 if __name__ == "__main__":
+    sys.path[:0] = [str(checkouts.first()), str(HERE), str(HERE.parents[1] / "support")]
+    import tiny
+
+    tiny.apply()
     folder, picture, trace = map(Path, sys.argv[1:])
     print(json.dumps(losses(folder, picture, json.loads(trace.read_text())["evaluated"])))

@@ -4,8 +4,8 @@ HOW is unpatched, install (sdxl_fixes.kohya.install(), then the script) or modul
 sdxl_fixes.kohya`` does). TRACE.json receives the losses given to the backward pass, the timesteps and the
 contexts' sizes [B, length] given to the U-Net, the prompts that were encoded, and the scheduler's tables (of
 rank 0, if there are several processes); with TRACE_TENSORS in the environment also every step's latents,
-noise and prediction (and with TRACE_TENSORS=base what the U-Net that the training began with says of them); with TRACE_EVALUATED what the U-Net is given without
-gradients.
+noise and prediction (and with TRACE_TENSORS=base what the U-Net that the training began with says of them);
+with TRACE_EVALUATED what the U-Net is given without gradients.
 All of it is observed where every version of sd-scripts passes: in accelerate, torch, diffusers, and in
 classes of sd-scripts that have not moved.
 """
