@@ -233,7 +233,7 @@ class _Exact:
         listed = self.timesteps
         if isinstance(timestep, torch.Tensor) and isinstance(listed, torch.Tensor) and not timestep.ndim:
             mine = timestep.untyped_storage().data_ptr() == listed.untyped_storage().data_ptr()
-            place = timestep.storage_offset() - listed.storage_offset()
+            place = int(timestep.storage_offset()) - int(listed.storage_offset())
             if mine and timestep.dtype == listed.dtype and 0 <= place < len(self._told):
                 return self._told[place]
         return float(timestep)
