@@ -211,6 +211,26 @@ class TrainingFlags:
         group="validation",
         unset=STABLE_LOSS_IMAGES,
     )
+    heldout_steps: int | None = flag(
+        None,
+        "every so many optimizer steps, log the loss on pictures that are never trained on, with fixed noise "
+        "and timesteps",
+        group="heldout",
+    )
+    heldout_dir: str | None = flag(
+        None,
+        "their folder: pictures with captions in .txt files of the same name, or a metadata.jsonl",
+        group="heldout",
+    )
+    ema_decay: float | None = flag(
+        None,
+        "keep an exponential moving average of the trained weights in float32, saved beside every model; "
+        "0.9999 is usual, less for short trainings",
+        group="ema",
+    )
+    ema_evaluated: bool = flag(
+        False, "the stable and the held-out loss are the average's, not the trained weights'", group="ema"
+    )
 
     # what the flags describe, _of_sdxl what they make of SDXL's own
     _of_sdxl: Sampling = field(init=False, repr=False, compare=False)
@@ -348,7 +368,7 @@ class TrainingFlags:
                 "was: leave one of the two out"
             )
         self._check_density()
-        for name in ("stable_loss_steps", "stable_loss_images", "resolution_shift"):
+        for name in ("stable_loss_steps", "stable_loss_images", "heldout_steps", "resolution_shift"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise FlagError(f"--{name} {value}: expected 1 or more, or leave it out")
@@ -356,6 +376,21 @@ class TrainingFlags:
             raise FlagError(
                 "--stable_loss_images needs --stable_loss_steps: give the optimizer steps "
                 "between two losses, or leave it out"
+            )
+        if self.heldout_dir and not self.heldout_steps:
+            raise FlagError(
+                "--heldout_dir needs --heldout_steps: give the optimizer steps between two losses, or leave "
+                "it out"
+            )
+        if not 0 <= (self.ema_decay or 0) < 1:
+            raise FlagError(
+                f"--ema_decay {self.ema_decay:g}: expected a decay in (0, 1), 0.9999 or the like, or leave "
+                "it out"
+            )
+        if self.ema_evaluated and not (self.ema_decay and (self.stable_loss_steps or self.heldout_steps)):
+            raise FlagError(
+                "--ema_evaluated needs --ema_decay, and --heldout_steps or --stable_loss_steps: give them, "
+                "or leave it out"
             )
 
     def _sampling(self, base: Sampling) -> Sampling:
@@ -464,7 +499,7 @@ FLAGS: Mapping[str, Flag] = flags_of(TrainingFlags)
 
 def grouped(*groups: str) -> dict[str, Flag]:
     """The flags of some groups: base, prediction, schedule, loss, weighting, noise, timesteps, keep,
-    validation."""
+    validation, heldout, ema."""
     return {name: stated for name, stated in FLAGS.items() if stated.group in groups}
 
 

@@ -146,10 +146,8 @@ class _Exact:
             sigma if self._flow else sigma / alpha if alpha else math.inf for alpha, sigma in self._levels
         ]
         self.sigmas = torch.tensor(ratios, dtype=torch.float32)
-        self.timesteps = torch.from_numpy(t).to(
-            device=device, dtype=torch.float32 if self._flow else self._timesteps_dtype
-        )
-        self._told = self.timesteps.tolist()
+        listed = torch.from_numpy(t).to(torch.float32 if self._flow else self._timesteps_dtype)
+        self._told, self.timesteps = listed.tolist(), listed.to(device)
         self._reset()
 
     @property
@@ -225,15 +223,26 @@ class _Exact:
         """The level of any trained timestep, and that of the next one of the list."""
         if not self._told:
             self.set_timesteps(len(self.noise_schedule))
-        t = float(timestep)
+        t = self._value(timestep)
         later = (level for at, level in zip(self._told, self._levels, strict=False) if at < t)
         return self._level(t), next(later, self._levels[-1])
+
+    def _value(self, timestep: Any) -> float:
+        """A timestep as a number. One that is an element of ``self.timesteps``, which is what a pipeline
+        passes, is known by its place, so that no device is waited for."""
+        listed = self.timesteps
+        if isinstance(timestep, torch.Tensor) and isinstance(listed, torch.Tensor) and not timestep.ndim:
+            mine = timestep.untyped_storage().data_ptr() == listed.untyped_storage().data_ptr()
+            place = int(timestep.storage_offset()) - int(listed.storage_offset())
+            if mine and timestep.dtype == listed.dtype and 0 <= place < len(self._told):
+                return self._told[place]
+        return float(timestep)
 
     def _find(self, timestep: Any) -> int:
         if not self._told:
             # as diffusers' classes without set_timesteps: every trained timestep
             self.set_timesteps(len(self.noise_schedule))
-        value = float(timestep)
+        value = self._value(timestep)
         if value not in self._told:
             raise ValueError(
                 f"timestep {value:g} is not one of the {len(self._told)} of set_timesteps: "
@@ -525,6 +534,7 @@ class _Multistep(_Exact):
     ) -> Any:
         at = self._step_index if self._step_index is not None else self._begin_index
         at = self._find(timestep) if at is None else at
+        self._step_index = at  # else diffusers looks it up on the device
         taken = super().step(  # type: ignore[misc]
             model_output.float(), timestep, sample.float(), return_dict=False, **options
         )

@@ -10,7 +10,8 @@ stable training loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,20 @@ from sdxl_fixes.loss import ScheduledHuber, l2
 from sdxl_fixes.names import check_seed
 from sdxl_fixes.objective import Objective
 from sdxl_fixes.trainers.step import StepLoss
+
+
+@contextlib.contextmanager
+def evaluating(models: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """``models`` are in evaluation mode within; after it every part is as it was."""
+    # parts may differ from the whole
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 class Validation:
@@ -85,26 +100,22 @@ class Validation:
         numbers = range(len(latents)) if numbers is None else numbers
         work = [(image, t) for t in self.timesteps for image in range(len(latents))][share[0] :: share[1]]
         sums = torch.zeros(2, len(self.timesteps), device=latents.device)
-        # parts may differ from the whole
-        modes = [(module, module.training) for model in models for module in model.modules()]
         devices = [latents.device] if latents.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            try:
-                for module, _ in modes:
-                    module.training = False
-                for start in range(0, len(work), batch_size):
-                    chunk = work[start : start + batch_size]
-                    noise = torch.stack(
-                        [self.noise(numbers[image], t, latents.shape[1:]) for image, t in chunk]
-                    )
-                    images, timesteps = (
-                        torch.tensor(column, device=latents.device) for column in zip(*chunk, strict=True)
-                    )
-                    where = torch.tensor([self.timesteps.index(t) for _, t in chunk], device=latents.device)
-                    sums.index_add_(1, where, self._losses(predict, latents, images, timesteps, noise))
-            finally:
-                for module, mode in modes:
-                    module.training = mode
+        with torch.random.fork_rng(devices=devices), evaluating(models):
+            # one copy for all batches; where in the sums, image, timestep
+            table = torch.tensor(
+                [(self.timesteps.index(t), image, t) for image, t in work], dtype=torch.int64
+            ).reshape(-1, 3)
+            table = table.T.contiguous().to(latents.device)
+            for start in range(0, len(work), batch_size):
+                chunk = slice(start, start + batch_size)
+                noise = torch.stack(
+                    [self.noise(numbers[image], t, latents.shape[1:]) for image, t in work[chunk]]
+                )
+                if devices:  # from pinned memory a copy does not wait
+                    noise = noise.pin_memory().to(latents.device, non_blocking=True)
+                where, images, timesteps = table[:, chunk]
+                sums.index_add_(1, where, self._losses(predict, latents, images, timesteps, noise))
         return sums
 
     def means(self, sums: torch.Tensor, images: int) -> dict[str, float]:

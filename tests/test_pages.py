@@ -31,9 +31,9 @@ TRAINERS = """
         max_timestep min_timestep network_train_unet_only network_weights noise_offset optimizer_type
         prior_loss_weight
         resume sample_every_n_steps save_last_n_steps save_model_as skip_until_initial_step torch_compile
-        v_parameterization validation_split weighted_captions weighting_scheme
+        v_parameterization validation_seed validation_split weighted_captions weighting_scheme
     diffusers' scripts: cache_latents caption_column clip_skip do_edm_style_training image_column lr_scheduler
-        lr_warmup_steps max_train_steps mixed_precision output_dir output_kohya_format
+        lr_warmup_steps max_train_steps mixed_precision output_dir output_kohya_format resolution use_ema
         proportion_empty_prompts resume_from_checkpoint timestep_bias_strategy train_batch_size
         train_text_encoder_ti
     benchmarks: jobs only pages seeds

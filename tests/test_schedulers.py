@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdxl_fixes import NoiseSchedule, schedulers
 from sdxl_fixes.schedulers import SAMPLERS, fix_scheduler
@@ -685,3 +686,42 @@ def test_a_class_that_knows_infinity_is_told_by_its_own_settings_alone(name):
     assert float(loaded.alphas_cumprod[-1]) == 0 and float(loaded.alphas_cumprod[-2]) > 0
     told = {"_class_name", "_use_default_values"}  # diffusers' own
     assert set(made.config) - told == set(stock().config) - told
+
+
+class _Waits(TorchDispatchMode):
+    """Counts what would wait for a GPU: numbers that are read out of tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_no_sampling_step_waits_for_the_device(name):
+    scheduler = ZERO.scheduler(name, prediction_type="v_prediction")
+    scheduler.set_timesteps(5)
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    copied, again = x.clone(), ZERO.scheduler(name, prediction_type="v_prediction")
+    again.set_timesteps(5)
+    torch.manual_seed(1)
+    with _Waits() as waits:
+        for t in scheduler.timesteps:
+            x = scheduler.step(0.5 * x, t, x).prev_sample
+    torch.manual_seed(1)
+    for t in again.timesteps.clone():  # which has no place in the list
+        copied = again.step(0.5 * copied, t, copied).prev_sample
+    assert waits.count == 0 and torch.equal(x, copied)
+
+
+def test_a_part_of_the_timesteps_is_known_by_its_place_as_well():
+    """As pipelines that start from an image take it; and a copy is read."""
+    scheduler = ZERO.scheduler("ddim", prediction_type="v_prediction")
+    scheduler.set_timesteps(6)
+    x = torch.ones(1, 4, 2, 2)
+    for t in scheduler.timesteps[2:]:
+        numbers = [scheduler.step(x, given, x).prev_sample for given in (t, t.clone(), int(t))]
+        assert torch.equal(numbers[0], numbers[1]) and torch.equal(numbers[0], numbers[2])

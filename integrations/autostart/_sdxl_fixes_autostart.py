@@ -31,6 +31,7 @@ FLAGS = (  # what sdxl_fixes.kohya adds to upstream's own; tests/test_autostart.
         "keep_base",
         "stable_loss_steps",
         "stable_loss_images",
+        *("heldout_steps", "heldout_dir", "heldout_split", "ema_decay", "ema_evaluated"),
         "chunk_buckets",
         "chunk_layout",
     ),

@@ -30,20 +30,20 @@ FOREIGN = {
 # and what it is
 BESIDES: dict[str, tuple[tuple[str, ...], str]] = {
     "additional_residuals=": (
-        ("validation", "keep"),
+        ("validation", "heldout", "keep"),
         "its U-Net is given a ControlNet's or an adapter's residuals, which depend on the noise",
     ),
     "InstructPix2Pix": (
-        ("validation", "keep"),
+        ("validation", "heldout", "keep"),
         "its U-Net is given the image to edit beside the noisy latents",
     ),
     '"--placeholder_token"': (
-        ("validation", "keep"),
+        ("validation", "heldout", "keep", "ema"),
         "it trains the text embeddings themselves, which would have to stay as they are",
     ),
     '"--instance_prompt"': (("buckets",), "it makes its batches of class and instance prompts"),
     "LatentPerceptualLoss": (
-        ("loss", "weighting", "noise", "timesteps", "keep", "validation"),
+        ("loss", "weighting", "noise", "timesteps", "keep", "validation", "heldout"),
         "it adds a perceptual loss of its own, which no fix knows",
     ),
 }
@@ -67,6 +67,13 @@ ANCHORS: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
     ),
     "keep": (_TRAINS_BY_TIMESTEP, _ADDS_NOISE, _MSE, (("unet",), "it does not call unet(...)")),
     "validation": (_TRAINS_BY_TIMESTEP, _ADDS_NOISE, (("unet",), "it does not call unet(...)"), _LOGS),
+    "heldout": (_TRAINS_BY_TIMESTEP, (("unet",), "it does not call unet(...)"), _LOGS),
+    "ema": (
+        (
+            ("pipeline.save_pretrained", "StableDiffusionXLPipeline.save_lora_weights"),
+            "it saves neither a pipeline nor a LoRA",
+        ),
+    ),
     "prompts": (
         (("tokenizer", "self.tokenizer_1"), "it does not call tokenizer(...)"),
         (("def encode_prompt", "text_encoder_1"), "it has no encode_prompt and calls no text_encoder_1(...)"),

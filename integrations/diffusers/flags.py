@@ -32,7 +32,8 @@ class ScriptFlags:
 
 
 _SHARED = grouped(
-    "base", "prediction", "schedule", "loss", "weighting", "noise", "timesteps", "keep", "validation"
+    *("base", "prediction", "schedule", "loss", "weighting", "noise", "timesteps", "keep", "validation"),
+    *("heldout", "ema"),
 )
 _NOT_THERE = ("min_snr_gamma", "noise_offset")  # snr_gamma is diffusers' name; the offset is the scripts' own
 FLAGS_HERE: Mapping[str, Flag] = {

@@ -12,6 +12,7 @@ from sdxl_fixes.command_line import Flag
 from sdxl_fixes.errors import FixError, FlagError
 from sdxl_fixes.trainers.patching import Patch, PatchSet
 
+from . import heldout
 from .anchors import computes_with_predictions, in_sigma_space, missing, refused
 from .flags import add_arguments
 from .patches import PATCHES, for_script
@@ -54,7 +55,7 @@ def begin(args: argparse.Namespace, script: dict[str, Any], ours: Mapping[str, F
         )
     patches = SESSION.patches
     # the others act if and when they can
-    no_place = {fix: why for fix, why in missing(source).items() if FIXES[fix].due != "later"}
+    no_place = {fix: why for fix, why in missing(source).items() if FIXES[fix].flags}
     table = PatchSet((ARGUMENTS, *for_script(source, script)), calls=SESSION.called)
     table.refused = {**patches.refused, **no_place}
     table.refused |= {
@@ -69,6 +70,8 @@ def begin(args: argparse.Namespace, script: dict[str, Any], ours: Mapping[str, F
             )
     except FlagError as error:
         raise FlagError(str(error).replace("--min_snr_gamma", "--snr_gamma")) from error
+    if run.heldout is not None:
+        heldout.name(run.heldout, run.args)
     patches.undo()
     table.apply({"run", *run.on})
     SESSION.patches = table

@@ -9,7 +9,20 @@ from typing import Any
 
 from sdxl_fixes.trainers.patching import Patch
 
-from . import buckets, caches, checkpoint, crops, keep, loss, prompts, schedule, timesteps, validation
+from . import (
+    buckets,
+    caches,
+    checkpoint,
+    crops,
+    ema,
+    heldout,
+    keep,
+    loss,
+    prompts,
+    schedule,
+    timesteps,
+    validation,
+)
 from .run import SESSION
 
 _FROM = ("pretrained_model_name_or_path", "subfolder")
@@ -66,13 +79,21 @@ PATCHES = (
 
     Patch(("schedule",), "diffusers.configuration_utils:ConfigMixin.from_config", ("config",),
           schedule.configured, "so do schedulers that the script makes for its validation images"),
-    Patch(("schedule", "validation"), "diffusers:UNet2DConditionModel.forward",
+    Patch(("schedule", "validation", "heldout"), "diffusers:UNet2DConditionModel.forward",
           ("self", "sample", "timestep"), validation.called,
           "of flow it is told T s; the first images are kept, with their conditioning"),
     Patch(("schedule",), "diffusers:ControlNetModel.forward", ("self", "sample", "timestep"),
           validation.controls, "is told the same"),
-    Patch(("validation",), "accelerate:Accelerator.log", (), validation.log,
+    Patch(("validation", "heldout"), "accelerate:Accelerator.log", (), validation.log,
           "their loss is computed and logged after the optimizer step"),
+    Patch(("heldout", "ema"), "accelerate:Accelerator.prepare", ("self",), heldout.prepare,
+          "held-out pictures are encoded before the first step"),
+    Patch(("ema",), "accelerate.optimizer:AcceleratedOptimizer.step", ("self",), ema.stepped,
+          "the weights' average is updated"),
+    Patch(("ema",), "diffusers:DiffusionPipeline.save_pretrained", ("self", "save_directory"),
+          ema.save_pipeline, "and saved in unet_ema"),
+    Patch(("ema",), "diffusers.loaders:StableDiffusionXLLoraLoaderMixin.save_lora_weights",
+          ("save_directory", "unet_lora_layers"), ema.save_lora, "or beside a LoRA, in ema"),
 
     Patch(("saving",), "safetensors.torch:save_file", ("tensors", "filename", "metadata"),
           checkpoint.save_file, "the record in the metadata"),

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdxl_fixes.checkpoint import Sampling, sampling_of_config
 from sdxl_fixes.command_line import Flag
@@ -35,6 +35,9 @@ from sdxl_fixes.trainers.run import Run, Trainer, prepare
 from sdxl_fixes.trainers.session import Session
 
 from .scripts import version
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def departs(args: argparse.Namespace) -> bool:
@@ -90,6 +93,8 @@ FIXES = {
     ),
     "keep": Fix({"keep_base": None}),
     "validation": Fix({"stable_loss_steps": None}, options=("stable_loss_images",)),
+    "heldout": Fix({"heldout_steps": None}, options=("heldout_dir",)),
+    "ema": Fix({"ema_decay": None}, options=("ema_evaluated",), due="later"),
     "prompts": Fix({"max_token_length": None}, due="start"),
     "buckets": Fix({"chunk_buckets": None}, due="start"),
     "crops": Fix({"true_crop_coordinates": None}, due="start"),
@@ -99,7 +104,7 @@ FIXES = {
 }
 TRAINS = ("epsilon", "v_prediction", FLOW)
 # fixes that have no place in EDM-style training
-TRAINING = ("loss", "weighting", "noise", "timesteps", "keep", "validation")
+TRAINING = ("loss", "weighting", "noise", "timesteps", "keep", "validation", "heldout")
 DIFFUSERS = Trainer(
     name="huggingface/diffusers example", v_flag="--prediction_type v_prediction", fixes=FIXES
 )
@@ -117,6 +122,7 @@ class ScriptSession(Session):
         self.trim, self.chunks, self.cut = True, list[int](), (0, 0)  # of prompts: for prompts.py
         self.script: dict[str, Any] = {}  # the globals of the script's module
         self.training = False  # whether the script has its training scheduler
+        self.accelerator: Accelerator | None = None  # that the script trains with
         self.drawing = False  # whether the run's sampler draws timesteps
 
     def _look(self) -> str:
@@ -215,10 +221,25 @@ def _check(args: argparse.Namespace, on: frozenset[str], prediction_type: str) -
             "--chunk_buckets does not fit a DreamBooth script: it makes its batches of class and instance "
             "prompts; leave the flag out"
         )
-    if "validation" in on and prediction_type == "sample":
+    for fix, flag in (("validation", "stable_loss_steps"), ("heldout", "heldout_steps")):
+        if fix in on and prediction_type == "sample":
+            raise FlagError(
+                f"--{flag} knows the loss of epsilon, v_prediction and flow_prediction, not of "
+                f"{prediction_type}: leave it out"
+            )
+    if "ema" in on and getattr(args, "use_ema", False):
         raise FlagError(
-            "--stable_loss_steps knows the loss of epsilon, v_prediction and flow_prediction, not of "
-            f"{prediction_type}: leave it out"
+            "--ema_decay and the script's own --use_ema both keep an average: leave one of the two out"
+        )
+    if "ema" in on and getattr(args, "resume_from_checkpoint", None):
+        raise FlagError(
+            "--ema_decay: in these scripts the average of a resumed run was found to be another than that of "
+            "one that was never stopped: leave it out, or --resume_from_checkpoint"
+        )
+    if "ema" in on and getattr(args, "train_text_encoder_ti", False):
+        raise FlagError(
+            "--ema_decay does not average the embeddings of --train_text_encoder_ti, which belong to the "
+            "LoRA: leave one of the two out"
         )
     if "keep" in on and _trains_text(args):
         raise FlagError(
@@ -277,8 +298,9 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
         prompts,
         files,
     )
-    if run.stable_loss is not None and _trains_text(args):
-        warn("--stable_loss_steps: text embeddings stay as first seen, though the text encoder is trained")
+    if _trains_text(args):
+        for flag in [f"--{name}" for name in ("stable_loss_steps", "heldout_steps") if given(args, name)]:
+            warn(f"{flag}: text embeddings stay as first seen, though the text encoder is trained")
     if may_act and (line := rounded_lora(args, "" if script is None else Path(script).name)):
         warn(line)
 

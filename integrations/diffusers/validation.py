@@ -1,5 +1,5 @@
-"""The call of the network: what it is told, and what the stable training loss needs to see of it; where that
-loss's numbers go (its latents come from ``schedule``)."""
+"""The call of the network: what it is told, and what the stable and the held-out loss need to see of it;
+where their numbers go (the stable loss's latents come from ``schedule``)."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ def called(
     if SESSION.run is not None and SESSION.run.stable_loss is not None:
         if SESSION.run.stable_loss.called(self, sample, *args, **kwargs):
             SESSION.reached("validation")
+    if SESSION.run is not None and SESSION.run.heldout is not None:
+        if SESSION.run.heldout.called(self, sample):
+            SESSION.reached("heldout")
     if (told := _told(timestep)) is not None:
         SESSION.reached("UNet2DConditionModel.forward")
     return original(self, sample, timestep if told is None else told, *args, **kwargs)
@@ -68,12 +71,12 @@ def log(
     run = SESSION.run
     if (
         run is None
-        or run.stable_loss is None
+        or not run.evaluated
         or step is None
         or not self.sync_gradients
         or not SESSION.called_by_script()
     ):
         return result
-    if numbers := run.stable_loss.step(step, self):
+    if numbers := run.numbers(step, self):
         original(self, numbers, step)
     return result

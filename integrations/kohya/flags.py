@@ -18,14 +18,21 @@ from sdxl_fixes.names import FLOW
 from sdxl_fixes.trainers.fixes import fixes_flag
 
 from .chunk_flags import CHUNK_FLAGS
-from .optimizers import cannot_learn, check
+from .heldout import SPLIT_FLAGS, check
+from .optimizers import cannot_learn
+from .optimizers import check as check_optimizer
 from .run import FIXES, SESSION, start
 
 _NOT_KOHYAS = (
     "flow_shift",
     "match_base",
     *("terminal_sigma", "terminal_sigma_method", "terminal_sigma_start"),
-    *("huber_l2_gradient", "min_snr_floor", "flow_weighting", *grouped("timesteps", "keep", "validation")),
+    *(
+        "huber_l2_gradient",
+        "min_snr_floor",
+        "flow_weighting",
+        *grouped("timesteps", "keep", "validation", "heldout", "ema"),
+    ),
 )
 _TRAINED = ("epsilon", "v_prediction", FLOW)
 _UNSET = "epsilon; v_prediction with --v_parameterization"
@@ -33,9 +40,10 @@ OURS: Mapping[str, Flag] = {
     "prediction_type": replace(FLAGS["prediction_type"], choices=_TRAINED, unset=_UNSET),
     **{name: FLAGS[name] for name in _NOT_KOHYAS},
     **CHUNK_FLAGS,
+    **SPLIT_FLAGS,
     "fixes": fixes_flag(FIXES),
 }
-NAMES = (*FLAGS, *CHUNK_FLAGS, "fixes")
+NAMES = (*FLAGS, *CHUNK_FLAGS, *SPLIT_FLAGS, "fixes")
 MEANT = (*NAMES, "v_parameterization")  # by a misspelt key
 READ = (  # kohya's own that we read with them
     *("v_parameterization", "v_pred_like_loss", "scale_v_pred_loss_like_noise_pred"),
@@ -119,8 +127,11 @@ def _warn_of_misspelt(file: str, args: argparse.Namespace, parser: argparse.Argu
 
 def verify(original: Callable[..., Any], args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
     """The first call of every trainer's train(): nothing is loaded yet."""
-    check(args)
-    SESSION.begin(start(args, OURS))
+    check_optimizer(args)
+    run = start(args, OURS)
+    if run.heldout is not None:
+        check(args)
+    SESSION.begin(run)
     for line in cannot_learn(args) if args.fixes != "none" else ():
         warn(line)
     return original(args, *rest, **kwargs)

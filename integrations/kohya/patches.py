@@ -11,7 +11,9 @@ from sdxl_fixes.trainers.patching import Patch
 from . import (
     buckets,
     checkpoint,
+    ema,
     flags,
+    heldout,
     keep,
     loss,
     noise,
@@ -132,12 +134,18 @@ PATCHES = (
     Patch(("keep",), "accelerate.accelerator:Accelerator.load_state", ("self",), keep.load_state,
           "which is no resumed state's"),
 
-    Patch(("schedule", "validation"), f"{_UNET}:SdxlUNet2DConditionModel.forward",
+    Patch(("schedule", "validation", "heldout"), f"{_UNET}:SdxlUNet2DConditionModel.forward",
           ("self", "x", "timesteps"), validation.called,
           "flow's timesteps come unrounded; the first images are kept, with their conditioning"),
-    Patch(("validation",), f"{_SAMPLING}:sample_images_common",
+    Patch(("validation", "heldout", "ema"), f"{_SAMPLING}:sample_images_common",
           ("pipe_class", "accelerator", "args", "epoch", "steps"), validation.step_done,
-          "their loss is computed and logged after the optimizer step"),
+          "their loss is computed and logged after the optimizer step, the weights' average updated"),
+
+    Patch(("heldout",), "library.config_util:generate_dataset_group_by_blueprint",
+          ("dataset_group_blueprint",), heldout.datasets, "which pictures are not trained on"),
+    Patch(("heldout",), f"{_DATA}:DatasetGroup.new_cache_text_encoder_outputs",
+          ("self", "models", "accelerator"), heldout.cache_text,
+          "their captions, while there are text encoders"),
 
     Patch(("previews",), f"{_SAMPLING}:get_my_scheduler", ("sample_sampler", "v_parameterization"),
           previews.scheduler,
@@ -155,5 +163,11 @@ PATCHES = (
           "and with one that is uploaded", only=("sdxl_train.py",)),
     Patch(("saving",), f"{_MODELS}:save_diffusers_checkpoint", ("output_dir",), checkpoint.save_folder,
           "diffusers folders get the trained scheduler (upstream: the source's)", only=("sdxl_train.py",)),
+
+    # after the rows of saving, which then act on both files
+    Patch(("ema",), f"{_MODELS}:save_stable_diffusion_checkpoint", ("output_file",), ema.save,
+          "the weights' average beside every model", only=("sdxl_train.py",)),
+    Patch(("ema",), f"{_MODELS}:save_diffusers_checkpoint", ("output_dir",), ema.save,
+          "the same of a folder", only=("sdxl_train.py",)),
 )
 # fmt: on

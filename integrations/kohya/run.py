@@ -89,6 +89,8 @@ FIXES = {
     "buckets": Fix({"chunk_buckets": None}, options=("chunk_layout",), due="start"),
     "keep": Fix({"keep_base": None}),
     "validation": Fix({"stable_loss_steps": None}, options=("stable_loss_images",)),
+    "heldout": Fix({"heldout_steps": None}, options=("heldout_dir", "heldout_split")),
+    "ema": Fix({"ema_decay": None}, options=("ema_evaluated",), due="later"),
     "previews": Fix(due="later", wanted=changes_schedule),
     "saving": Fix(due="later", wanted=worth_saying),
 }
@@ -205,7 +207,7 @@ def start(args: argparse.Namespace, ours: Mapping[str, Flag] | None = None) -> R
     args = argparse.Namespace(**vars(args), **{BASE: base})  # ours: it sees no more than kohya's at the start
     script = SESSION.script_name()
     # nobody asks for these by a flag of their own
-    without = {fix for fix in SCRIPTS.get(script or "", {}) if FIXES[fix].due == "later"}
+    without = {fix for fix in SCRIPTS.get(script or "", {}) if not FIXES[fix].flags}
     asked = frozenset(name for name in may_act - without if FIXES[name].asked(args))
     refused = {**SESSION.patches.refused, **_no_place(script, asked, args)}
     options = Options.from_args(args) if may_act else None
@@ -330,8 +332,9 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
             f"this sd-scripts is {known}: the fixes that are on are checked in every step, but their "
             "numbers were not compared"
         )
-    if run.stable_loss is not None and trains_text(args):
-        warn("--stable_loss_steps: text embeddings stay as first seen, though the text encoder is trained")
+    if trains_text(args):
+        for flag in [f"--{name}" for name in ("stable_loss_steps", "heldout_steps") if given(args, name)]:
+            warn(f"{flag}: text embeddings stay as first seen, though the text encoder is trained")
     if pickled:
         warn(f"{pickled}, which carries neither record nor markers: take --save_model_as safetensors")
     model = Path(getattr(args, "pretrained_model_name_or_path", None) or "")

@@ -9,9 +9,12 @@ from pathlib import Path
 
 _NO_DATASET = "it reads a control data set, whose batches are not made by prompts"
 _BESIDES = "its U-Net is told the control image, which the stable loss does not keep"
+_NO_AVERAGE = "it saves its models in ways that nobody has tried with an average"
 _CONTROL = {
     "buckets": _NO_DATASET,
     "validation": _BESIDES,
+    "heldout": "its U-Net is told a control image, which a held-out picture has not",
+    "ema": _NO_AVERAGE,
     "keep": "it trains no U-Net, but what is added to one",
 }
 
@@ -22,6 +25,8 @@ SCRIPTS: Mapping[str, Mapping[str, str]] = {
     "sdxl_train_textual_inversion.py": {
         "buckets": "it changes the captions after they were counted",
         "validation": "it trains the very text embeddings that the stable loss would keep",
+        "heldout": "it trains the very text embeddings that the held-out loss would keep",
+        "ema": _NO_AVERAGE,
         "keep": "it trains text embeddings, and no U-Net",
     },
     "sdxl_train_control_net.py": _CONTROL,

@@ -1,8 +1,11 @@
-"""What kohya's trainers do that the stable training loss needs to see, and where its numbers go."""
+"""What kohya's trainers do that the stable and the held-out loss and the weights' average need to see, and
+where their numbers go."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +13,9 @@ import torch
 
 from sdxl_fixes.errors import FixError
 from sdxl_fixes.names import FLOW
+from sdxl_fixes.trainers.ema import Average
 
+from . import ema, heldout
 from .run import SESSION
 
 if TYPE_CHECKING:
@@ -39,6 +44,9 @@ def called(
     if SESSION.run is not None and SESSION.run.stable_loss is not None:
         if SESSION.run.stable_loss.called(self, x, *args, **kwargs):
             SESSION.reached("validation")
+    if SESSION.run is not None and SESSION.run.heldout is not None:
+        if SESSION.run.heldout.called(self, x):
+            SESSION.reached("heldout")
     return original(self, x, timesteps, *args, **kwargs)
 
 
@@ -52,12 +60,34 @@ def step_done(
     *rest: Any,
     **kwargs: Any,
 ) -> Any:
-    """The place of the previews, where both trainers come once after every optimizer step (then without an
-    epoch), in every process and with the weights of a schedule-free optimizer that previews are made with."""
-    if epoch is None and SESSION.run is not None and SESSION.run.stable_loss is not None:
-        if numbers := SESSION.run.stable_loss.step(steps, accelerator):
-            _log(accelerator, args, numbers, steps)
-    return original(pipe_class, accelerator, args, epoch, steps, *rest, **kwargs)
+    """The place of the previews, where both trainers come before the first step, once after every optimizer
+    step (then without an epoch) and after every epoch, in every process and with the weights of a
+    schedule-free optimizer that previews are made with."""
+    run = SESSION.run
+    if run is None:
+        return original(pipe_class, accelerator, args, epoch, steps, *rest, **kwargs)
+    if epoch == 0 and run.heldout is not None:
+        _, vae, _, text_encoders, *_ = rest
+        heldout.begin(accelerator, vae, text_encoders)
+    if run.ema is not None:
+        ema.watch(accelerator)
+        if epoch is None:
+            run.ema.update(accelerator)
+    if epoch is None and (numbers := run.numbers(steps, accelerator)):
+        _log(accelerator, args, numbers, steps)
+    with contextlib.ExitStack() as stack:
+        if run.ema is not None and run.flags.ema_evaluated:
+            pipe_class = functools.partial(_averaged, run.ema, stack, pipe_class)
+        return original(pipe_class, accelerator, args, epoch, steps, *rest, **kwargs)
+
+
+def _averaged(
+    average: Average, stack: contextlib.ExitStack, pipe_class: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """The pipeline of previews, which is made when they are due, with the average's weights until they are
+    done."""
+    stack.enter_context(average.applied())
+    return pipe_class(*args, **kwargs)
 
 
 def _log(accelerator: Accelerator, args: argparse.Namespace, numbers: dict[str, float], step: int) -> None:

@@ -170,7 +170,7 @@ def _frozen_copy(network: torch.nn.Module) -> torch.nn.Module:
 def _check_whole() -> None:
     from accelerate.state import AcceleratorState
 
-    from sdxl_fixes.trainers.stable_loss import check_whole
+    from sdxl_fixes.trainers.fixed_loss import check_whole
 
     if AcceleratorState._shared_state:
         check_whole(AcceleratorState(), "--keep_base")

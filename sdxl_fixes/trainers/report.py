@@ -61,9 +61,10 @@ def report(run: Run, version: str, prompts: Iterable[str] = (), files: Iterable[
     lines = {
         "objective": _objective(run),
         "weights": [_weights(run)],
-        "data": [*prompts, _timesteps(run), _stable_loss(run)],
+        "data": [*prompts, _timesteps(run), _stable_loss(run), _heldout(run)],
     }
     lines["file"] = [*files] or ["as upstream saves it"]
+    lines["file"] += [f"beside it the weights' average, decay {run.ema.decay:g}"] if run.ema else []
     return "\n".join(
         [
             head,
@@ -159,6 +160,10 @@ def _stable_loss(run: Run) -> str:
     return "" if kept is None else f"stable loss of {kept.images} images every {kept.every} steps"
 
 
+def _heldout(run: Run) -> str:
+    return "" if run.heldout is None else f"held-out loss every {run.heldout.every} steps"
+
+
 def disappointments(run: Run) -> list[str]:
     """Sentences about what these flags will not give."""
     found = []
@@ -214,11 +219,15 @@ def _of_draws(run: Run) -> list[str]:
 
 def _of_stable_loss(run: Run) -> list[str]:
     """A sentence where the training ends before its first number."""
-    kept, steps = run.stable_loss, getattr(run.args, "max_train_steps", None)
+    steps = getattr(run.args, "max_train_steps", None)
     by_epochs = getattr(run.args, "max_train_epochs", None)  # kohya's, which overrules the steps
-    if kept is None or by_epochs or not isinstance(steps, int) or steps >= kept.every:
+    if by_epochs or not isinstance(steps, int):
         return []
-    return [f"--stable_loss_steps {kept.every}: no number in a training of {steps} steps: give fewer steps"]
+    return [
+        f"--{flag} {kept.every}: no number in a training of {steps} steps: give fewer steps"
+        for flag, kept in (("stable_loss_steps", run.stable_loss), ("heldout_steps", run.heldout))
+        if kept is not None and steps < kept.every
+    ]
 
 
 def lost_above(rate: float) -> float | None:

@@ -4,11 +4,12 @@ adapter."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdxl_fixes.checkpoint import Sampling
 from sdxl_fixes.errors import FlagError
@@ -21,13 +22,18 @@ from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.teacher import Teacher
 from sdxl_fixes.timesteps import TimestepSampler
 from sdxl_fixes.trainers.base import Base
+from sdxl_fixes.trainers.ema import Average
 from sdxl_fixes.trainers.fixes import Fix
+from sdxl_fixes.trainers.heldout import HeldOut
 from sdxl_fixes.trainers.keep import Keep
 from sdxl_fixes.trainers.noising import Noising
 from sdxl_fixes.trainers.stable_loss import StableLoss
 from sdxl_fixes.trainers.step import StepLoss
 from sdxl_fixes.validation import Validation
 from sdxl_fixes.weighting import Product, Weighting
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -61,11 +67,32 @@ class Run:
     perturbation: InputPerturbation | None
     timesteps: TimestepSampler | None
     stable_loss: StableLoss | None
+    heldout: HeldOut | None
     keep: Keep | None
+    ema: Average | None
     # "step" or "start" -> marks that must have been seen
     due: Mapping[str, frozenset[str]] = field(default_factory=dict)
     options: Any = None  # the adapter's own
     base: Base | None = None  # that decided
+
+    @property
+    def evaluated(self) -> list[StableLoss | HeldOut]:
+        """The losses that are computed every so many steps."""
+        return [kept for kept in (self.stable_loss, self.heldout) if kept is not None]
+
+    def numbers(self, step: int, accelerator: Accelerator) -> dict[str, float]:
+        """What is to be logged of them after optimizer step ``step``, in every process."""
+        found: dict[str, float] = {}
+        with contextlib.ExitStack() as stack:
+            if (
+                self.ema is not None
+                and self.flags.ema_evaluated
+                and any(step % kept.every == 0 for kept in self.evaluated)
+            ):
+                stack.enter_context(self.ema.applied())
+            for kept in self.evaluated:
+                found |= kept.step(step, accelerator) or {}
+        return found
 
     def fix_of(self, mark: str) -> str:
         """The fix that a mark of its work belongs to."""
@@ -104,11 +131,9 @@ def prepare(
                 f"{FLOW} needs the fix {fix!r}, since the trainer's own code knows epsilon and v-prediction "
                 f"only: take it into --fixes, or leave out {trainer.fixes[fix].text}"
             )
-    if "validation" in on and (compiler := _compiler(args)):
-        raise FlagError(
-            "--stable_loss_steps cannot see the images that a compiled U-Net is given: leave it out, or "
-            f"{compiler}"
-        )
+    watching = {"validation": "--stable_loss_steps", "heldout": "--heldout_steps"}
+    if (asked := [flag for fix, flag in watching.items() if fix in on]) and (compiler := _compiler(args)):
+        raise FlagError(f"{asked[0]} cannot see what a compiled U-Net is given: leave it out, or {compiler}")
     sampler = flags.timesteps(
         schedule,
         seed=getattr(args, "seed", None) or 0,
@@ -158,7 +183,9 @@ def prepare(
         perturbation=perturbation,
         timesteps=sampler if "timesteps" in on else None,
         stable_loss=_stable_loss(args, flags, trained, weighting, resumed) if "validation" in on else None,
+        heldout=_heldout(flags, trained, weighting) if "heldout" in on else None,
         keep=_keep(flags, teacher, trained) if "keep" in on else None,
+        ema=Average(flags.ema_decay) if "ema" in on and flags.ema_decay else None,
         due=due,
         options=options,
         base=base,
@@ -195,11 +222,8 @@ def _stable_loss(
     weighting: Weighting | None,
     resumed: bool,
 ) -> StableLoss:
-    with warnings.catch_warnings():  # of epsilon at zero SNR, which the report says
-        warnings.simplefilter("ignore", UserWarning)
-        objective = Objective(trained.schedule, trained.prediction_type, flags.loss, weighting)
     return StableLoss(
-        Validation(objective),
+        _validation(flags, trained, weighting),
         flags.stable_loss_steps or 1,
         flags.stable_loss_images or STABLE_LOSS_IMAGES,
         rank(),
@@ -207,3 +231,14 @@ def _stable_loss(
         getattr(args, "output_dir", None),
         resumed,
     )
+
+
+def _heldout(flags: TrainingFlags, trained: Sampling, weighting: Weighting | None) -> HeldOut:
+    validation = _validation(flags, trained, weighting)
+    return HeldOut(validation, flags.heldout_steps or 1, rank(), world_size())
+
+
+def _validation(flags: TrainingFlags, trained: Sampling, weighting: Weighting | None) -> Validation:
+    with warnings.catch_warnings():  # of epsilon at zero SNR, which the report says
+        warnings.simplefilter("ignore", UserWarning)
+        return Validation(Objective(trained.schedule, trained.prediction_type, flags.loss, weighting))

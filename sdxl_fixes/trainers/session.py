@@ -203,6 +203,10 @@ def run_script(
         sys.exit(f"sdxl-fixes: {error}")
     finally:
         session.launched = False
+    if session.on("ema") is not None and rank() == 0 and not session.has_reached("ema"):
+        sys.exit(
+            "sdxl-fixes: the training is done, but --ema_decay saved no average: its script saves no model"
+        )
     run = session.on("saving")
     if run is not None and rank() == 0 and not session.has_reached("saving"):
         said = sampling_flags(Sampling(run.schedule, run.prediction_type))

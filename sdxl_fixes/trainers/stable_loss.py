@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_map
 
 from sdxl_fixes.atomic import replacing
 from sdxl_fixes.errors import FixError
 from sdxl_fixes.log import say
+from sdxl_fixes.trainers.fixed_loss import Called, check_whole, fixed_loss, line, seen
 from sdxl_fixes.validation import Validation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
 
 # as many samples as this times the wanted images: who has not seen so many different ones by then has no more
 _PATIENCE = 4
@@ -58,10 +58,9 @@ class StableLoss:
         if resumed and not self.found and self.main:
             say("no images of an earlier stable loss here: it goes on with others, so its curve begins anew")
         self.complete = self.found or not self.wanted
-        self._seen, self._batch = 0, 1
+        self._seen = 0
         self._noised: torch.Tensor | None = None
-        self._network: torch.nn.Module | None = None
-        self._dtype: torch.dtype | None = None
+        self._called: Called | None = None
         self._last: int | None = None
         self._total = 0  # images of all processes, once all are complete
 
@@ -85,7 +84,7 @@ class StableLoss:
                 f"{list(noisy.shape)}: "
                 "this trainer gives it something else, too, so leave the flag out"
             )
-        self._network, self._dtype, self._batch = network, noisy.dtype, max(self._batch, len(noisy))
+        self._called = seen(self._called, network, noisy)
         for k in range(0 if self.complete else len(latents)):
             self._keep(
                 _copy(latents[k]),
@@ -111,17 +110,11 @@ class StableLoss:
                     say(f"step {step}: {total} of {self.images} images for the stable loss seen so far")
                 return None
             self._total = total
-        sums = torch.zeros(2, len(self.validation.timesteps), device=accelerator.device)
-        for latents, conditioning, numbers in self._groups(accelerator.device):
-            predict, models = self._predict(conditioning, accelerator), [*accelerator._models, self._network]
-            sums += self.validation.sums(predict, latents, models, self._batch, numbers)
-        means = self.validation.means(accelerator.reduce(sums, "sum"), self._total)
+        assert self._called is not None
+        samples = [(_number(latents), latents, conditioning) for latents, conditioning in self.kept]
+        means = fixed_loss(self.validation, samples, self._total, self._called, accelerator)
         if self.main:
-            count = f"{self._total} images x {len(self.validation.timesteps)} timesteps"
-            say(
-                f"step {step}: stable loss {means['loss']:.7g}, unweighted {means['loss_unweighted']:.7g} "
-                f"({count})"
-            )
+            say(line(f"step {step}: stable loss", means, self._total, self.validation))
         return {f"stable_loss/{name}": value for name, value in means.items()}
 
     def _keep(self, latents: torch.Tensor, conditioning: Any) -> None:
@@ -134,34 +127,6 @@ class StableLoss:
             self.complete = True
             if self.file is not None:
                 self._save(self.file)
-
-    def _groups(self, device: torch.device) -> list[tuple[torch.Tensor, Any, list[int]]]:
-        """Images of one shape and conditioning of one length together: latents [N, C, H, W], conditioning,
-        numbers."""
-        groups: dict[str, list[tuple[torch.Tensor, Any]]] = {}
-        for sample in self.kept:
-            shapes = tree_map_only(torch.Tensor, lambda tensor: (tuple(tensor.shape), tensor.dtype), sample)
-            groups.setdefault(repr(shapes), []).append(sample)
-
-        def stack(*values: Any) -> Any:
-            return torch.stack(values).to(device) if isinstance(values[0], torch.Tensor) else values[0]
-
-        return [
-            (*tree_map(stack, *samples), [_number(latents) for latents, _ in samples])
-            for samples in groups.values()
-        ]
-
-    def _predict(self, conditioning: Any, accelerator: Accelerator) -> Any:
-        network = self._network
-        assert network is not None
-
-        def predict(noisy: torch.Tensor, timesteps: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-            args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor[images], conditioning)
-            with accelerator.autocast():
-                prediction = network(noisy.to(self._dtype), timesteps, *args, **kwargs)
-            return prediction if isinstance(prediction, torch.Tensor) else prediction[0]
-
-        return predict
 
     def _save(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -210,15 +175,3 @@ def _number(latents: torch.Tensor) -> int:
     return int.from_bytes(
         hashlib.blake2b(latents.view(torch.uint8).numpy().tobytes(), digest_size=8).digest(), "little"
     )
-
-
-def check_whole(accelerator: Accelerator | AcceleratorState, flag: str) -> None:
-    """Raise FixError where a process lacks a part of the U-Net, which ``flag`` calls outside its
-    wrapper."""
-    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    plugin = getattr(getattr(accelerator, "state", accelerator), "deepspeed_plugin", None)
-    if kind == "FSDP" or (kind == "DEEPSPEED" and getattr(plugin, "zero_stage", 3) == 3):
-        raise FixError(
-            f"{flag} needs the whole U-Net in every process, and FSDP and DeepSpeed ZeRO-3 deal it out: "
-            "leave the flag out"
-        )

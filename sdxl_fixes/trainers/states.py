@@ -37,6 +37,8 @@ def save_state(
         }
         with replacing(Path(folder) / RECORD) as file:
             file.write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
+        if run.ema is not None:
+            run.ema.save(folder)
     return result
 
 
@@ -61,6 +63,8 @@ def load_state(
         if run.timesteps is not None and timesteps is not None:
             with _one_sentence(file):
                 run.timesteps.load_state_dict(timesteps)
+    if run is not None and run.ema is not None and folder is not None:
+        run.ema.load(folder)
     return original(accelerator, folder, *args, **kwargs)
 
 

@@ -35,7 +35,8 @@ def test_doctor_prints_the_table_and_says_that_all_fits(checkout, capsys):
     assert main(["doctor", str(checkout / "sdxl_train.py")]) == 0 and "REFUSED" not in capsys.readouterr().out
     assert main(["doctor", str(checkout)]) == 1  # the made-up network trainer has no data set
     out = capsys.readouterr().out
-    assert out.count("REFUSED") == 1 and "buckets    REFUSED" in out and "x collator_class.__init__" in out
+    assert out.count("REFUSED") == 2 and "buckets    REFUSED" in out and "heldout    REFUSED" in out
+    assert "x collator_class.__init__" in out
     (checkout / "sdxl_train_network.py").unlink()
     assert main(["doctor", str(checkout)]) == 0 and "REFUSED" not in capsys.readouterr().out
 

@@ -490,7 +490,13 @@ def test_nothing_is_kept_without_the_flag(kohya, monkeypatch):
 def test_diffusers_scripts_log_at_synchronised_steps_only(monkeypatch):
     network, loss = Network(), stable(images=2)
     session = diffusers_adapter.SESSION
-    monkeypatch.setattr(session, "run", argparse.Namespace(stable_loss=loss, on={"validation"}))
+    monkeypatch.setattr(
+        session,
+        "run",
+        argparse.Namespace(
+            stable_loss=loss, heldout=None, evaluated=[loss], numbers=loss.step, on={"validation"}
+        ),
+    )
     monkeypatch.setattr(session, "script", globals())
     count = Count(session, monkeypatch)
     for latents, text, ids in examples(2):

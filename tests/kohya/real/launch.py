@@ -4,7 +4,8 @@ HOW is unpatched, install (sdxl_fixes.kohya.install(), then the script) or modul
 sdxl_fixes.kohya`` does). TRACE.json receives the losses given to the backward pass, the timesteps and the
 contexts' sizes [B, length] given to the U-Net, the prompts that were encoded, and the scheduler's tables (of
 rank 0, if there are several processes); with TRACE_TENSORS in the environment also every step's latents,
-noise and prediction (and with TRACE_TENSORS=base what the U-Net that the training began with says of them).
+noise and prediction (and with TRACE_TENSORS=base what the U-Net that the training began with says of them);
+with TRACE_EVALUATED what the U-Net is given without gradients.
 All of it is observed where every version of sd-scripts passes: in accelerate, torch, diffusers, and in
 classes of sd-scripts that have not moved.
 """
@@ -55,6 +56,9 @@ def trace(record, times):
             _, timesteps, context, *_ = inputs
             record["timesteps"].append(timesteps.tolist())
             record["contexts"].append(list(context.shape[:2]))
+        elif isinstance(module, unet.SdxlUNet2DConditionModel) and "TRACE_EVALUATED" in os.environ:
+            noisy, timesteps, *_ = inputs
+            record.setdefault("evaluated", []).append([noisy.tolist(), timesteps.tolist()])
 
     accelerate.Accelerator.backward, diffusers.DDPMScheduler.__init__ = traced_backward, traced_make
     register_module_forward_pre_hook(called)

@@ -4,3 +4,8 @@ class collator_class:
 
     def __call__(self, examples):
         return examples[0]
+
+
+class DatasetGroup:
+    def new_cache_text_encoder_outputs(self, models, accelerator):
+        pass

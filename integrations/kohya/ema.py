@@ -1,0 +1,32 @@
+"""Where kohya's trainers save a model: the weights' average is saved beside it by the same function."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .run import SESSION
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def save(original: Callable[..., Any], output: str, *args: Any, **kwargs: Any) -> Any:
+    """A full model's file or folder, or a network's file, and beside it the average's."""
+    result = original(output, *args, **kwargs)
+    if (run := SESSION.on("ema")) and run.ema is not None:
+        file = run.ema.beside(output)
+        with run.ema.applied():
+            original(str(file), *args, **kwargs)
+        SESSION.reached("ema")
+    return result
+
+
+def watch(accelerator: Accelerator) -> None:
+    """A network of any kind saves itself: let it save the average, too."""
+    for model in accelerator._models:
+        network = accelerator.unwrap_model(model)
+        own = getattr(network, "save_weights", None)
+        if callable(own) and not isinstance(own, functools.partial):
+            network.save_weights = functools.partial(save, own)
