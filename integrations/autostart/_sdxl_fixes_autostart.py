@@ -33,6 +33,7 @@ FLAGS = (  # what sdxl_fixes.kohya adds to upstream's own; tests/test_autostart.
         "stable_loss_images",
         "chunk_buckets",
         "chunk_layout",
+        "exact_resume",
     ),
 )
 

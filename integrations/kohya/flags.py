@@ -17,7 +17,9 @@ from sdxl_fixes.log import warn
 from sdxl_fixes.names import FLOW
 from sdxl_fixes.trainers.fixes import fixes_flag
 
+from . import resume
 from .chunk_flags import CHUNK_FLAGS
+from .resume_flags import RESUME_FLAGS
 from .run import FIXES, SESSION, start
 
 _NOT_KOHYAS = (
@@ -32,9 +34,10 @@ OURS: Mapping[str, Flag] = {
     "prediction_type": replace(FLAGS["prediction_type"], choices=_TRAINED, unset=_UNSET),
     **{name: FLAGS[name] for name in _NOT_KOHYAS},
     **CHUNK_FLAGS,
+    **RESUME_FLAGS,
     "fixes": fixes_flag(FIXES),
 }
-NAMES = (*FLAGS, *CHUNK_FLAGS, "fixes")
+NAMES = (*FLAGS, *CHUNK_FLAGS, *RESUME_FLAGS, "fixes")
 MEANT = (*NAMES, "v_parameterization")  # by a misspelt key
 READ = (  # kohya's own that we read with them
     *("v_parameterization", "v_pred_like_loss", "scale_v_pred_loss_like_noise_pred"),
@@ -82,6 +85,7 @@ def read_config(
         for name, value in values.items():
             setattr(args, name, value)
         _warn_of_misspelt(file, args, parser)
+    resume.swap(args)
     return args
 
 
@@ -116,5 +120,6 @@ def _warn_of_misspelt(file: str, args: argparse.Namespace, parser: argparse.Argu
 
 def verify(original: Callable[..., Any], args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
     """The first call of every trainer's train(): nothing is loaded yet."""
+    resume.check(args)
     SESSION.begin(start(args, OURS))
     return original(args, *rest, **kwargs)
