@@ -140,7 +140,7 @@ PATCHES = (
           ("pipe_class", "accelerator", "args", "epoch", "steps"), validation.step_done,
           "their loss is computed and logged after the optimizer step"),
 
-    Patch(("resume",), "train_network:NetworkTrainer.train", ("self", "args"), resume.train,
+    Patch(("run", "resume"), "train_network:NetworkTrainer.train", ("self", "args"), resume.train,
           "its loop begins where a state was saved", only=("sdxl_train_network.py",)),
     Patch(("resume",), "accelerate.accelerator:Accelerator.prepare_data_loader", ("self", "data_loader"),
           resume.prepare_data_loader,

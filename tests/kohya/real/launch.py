@@ -25,6 +25,7 @@ HERE = str(Path(__file__).resolve().parent)
 
 def trace(record, times):
     import accelerate
+    import accelerate.checkpointing
     import diffusers
     import library.sdxl_original_unet as unet
     import library.train_util  # noqa: F401  (before the pipeline, which cannot be imported first)
@@ -60,6 +61,8 @@ def trace(record, times):
             record["contexts"].append(list(context.shape[:2]))
 
     accelerate.Accelerator.backward, diffusers.DDPMScheduler.__init__ = traced_backward, traced_make
+    if "KILL_IN_STATE" in os.environ:
+        kill_in_state(accelerate.checkpointing, os.environ["KILL_IN_STATE"])
     register_module_forward_pre_hook(called)
     if os.environ.get("TRACE_TENSORS"):
         trace_tensors(record.setdefault("tensors", []), unet.SdxlUNet2DConditionModel)
@@ -94,6 +97,19 @@ def trace(record, times):
         return images
 
     pipeline.SdxlStableDiffusionLongPromptWeightingPipeline.__call__ = traced_generate
+
+
+def kill_in_state(checkpointing, name):
+    """SIGKILL while the optimizer's file of the state ``name`` is being written."""
+    save = checkpointing.save
+
+    def traced_save(obj, file, *args, **kwargs):
+        if Path(file).parent.name == name and Path(file).name == "optimizer.bin":
+            Path(file).write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return save(obj, file, *args, **kwargs)
+
+    checkpointing.save = traced_save
 
 
 def trace_tensors(steps, unet):
