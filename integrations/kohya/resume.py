@@ -86,9 +86,16 @@ class Resume:
         made.loss_list, made.loss_total = list(place.losses), place.total
         return made
 
-    def epochs(self, upstream: range) -> range:
-        """The epochs from where it stood."""
-        return range(self._place().epoch, upstream.stop)
+    def epochs(self, args: argparse.Namespace) -> range:
+        """The epochs from where it stood to the last step. Upstream's number of them is the same on the ranks
+        that the training began with."""
+        place, order = self._place(), self._order()
+        each, rest = (
+            -(-max(0, count) // place.world_size // place.accumulation)
+            for count in (order.count, order.count - place.items)
+        )
+        left = args.max_train_steps - place.step - rest
+        return range(place.epoch, place.epoch + 1 + max(0, -(-left // each)))
 
     def batches(self, loader: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         """(step in the epoch, batch) of the rest of the epoch; each is trained with generators of its own
@@ -339,7 +346,7 @@ def _edit(function: ast.FunctionDef) -> dict[str, int]:
             head = f"for {ast.unparse(node.target).strip('()')} in {ast.unparse(node.iter)}"
             if head.startswith("for epoch in range("):
                 text = "for epoch in range(...)"
-                node.iter = _asked("epochs", node.iter)
+                node.iter = _expression(f"{_HERE}.epochs(args)")
             elif head.startswith("for step, batch in enumerate(") and head.endswith("train_dataloader)"):
                 text = "for step, batch in enumerate(... train_dataloader)"
                 node.iter = _asked("batches", node.iter.args[0])  # type: ignore[attr-defined]

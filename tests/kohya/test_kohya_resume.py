@@ -118,6 +118,21 @@ def test_what_cannot_go_on_exactly_is_refused(trainer, flags, sentence):
         go(trainer, FT, "--resume", str(trainer / "out" / "step2-state"), *flags)
 
 
+def test_from_two_ranks_one_trains_the_rest_of_the_epoch_and_every_step_that_was_asked_for(trainer):
+    go(trainer, FT)
+    state = trainer / "out" / "step4-state"
+    record = json.loads((state / RECORD).read_text())
+    record["place"] |= {"step": 2, "world_size": 2}  # as two ranks would have come to the same place
+    record["timesteps"] |= {"drawn": 2, "world_size": 2}
+    (state / RECORD).write_text(json.dumps(record))
+    rest = go(trainer, FT, "--resume", str(state))
+    assert [(epoch, step, count) for epoch, step, count, *_ in rest] == [
+        (0, 4, 2),
+        *((1, k, 3 + k) for k in range(5)),
+    ]
+    assert [rate for *_, rate, _ in rest] == pytest.approx([0.01 / (4 + k) for k in range(6)])
+
+
 def test_without_the_flag_upstream_s_way_goes_on_and_says_what_does_not(trainer, capsys):
     go(trainer, FT, "--max_train_steps", "2")
     state = str(trainer / "out" / "step2-state")

@@ -2,6 +2,7 @@
 model are those of the run that nobody killed, bit for bit. Set SD_SCRIPTS."""
 
 import shutil
+import sys
 
 import pytest
 from test_real_trainer import assets, pytestmark, train  # noqa: F401  (fixtures)
@@ -117,3 +118,18 @@ def test_another_seed_and_other_data_are_refused(train, assets, tmp_path):  # no
         assert process.returncode == 1 and sentence in " ".join(process.stderr.split()), process.stderr[
             -2000:
         ]
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_bit_for_bit_and_one_with_the_same_samples(train, tmp_path, monkeypatch):  # noqa: F811
+    """sdxl_train.py alone: upstream's network trainer does not start with two processes on the CPU."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "module"]
+    flags = (*EXACT, "--stratified_timesteps")
+    whole = train(two, "sdxl_train.py", *flags, "--ddp_timeout", "5", steps=4)[1]
+    state = ("--resume", str(tmp_path / "out" / "out-step00000002-state"))
+    again = train(two, "sdxl_train.py", *flags, "--ddp_timeout", "5", *state, steps=4)[1]
+    assert again["losses"] == whole["losses"][2:] and again["timesteps"] == whole["timesteps"][2:]
+    # an epoch has 3 steps of two batches, and the last two batches are left of it
+    alone = train("module", "sdxl_train.py", *flags, *state, steps=4)[1]
+    assert alone["prompts"][0] == whole["prompts"][2] and len(alone["losses"]) == 2
