@@ -29,9 +29,9 @@ TRAINERS = """
     sd-scripts: cache_latents_to_disk cache_text_encoder_outputs_to_disk config_file dataset_class
         dataset_config fused_backward_pass huggingface_repo_id logging_dir masked_loss max_grad_norm
         max_timestep min_timestep network_train_unet_only network_weights noise_offset prior_loss_weight
-        resume deepspeed fused_optimizer_groups initial_epoch initial_step
+        resume deepspeed fused_optimizer_groups initial_epoch initial_step skip_until_initial_step
         max_train_epochs save_every_n_steps save_state sample_every_n_steps save_last_n_steps save_model_as
-        skip_until_initial_step torch_compile v_parameterization validation_split weighted_captions weighting_scheme
+        torch_compile v_parameterization validation_split weighted_captions weighting_scheme
     diffusers' scripts: cache_latents caption_column clip_skip do_edm_style_training image_column lr_scheduler
         lr_warmup_steps max_train_steps mixed_precision output_dir output_kohya_format
         proportion_empty_prompts resume_from_checkpoint timestep_bias_strategy train_batch_size
