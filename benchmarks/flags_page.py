@@ -22,7 +22,8 @@ A flag is written with underscores, and may be written with hyphens where we rea
 own commands take no abbreviations. In kohya a flag may also be a key of the TOML `--config_file`, where it is checked as on the
 command line. "fix" is the name that `--fixes` knows and that `sdxl-fixes doctor` prints; docs with more on each:
 [schedule](zero-terminal-snr.md), [loss](huber.md), [weighting](min-snr.md), [noise](input-perturbation.md),
-[timesteps](timesteps.md), [keep](conversion.md), [validation, heldout, ema](validation.md), [buckets](buckets.md).
+[timesteps](timesteps.md), [keep](conversion.md), [validation, heldout, ema](validation.md), [buckets](buckets.md),
+[resume](kohya.md#exact-resume).
 """
 KOHYA = """## With kohya-ss/sd-scripts
 

@@ -27,11 +27,12 @@ ROOMS = "sdxl_fixes|integrations|tests|benchmarks|examples|docs|constraints"
 TRAINERS = """
     accelerate launch: dynamo_backend gradient_accumulation_steps multi_gpu num_processes
     sd-scripts: cache_latents_to_disk cache_text_encoder_outputs_to_disk config_file dataset_class
-        dataset_config full_bf16 fused_backward_pass huggingface_repo_id logging_dir masked_loss max_grad_norm
-        max_timestep min_timestep network_train_unet_only network_weights noise_offset optimizer_type
-        prior_loss_weight
-        resume sample_every_n_steps save_last_n_steps save_model_as skip_until_initial_step torch_compile
-        v_parameterization validation_seed validation_split weighted_captions weighting_scheme
+        dataset_config deepspeed full_bf16 fused_backward_pass fused_optimizer_groups huggingface_repo_id
+        initial_epoch initial_step logging_dir masked_loss max_grad_norm max_timestep max_train_epochs
+        min_timestep network_train_unet_only network_weights noise_offset optimizer_type prior_loss_weight
+        resume sample_every_n_steps save_every_n_steps save_last_n_steps save_model_as save_state
+        skip_until_initial_step torch_compile v_parameterization validation_seed validation_split
+        weighted_captions weighting_scheme
     diffusers' scripts: cache_latents caption_column clip_skip do_edm_style_training image_column lr_scheduler
         lr_warmup_steps max_train_steps mixed_precision output_dir output_kohya_format resolution use_ema
         proportion_empty_prompts resume_from_checkpoint timestep_bias_strategy train_batch_size

@@ -34,6 +34,7 @@ FLAGS = (  # what sdxl_fixes.kohya adds to upstream's own; tests/test_autostart.
         *("heldout_steps", "heldout_dir", "heldout_split", "ema_decay", "ema_evaluated"),
         "chunk_buckets",
         "chunk_layout",
+        "exact_resume",
     ),
 )
 

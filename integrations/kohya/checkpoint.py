@@ -15,6 +15,7 @@ from sdxl_fixes.model_files.model_file import SCHEDULER_CONFIG, beside
 from sdxl_fixes.model_files.stamp import write_scheduler_config
 from sdxl_fixes.trainers import states
 
+from .resume import RESUME
 from .run import SESSION
 
 
@@ -84,12 +85,13 @@ def save_folder(original: Callable[..., Any], output_dir: str, *args: Any, **kwa
 def save_state(
     original: Callable[..., Any], self: Any, output_dir: str | None = None, *args: Any, **kwargs: Any
 ) -> Any:
-    """A state folder with the schedule beside it."""
-    return states.save_state(SESSION, original, self, output_dir, *args, **kwargs)
+    """A state folder with the schedule, and the place in the training, beside it."""
+    return states.save_state(SESSION, original, self, output_dir, *args, place=RESUME.state(), **kwargs)
 
 
 def load_state(
     original: Callable[..., Any], self: Any, input_dir: str | None = None, *args: Any, **kwargs: Any
 ) -> Any:
-    """Resume, on the schedule that the flags describe alone."""
-    return states.load_state(SESSION, original, self, input_dir, *args, **kwargs)
+    """Resume, on the schedule that the flags describe alone; with --exact_resume at the very place."""
+    exact = RESUME if SESSION.on("resume") else None
+    return states.load_state(SESSION, original, self, input_dir, *args, exact=exact, **kwargs)

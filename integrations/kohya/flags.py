@@ -17,10 +17,12 @@ from sdxl_fixes.log import warn
 from sdxl_fixes.names import FLOW
 from sdxl_fixes.trainers.fixes import fixes_flag
 
+from . import resume
 from .chunk_flags import CHUNK_FLAGS
 from .heldout import SPLIT_FLAGS, check
 from .optimizers import cannot_learn
 from .optimizers import check as check_optimizer
+from .resume_flags import RESUME_FLAGS
 from .run import FIXES, SESSION, start
 
 _NOT_KOHYAS = (
@@ -41,9 +43,10 @@ OURS: Mapping[str, Flag] = {
     **{name: FLAGS[name] for name in _NOT_KOHYAS},
     **CHUNK_FLAGS,
     **SPLIT_FLAGS,
+    **RESUME_FLAGS,
     "fixes": fixes_flag(FIXES),
 }
-NAMES = (*FLAGS, *CHUNK_FLAGS, *SPLIT_FLAGS, "fixes")
+NAMES = (*FLAGS, *CHUNK_FLAGS, *SPLIT_FLAGS, *RESUME_FLAGS, "fixes")
 MEANT = (*NAMES, "v_parameterization")  # by a misspelt key
 READ = (  # kohya's own that we read with them
     *("v_parameterization", "v_pred_like_loss", "scale_v_pred_loss_like_noise_pred"),
@@ -93,6 +96,7 @@ def read_config(
         for name, value in values.items():
             setattr(args, name, value)
         _warn_of_misspelt(file, args, parser)
+    resume.swap(args)
     return args
 
 
@@ -127,6 +131,7 @@ def _warn_of_misspelt(file: str, args: argparse.Namespace, parser: argparse.Argu
 
 def verify(original: Callable[..., Any], args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
     """The first call of every trainer's train(): nothing is loaded yet."""
+    resume.check(args)
     check_optimizer(args)
     run = start(args, OURS)
     if run.heldout is not None:

@@ -19,6 +19,7 @@ from . import (
     noise,
     previews,
     prompts,
+    resume,
     schedule,
     timesteps,
     validation,
@@ -146,6 +147,15 @@ PATCHES = (
     Patch(("heldout",), f"{_DATA}:DatasetGroup.new_cache_text_encoder_outputs",
           ("self", "models", "accelerator"), heldout.cache_text,
           "their captions, while there are text encoders"),
+
+    Patch(("run", "resume"), "train_network:NetworkTrainer.train", ("self", "args"), resume.train,
+          "its loop begins where a state was saved", only=("sdxl_train_network.py",)),
+    Patch(("resume",), "accelerate.accelerator:Accelerator.prepare_data_loader", ("self", "data_loader"),
+          resume.prepare_data_loader,
+          "the order of the data, and every batch's random numbers, follow from seed and epoch"),
+    Patch(("resume",), f"{_SAMPLING}:sample_images_common",
+          ("pipe_class", "accelerator", "args", "epoch", "steps"), resume.sampled,
+          "no preview of a beginning that is none"),
 
     Patch(("previews",), f"{_SAMPLING}:get_my_scheduler", ("sample_sampler", "v_parameterization"),
           previews.scheduler,

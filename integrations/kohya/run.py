@@ -38,6 +38,7 @@ from sdxl_fixes.trainers.session import Session
 from sdxl_fixes.weighting import EpsilonLike, PlusVLike, Weighting
 
 from .chunk_flags import Options
+from .resume_flags import check_exact
 from .scripts import SCRIPTS, TESTED, digest, version
 
 
@@ -91,9 +92,11 @@ FIXES = {
     "validation": Fix({"stable_loss_steps": None}, options=("stable_loss_images",)),
     "heldout": Fix({"heldout_steps": None}, options=("heldout_dir", "heldout_split")),
     "ema": Fix({"ema_decay": None}, options=("ema_evaluated",), due="later"),
+    "resume": Fix({"exact_resume": None}, due="start"),
     "previews": Fix(due="later", wanted=changes_schedule),
     "saving": Fix(due="later", wanted=worth_saying),
 }
+_COUNTING = ("sdxl_train.py", "sdxl_train_network.py")  # where --exact_resume has a place
 KOHYA = Trainer(name="kohya-ss/sd-scripts", v_flag="--v_parameterization", fixes=FIXES)
 SESSION = Session("sd-scripts")
 
@@ -211,6 +214,8 @@ def start(args: argparse.Namespace, ours: Mapping[str, Flag] | None = None) -> R
     asked = frozenset(name for name in may_act - without if FIXES[name].asked(args))
     refused = {**SESSION.patches.refused, **_no_place(script, asked, args)}
     options = Options.from_args(args) if may_act else None
+    if "resume" in asked:
+        check_exact(args)
     run = prepare(
         KOHYA,
         args,
@@ -335,6 +340,11 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
     if trains_text(args):
         for flag in [f"--{name}" for name in ("stable_loss_steps", "heldout_steps") if given(args, name)]:
             warn(f"{flag}: text embeddings stay as first seen, though the text encoder is trained")
+    if given(args, "resume") and "resume" not in run.on and SESSION.script_name() in _COUNTING:
+        warn(
+            "--resume continues weights, optimizer and learning rate; steps and epochs are counted from 0 "
+            "again and the data is dealt anew: states saved with --exact_resume go on exactly with it"
+        )
     if pickled:
         warn(f"{pickled}, which carries neither record nor markers: take --save_model_as safetensors")
     model = Path(getattr(args, "pretrained_model_name_or_path", None) or "")

@@ -10,7 +10,9 @@ from pathlib import Path
 _NO_DATASET = "it reads a control data set, whose batches are not made by prompts"
 _BESIDES = "its U-Net is told the control image, which the stable loss does not keep"
 _NO_AVERAGE = "it saves its models in ways that nobody has tried with an average"
+_OTHER_LOOP = "its training loop is another, which cannot be told where to begin"
 _CONTROL = {
+    "resume": _OTHER_LOOP,
     "buckets": _NO_DATASET,
     "validation": _BESIDES,
     "heldout": "its U-Net is told a control image, which a held-out picture has not",
@@ -23,6 +25,7 @@ SCRIPTS: Mapping[str, Mapping[str, str]] = {
     "sdxl_train.py": {},
     "sdxl_train_network.py": {},
     "sdxl_train_textual_inversion.py": {
+        "resume": _OTHER_LOOP,
         "buckets": "it changes the captions after they were counted",
         "validation": "it trains the very text embeddings that the stable loss would keep",
         "heldout": "it trains the very text embeddings that the held-out loss would keep",

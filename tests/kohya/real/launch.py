@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import runpy
+import signal
 import sys
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ HERE = str(Path(__file__).resolve().parent)
 
 def trace(record, times):
     import accelerate
+    import accelerate.checkpointing
     import diffusers
     import library.sdxl_original_unet as unet
     import library.train_util  # noqa: F401  (before the pipeline, which cannot be imported first)
@@ -41,6 +43,8 @@ def trace(record, times):
     @functools.wraps(backward)
     def traced_backward(self, loss, **kwargs):
         record["losses"].append(loss.detach().item())
+        if str(len(record["losses"])) == os.environ.get("KILL_AT"):
+            os.kill(os.getpid(), signal.SIGKILL)
         times.append(time.perf_counter())
         for scheduler in schedulers:
             if hasattr(scheduler, "all_snr"):  # the one that is trained with
@@ -61,6 +65,8 @@ def trace(record, times):
             record.setdefault("evaluated", []).append([noisy.tolist(), timesteps.tolist()])
 
     accelerate.Accelerator.backward, diffusers.DDPMScheduler.__init__ = traced_backward, traced_make
+    if "KILL_IN_STATE" in os.environ:
+        kill_in_state(accelerate.checkpointing, os.environ["KILL_IN_STATE"])
     register_module_forward_pre_hook(called)
     if os.environ.get("TRACE_TENSORS"):
         trace_tensors(record.setdefault("tensors", []), unet.SdxlUNet2DConditionModel)
@@ -95,6 +101,19 @@ def trace(record, times):
         return images
 
     pipeline.SdxlStableDiffusionLongPromptWeightingPipeline.__call__ = traced_generate
+
+
+def kill_in_state(checkpointing, name):
+    """SIGKILL while the optimizer's file of the state ``name`` is being written."""
+    save = checkpointing.save
+
+    def traced_save(obj, file, *args, **kwargs):
+        if Path(file).parent.name == name and Path(file).name == "optimizer.bin":
+            Path(file).write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return save(obj, file, *args, **kwargs)
+
+    checkpointing.save = traced_save
 
 
 def trace_tensors(steps, unet):
