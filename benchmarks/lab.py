@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import style
 import photo_training as demo
+import style
 import torch
 from photo_settings import CAPTIONS, SPREAD, DemoSettings
 from photos import Photos, embed_captions, load_photos, unfold

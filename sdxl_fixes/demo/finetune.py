@@ -34,7 +34,7 @@ Progress = Callable[[Iterable[Any], str], Iterator[Any]]
 # what is painted in every place; the first four are the report's first
 PAINTED = ("apple", "cat", "cake", "guitar", "pumpkin", "butterfly", "rocket", "fox")
 WARM_UP = 50  # steps
-# an ancestral sampler: this network hardly feels its input's scale, and a deterministic one leaves that as grain
+# ancestral: this network hardly feels its input's scale, and a deterministic sampler leaves that as grain
 SAMPLER = "euler_a"
 EMPTY = 0.1  # the share of captions that are left out in training, as for guidance
 
@@ -130,8 +130,8 @@ def average(averaged: Any, unet: Any, decay: float) -> None:
 
 @torch.no_grad()
 def sample(unet: Any, scheduler: Any, world: World, plan: Plan, progress: Progress) -> torch.Tensor:
-    """[places, Plan.pictures, 3, CANVAS, CANVAS] in RGB, -1 to 1, without guidance. The first noise is the same
-    in every place, another for each picture of a place; all noise is the same for every network."""
+    """[places, Plan.pictures, 3, CANVAS, CANVAS] in RGB, -1 to 1, without guidance. The first noise is the
+    same in every place, another for each picture of a place; all noise is the same for every network."""
     scheduler.set_timesteps(plan.sampling_steps)
     generator = torch.Generator().manual_seed(plan.seed + 1000)
     noise = torch.randn(plan.pictures, CHANNELS, CANVAS // FOLD, CANVAS // FOLD, generator=generator)

@@ -54,7 +54,7 @@ def save_state(
     result = original(accelerator, folder, *args, **kwargs)
     if ours is not None:
         if ours.ema is not None:
-            ours.ema.save(folder)
+            ours.ema.save(str(folder))
         state = {
             "schedule": ours.schedule.to_record(),
             "prediction_type": ours.prediction_type,
