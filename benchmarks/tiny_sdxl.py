@@ -29,7 +29,6 @@ from sdxl_fixes.demo.world import (
     CHANNELS,
     DATA,
     FOLD,
-    LITTLE,
     TEXTURES,
     VOCABULARY,
     Variation,
@@ -47,7 +46,8 @@ CODES = (
 )
 TINTS = {"grass": (0.45, 0.75, 0.25), "gravel": (0.75, 0.7, 0.65), "brick": (0.85, 0.45, 0.35)}
 TEXTURE_SIDE, TEXT_WIDTH = 160, 64
-MUCH = Variation(smallest=0.68, more=0.24, moved=None, mirrored=True)
+MUCH = Variation(smallest=0.68, more=0.24, moved=None, mirrored=True, shade=0.06)
+LITTLE = Variation(shade=0.06)
 WIDTHS = (112, 192)  # channels at 8 x 8 and 4 x 4; the first at least twice CHANNELS
 
 
@@ -245,7 +245,7 @@ def main(words: Sequence[str]) -> None:
     training.add_argument("state", type=Path)
     training.add_argument("--output", type=Path, default=DATA / "tiny-sdxl")
     for name, value in (
-        *(("steps", 13000), ("varied_steps", 4100), ("plain_steps", 13000), ("falling_steps", 13000)),
+        *(("steps", 13035), ("varied_steps", 4430), ("plain_steps", 11000), ("falling_steps", 11000)),
         *(("batch", 16), ("seed", 1), ("save_seconds", 180)),
     ):
         training.add_argument(f"--{name}", type=int, default=value)

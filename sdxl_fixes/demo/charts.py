@@ -35,7 +35,7 @@ def dot_rows(title: str, rows: Sequence[Dots], classes: Sequence[str]) -> str:
         ends = _x(row.asked), _x(row.got[0])
         parts.append(f'<line class="miss" x1="{ends[0]}" x2="{ends[1]}" y1="{y}" y2="{y}"/>')
         for value, name in zip(row.got, classes, strict=True):
-            radius = 9 if name == "control" else 6  # a ring, so that it hides nothing
+            radius = 9 if name in ("control", "v_alone") else 6  # rings, so that they hide nothing
             parts.append(f'<circle class="{name}" cx="{_x(value)}" cy="{y}" r="{radius}"/>')
         x = ends[0]
         parts.append(f'<line class="asked" x1="{x}" x2="{x}" y1="{y - 10}" y2="{y + 10}"/>')

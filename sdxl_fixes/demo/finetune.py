@@ -1,6 +1,6 @@
 """Finetune tiny-sdxl as a user would, on SDXL's schedule and with the fixes, and sample it before and after.
 
-The two finetunes see the same pictures, captions, noise and timesteps in the same order; all three networks
+The three finetunes see the same pictures, captions, noise and timesteps in the same order; all four networks
 are sampled from the same noise.
 """
 
@@ -61,11 +61,13 @@ class Result:
 
 
 def runs() -> list[Run]:
-    """tiny-sdxl as it is; trained on as it was (more training is no cure); and with the fixes."""
+    """tiny-sdxl as it is; trained on as it was (more training is no cure); told v-prediction alone (nor is
+    the prediction, it is the schedule); and with the fixes."""
     stock = NoiseSchedule.sdxl()
     return [
         Run("before", "SDXL's schedule", "epsilon", stock, False),
         Run("control", "SDXL's schedule, trained on", "epsilon", stock, True),
+        Run("v_alone", "v-prediction alone", "v_prediction", stock, True),
         Run("fixed", "with the fixes", "v_prediction", stock.zero_terminal_snr(), True),
     ]
 

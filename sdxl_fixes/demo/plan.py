@@ -10,7 +10,7 @@ class Plan:
     """Sizes of one demo. Raises ValueError for steps or a seed that cannot be."""
 
     seed: int = 0  # pictures, noise and timesteps of the finetunes, and the noise that is sampled from
-    steps: int = 500  # of each finetune
+    steps: int = 400  # of each finetune
     batch: int = 16  # pictures per step
     learning_rate: float = 1e-3  # after a warm-up; falls to 0 over the last half
     average: float = 0.99  # of the weights that are sampled, over some 100 steps

@@ -45,18 +45,20 @@ PLACES: dict[str, tuple[float, float, float] | str] = {
 }
 TEXTURES = ("grass", "gravel", "brick")
 CANVAS, FOLD, UNIT = 64, 8, 0.6  # pixels per side, pixels per site, and what one latent unit is in -1 to 1
-JITTER = 0.06  # standard deviation of a background's brightness: captions do not say everything
 
 
 @dataclass(frozen=True)
 class Variation:
-    """How objects vary: their size, ``smallest`` to ``smallest + more`` of the canvas; how far they are
-    ``moved`` at most, in half canvases (None: as far as they fit); whether half of them are ``mirrored``."""
+    """How pictures of one caption vary: the object's size, ``smallest`` to ``smallest + more`` of the canvas;
+    how far it is ``moved`` at most, in half canvases (None: as far as it fits); whether half of them are
+    ``mirrored``; and the standard deviation of the background's brightness, its ``shade``. Captions do not
+    say everything: the less they say, the more a network gains by reading its input."""
 
     smallest: float = 0.82
     more: float = 0.1
     moved: float | None = 0.06
     mirrored: bool = False
+    shade: float = 0.25
 
     def theta(self, vary: torch.Tensor) -> torch.Tensor:
         """[B, 4] uniform random numbers -> affine_grid's matrices, [B, 2, 3]."""
@@ -95,9 +97,9 @@ class World:
         grid = F.affine_grid(variation.theta(vary), [count, 4, CANVAS, CANVAS], align_corners=False)
         front = F.grid_sample(self.objects[objects], grid, align_corners=False)
         back = torch.empty(count, 3, CANVAS, CANVAS)
-        jitter = JITTER * torch.randn(count, generator=generator)
+        shade = variation.shade * torch.randn(count, generator=generator)
         for row, place in enumerate(places.tolist()):
-            back[row] = self._background(list(PLACES.values())[place], generator) + jitter[row]
+            back[row] = self._background(list(PLACES.values())[place], generator) + shade[row]
         return (1 - front[:, 3:]) * back.clamp(-1, 1) + front[:, :3]
 
     def _background(
