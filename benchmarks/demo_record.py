@@ -19,13 +19,13 @@ from sdxl_fixes.demo.report import verdicts
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 WORK = Path("evidence-work")  # a folder per seed, with its report
 CHOICE = """How the sizes were chosen: by one trial with other random numbers, of v-prediction on zero terminal SNR, 600 steps at a learning rate
-of 1e-3 in bfloat16, from an earlier state of the checkpoint, on backgrounds that vary a quarter as much. The border of pictures asked for at night was, in -1 to 1 (training pictures:
--0.98), -0.74 after 100 steps, -0.88 after 200, -0.94 after 300 and -0.95 after 600; grain went on falling. 400 keep the demo at
-four minutes with three finetunes. Epsilon to a finite terminal sigma is in [finetuning](evidence/finetuning.md), flow was not tried here.
+of 1e-3 in bfloat16, from an earlier state of the checkpoint, on backgrounds that vary a quarter as much. The border of pictures asked for at
+night was, in -1 to 1 (training pictures: -0.98), -0.74 after 100 steps, -0.88 after 200, -0.94 after 300 and -0.95 after 600; grain went on
+falling. 400 keep the demo, with three finetunes, near four minutes. Epsilon to a finite terminal sigma and flow were not tried here.
 
-The variation of the backgrounds was chosen after looking: where captions say nearly all of the brightness (a standard deviation of 3 points
-in place of 12.5), 400 to 500 steps of v-prediction alone mend most of it (0.86 of the brightness asked with `dpmpp_2m`, 0.99 with `euler_a`; one
-seed), because so short a finetune has not learned to read the little that is left to read."""
+How much the backgrounds vary was chosen after looking, too. Where captions say nearly all of the brightness (a standard deviation of 3 points
+in place of 12.5), 400 steps of v-prediction alone mend most of it (0.86 of the brightness asked is kept with `dpmpp_2m`, 0.99 with `euler_a`;
+one seed): little is left to read from the input, and so short a finetune has not learned to read it."""
 
 
 def record(demos: list[dict[str, Any]]) -> str:
