@@ -154,7 +154,7 @@ def page(numbers: dict[str, Any], results: list[Result]) -> str:
     signal, noise = stock.residual_signal * 3**0.5 / UNIT, stock.sqrt_one_minus_alphas_cumprod[-1] / CANVAS
     body = f"""<main>
 <h1>{html.escape(_headline(numbers))}</h1>
-<p class="lead">One tiny SDXL, before and after {plan["steps"]} steps of finetuning with zero terminal SNR. Same noise. Under each
+<p class="lead">One tiny SDXL, before and after {plan["steps"]} steps of finetuning with v-prediction and zero terminal SNR. Same noise. Under each
 picture: how bright its background is, from 0 % (black) to 100 % (white).</p>
 {_pairs(numbers, results)}
 <h2>What came out</h2>
