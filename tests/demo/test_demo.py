@@ -83,8 +83,8 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tiny):
     numbers, _ = tiny
     chosen = [run for run in finetune.runs() if run.key == "fixed"]
     again = finetune.compare(TINY, quiet, chosen)[0]
-    assert again.losses == numbers["runs"][2]["losses"]  # and it does not depend on the runs before it
-    assert measure.measure(again.pictures) == numbers["runs"][2]["places"]
+    assert again.losses == numbers["runs"][-1]["losses"]  # and it does not depend on the runs before it
+    assert measure.measure(again.pictures) == numbers["runs"][-1]["places"]
     other = finetune.compare(Plan(**{**TINY.__dict__, "seed": 1}), quiet, chosen)[0]
     assert other.losses != again.losses
 
@@ -143,7 +143,7 @@ def test_what_is_asked_is_what_places_say():
         ("on dark grey", 0.25),
         ("in snow", 1 - short),
     ):
-        assert cells[place]["brightness"] == pytest.approx(right, abs=0.015), place
+        assert cells[place]["brightness"] == pytest.approx(right, abs=0.02), place  # 2.5 deviations of their mean
     assert cells["on red"]["saturation"] == pytest.approx(0.7, abs=0.03)
 
 
