@@ -130,7 +130,7 @@ def helped(program, *arguments):
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_flags_are_ours_or_the_trainers_own(page, ours):
-    theirs = set(re.findall(r"\b[a-z_]+\b(?!:)", TRAINERS))
+    theirs = set(re.findall(r"\b[a-z_]\w*\b(?!:)", TRAINERS))
     named = re.findall(r"(?<![\w-])--([a-z]\w*(?:-\w+)*)", page.read_text(encoding="utf-8"))
     assert {name.replace("-", "_") for name in named} <= ours | theirs
 
