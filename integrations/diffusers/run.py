@@ -231,11 +231,6 @@ def _check(args: argparse.Namespace, on: frozenset[str], prediction_type: str) -
         raise FlagError(
             "--ema_decay and the script's own --use_ema both keep an average: leave one of the two out"
         )
-    if "ema" in on and getattr(args, "resume_from_checkpoint", None):
-        raise FlagError(
-            "--ema_decay: in these scripts the average of a resumed run was found to be another than that of "
-            "one that was never stopped: leave it out, or --resume_from_checkpoint"
-        )
     if "ema" in on and getattr(args, "train_text_encoder_ti", False):
         raise FlagError(
             "--ema_decay does not average the embeddings of --train_text_encoder_ti, which belong to the "
