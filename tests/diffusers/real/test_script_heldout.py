@@ -40,7 +40,7 @@ def test_losses_are_bit_identical_to_the_run_without(run, held, script):  # noqa
 @pytest.mark.parametrize("script", FILES)
 def test_the_average_is_the_closed_form(run, script, tmp_path):  # noqa: F811
     """Of all weights that were saved, before a stop and after. A resumed script begins its epoch anew and
-    makes a step past --max_train_steps in every epoch left, so that its last checkpoint is the fifth."""
+    enters the last epoch with nothing left to do, where it makes a step past --max_train_steps, the fifth."""
     flags, (model, average) = (*V, "--ema_decay", "0.3", "--checkpointing_steps", "1"), FILES[script]
     out = tmp_path / "run" / "out"
     run("module", script, *flags, steps=2)
