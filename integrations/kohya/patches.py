@@ -138,6 +138,10 @@ PATCHES = (
     Patch(("schedule", "validation", "heldout"), f"{_UNET}:SdxlUNet2DConditionModel.forward",
           ("self", "x", "timesteps"), validation.called,
           "flow's timesteps come unrounded; the first images are kept, with their conditioning"),
+    # before the next row, which goes around it: what is held out is encoded at a resumed beginning, too
+    Patch(("resume",), f"{_SAMPLING}:sample_images_common",
+          ("pipe_class", "accelerator", "args", "epoch", "steps"), resume.sampled,
+          "no preview of a beginning that is none"),
     Patch(("validation", "heldout", "ema"), f"{_SAMPLING}:sample_images_common",
           ("pipe_class", "accelerator", "args", "epoch", "steps"), validation.step_done,
           "their loss is computed and logged after the optimizer step, the weights' average updated"),
@@ -153,9 +157,8 @@ PATCHES = (
     Patch(("resume",), "accelerate.accelerator:Accelerator.prepare_data_loader", ("self", "data_loader"),
           resume.prepare_data_loader,
           "the order of the data, and every batch's random numbers, follow from seed and epoch"),
-    Patch(("resume",), f"{_SAMPLING}:sample_images_common",
-          ("pipe_class", "accelerator", "args", "epoch", "steps"), resume.sampled,
-          "no preview of a beginning that is none"),
+    Patch(("resume",), "accelerate.accelerator:Accelerator.backward", ("self", "loss"), resume.backward,
+          "states know the loss of the step that they are saved in"),
 
     Patch(("previews",), f"{_SAMPLING}:get_my_scheduler", ("sample_sampler", "v_parameterization"),
           previews.scheduler,

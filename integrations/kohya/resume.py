@@ -32,6 +32,7 @@ from .order import TRAINING, Order, Ordered, seed_everything
 from .run import FIXES, SESSION
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
 
 LOOPS: Mapping[str, str] = {"sdxl_train.py": "sdxl_train.py", "sdxl_train_network.py": "train_network.py"}
@@ -67,6 +68,8 @@ class Resume:
         self.place: Place | None = None
         self._recorder: Any = None
         self._inside = False  # a batch is being trained
+        self._batch = 0  # its number in the epoch
+        self.loss: Any = None  # of it
 
     # ------------------------------------------------------------------ what the edited loop calls
 
@@ -109,10 +112,10 @@ class Resume:
         items = list(order.items())[rank::world]
         for number, (item, batch) in enumerate(zip(items, loader, strict=True) if items else ()):
             self.place = replace(self._place(), items=place.items + (number + 1) * world)
-            self._inside = True
+            self._inside, self._batch = True, place.items // world + number
             seed_everything(item, TRAINING)
             try:
-                yield place.items // world + number, batch
+                yield self._batch, batch
             finally:
                 self._inside = False
                 done = self._place()
@@ -123,10 +126,12 @@ class Resume:
 
     def state(self) -> dict[str, Any] | None:
         """What a state says of the place; None without the fix. States are saved after an optimizer step,
-        within it or between two epochs."""
+        within it, where upstream has yet to record its loss, or between two epochs."""
         if SESSION.on("resume") is None:
             return None
-        place, recorder = self._place(), self._recorder
+        place, recorder = self._place(), copy.deepcopy(self._recorder)
+        if recorder is not None and self._inside:
+            recorder.add(epoch=place.epoch, step=self._batch, loss=self.loss.item())
         losses = (tuple(recorder.loss_list), recorder.loss_total) if recorder is not None else ((), 0.0)
         return asdict(replace(place, step=place.step + self._inside, losses=losses[0], total=losses[1]))
 
@@ -214,6 +219,14 @@ def prepare_data_loader(
         Ordered(group), sampler=RESUME.order, **{name: getattr(data_loader, name) for name in kept}
     )
     return original(self, made, *args, **kwargs)
+
+
+def backward(
+    original: Callable[..., Any], self: Accelerator, loss: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """A step's loss is known, which a state within that step says."""
+    RESUME.loss = loss.detach()
+    return original(self, loss, *args, **kwargs)
 
 
 def fingerprint(group: Any) -> str:

@@ -63,7 +63,7 @@ def save_state(
             "place": place,
         }
         with replacing(Path(str(folder)) / RECORD) as file:
-            file.write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
+            file.write_text(json.dumps(state), encoding="utf-8")
     return result
 
 

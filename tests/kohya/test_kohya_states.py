@@ -60,3 +60,10 @@ def test_draws_go_on_and_another_flow_is_refused(begin, tmp_path):
         begin(**{**FLOW, **other})
         with pytest.raises(FixError, match=r"was trained with flow_prediction on .* resume with the flags"):
             load_state(SESSION, lambda accelerator, folder: None, None, str(tmp_path))
+
+
+def test_a_loss_that_is_not_finite_stops_no_state(begin, tmp_path):
+    begin(**FLOW)
+    place = {"losses": [0.5, float("inf")]}
+    save_state(SESSION, lambda accelerator, folder: None, None, str(tmp_path), place=place)
+    assert json.loads((tmp_path / RECORD).read_text())["place"] == place

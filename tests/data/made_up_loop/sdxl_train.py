@@ -100,23 +100,24 @@ def train(args):
                 optimizer.step()
                 lr_scheduler.step()
                 optimizer.zero_grad()
+            done = global_step
+            if accelerator.sync_gradients:
+                progress_bar.update(1)
+                global_step += 1
+                sampling.sample_images_common(None, accelerator, args, None, global_step)
+                accelerator.save_state(f"{args.output_dir}/step{global_step}-state")
             loss_recorder.add(epoch=epoch, step=step, loss=float(loss.detach()))
             with open(f"{args.output_dir}/log.jsonl", "a") as file:
                 line = [
                     epoch,
                     step,
-                    global_step,
+                    done,
                     batch["number"],
                     timesteps.tolist(),
                     loss.item(),
                     lr_scheduler.get_last_lr()[0],
                 ]
                 print(json.dumps([*line, loss_recorder.moving_average]), file=file)
-            if accelerator.sync_gradients:
-                progress_bar.update(1)
-                global_step += 1
-                sampling.sample_images_common(None, accelerator, args, None, global_step)
-                accelerator.save_state(f"{args.output_dir}/step{global_step}-state")
             if args.stop_at and global_step >= args.stop_at:
                 raise KeyboardInterrupt
             if global_step >= args.max_train_steps:

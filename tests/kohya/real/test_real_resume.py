@@ -5,6 +5,9 @@ import shutil
 import sys
 
 import pytest
+import torch
+from stable_loss_output import logged
+from test_real_heldout import held  # noqa: F401  (a fixture)
 from test_real_trainer import assets, pytestmark, train  # noqa: F401  (fixtures)
 
 EXACT = ("--exact_resume", "--save_state", "--save_every_n_steps", "2")
@@ -86,6 +89,40 @@ def test_killed_and_resumed_is_the_uninterrupted_run(
         assert resumed[what] == right[what][-left:]
     assert names(out) == names(whole)
     assert tensors(out / "out.safetensors") == tensors(whole / "out.safetensors")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_is_measured_and_averaged_goes_on_too(train, held, tmp_path, monkeypatch, script):  # noqa: F811
+    """Stable and held-out loss, the average of the weights and the log, beside the training itself."""
+    logs, out, whole = tmp_path / "logs", tmp_path / "out", tmp_path / "whole"
+    flags = (
+        *(*EXACT, "--stratified_timesteps", "--learning_rate", "1e-3"),
+        *("--stable_loss_steps", "1", "--stable_loss_images", "2"),
+        *("--heldout_steps", "1", "--heldout_dir", str(held), "--ema_decay", "0.5", "--ema_evaluated"),
+        *("--logging_dir", str(logs), "--log_with", "tensorboard"),
+        *of(script, ("--network_train_unet_only",) if script == "sdxl_train_network.py" else ()),
+    )
+    right = train("module", script, *flags, steps=4)[1]
+    out.rename(whole)
+    logs.rename(tmp_path / "logs of the whole")
+    monkeypatch.setenv("KILL_AT", "4")
+    assert train("module", script, *flags, steps=4, check=False)[0].returncode == -9
+    monkeypatch.delenv("KILL_AT")
+    shutil.rmtree(logs)
+    resumed = train("module", script, *flags, "--resume", str(last_state(out)), steps=4)[1]
+    assert resumed["losses"] == right["losses"][2:] and resumed["timesteps"] == right["timesteps"][2:]
+    before, after = logged(tmp_path / "logs of the whole"), logged(logs)
+    tags = [tag for tag in before if "loss" in tag]
+    assert {"heldout/loss", "stable_loss/loss"} < {*tags} and len(set(before["heldout/loss"].values())) == 4
+    for tag in tags:
+        assert after[tag] and after[tag] == {step: before[tag][step] for step in after[tag]}
+        assert len(after[tag]) == len([step for step in before[tag] if step > 2 or len(before[tag]) == 1])
+    for name in ("out.safetensors", "out-ema.safetensors"):
+        assert tensors(out / name) == tensors(whole / name)
+    assert tensors(out / "out.safetensors") != tensors(out / "out-ema.safetensors")
+    states = [folder / "out-step00000004-state" / "sdxl_fixes_ema.pt" for folder in (out, whole)]
+    averages = [torch.load(state, weights_only=True)["shadow_params"] for state in states]
+    assert len(averages[0]) > 20 and all(map(torch.equal, *averages))
 
 
 def test_an_unfinished_state_is_never_taken_for_a_whole_one(train, tmp_path, monkeypatch):  # noqa: F811
