@@ -143,7 +143,9 @@ def test_what_is_asked_is_what_places_say():
         ("on dark grey", 0.25),
         ("in snow", 1 - short),
     ):
-        assert cells[place]["brightness"] == pytest.approx(right, abs=0.02), place  # 2.5 deviations of their mean
+        assert cells[place]["brightness"] == pytest.approx(right, abs=0.02), (
+            place
+        )  # 2.5 deviations of their mean
     assert cells["on red"]["saturation"] == pytest.approx(0.7, abs=0.03)
 
 
