@@ -298,7 +298,10 @@ def test_doctor_says_beforehand_what_will_stop(trainer, name):
 
 def test_doctor_finds_nothing_wrong_where_all_trains(trainer):
     assert problems(trainer, FT) == {}
-    assert set(problems(trainer, NETWORK)) == {"buckets", "heldout"}  # the made-up network trainer has no data set
+    assert set(problems(trainer, NETWORK)) == {
+        "buckets",
+        "heldout",
+    }  # the made-up network trainer has no data set
 
 
 def test_a_table_of_functions_made_before_install_is_noticed(trainer):
