@@ -136,7 +136,10 @@ def page(record: Sequence[Line]) -> str:
         "AdamW, learning rate "
         f"{finetuning.RATE:g}, falling to 0 in the second half. Arms of a seed share pictures, noise and timesteps. Arms in v "
         "start from the epsilon checkpoint as users do, so they also learn another prediction; their control is v on the "
-        "stock schedule (14.6). A network this small on a world this simple shows mechanisms and signs, not how strong an "
+        "stock schedule (14.6). Told the scale: the output is multiplied by the root mean square of the input over its "
+        "expected value. Under one caption the brightness of the background varies with a standard deviation of 0.25 (in -1 "
+        "to 1): where captions say all of it, 400 steps of v on the stock schedule look as good as zero terminal SNR (seen "
+        "with 0.06, one seed). A network this small on a world this simple shows mechanisms and signs, not how strong an "
         "effect is in SDXL.",
         "",
         "Samples: 224 captions, 25 steps of `dpmpp_2m` without guidance on the schedule that was trained (112 with `euler_a`). "
