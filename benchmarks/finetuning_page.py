@@ -139,7 +139,7 @@ def page(record: Sequence[Line]) -> str:
         "stock schedule (14.6). Told the scale: the output is multiplied by the root mean square of the input over its "
         "expected value. Under one caption the brightness of the background varies with a standard deviation of 0.25 (in -1 "
         "to 1): where captions say all of it, 400 steps of v on the stock schedule look as good as zero terminal SNR (seen "
-        "with 0.06, one seed). A network this small on a world this simple shows mechanisms and signs, not how strong an "
+        "with 0.06, one seed: benchmarks/results/finetuning-shade-0.06.jsonl). A network this small on a world this simple shows mechanisms and signs, not how strong an "
         "effect is in SDXL.",
         "",
         "Samples: 224 captions, 25 steps of `dpmpp_2m` without guidance on the schedule that was trained (112 with `euler_a`). "

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import tiny_sdxl
 import torch
 from photo_settings import CANVAS, CAPTIONS, FOLD, TEXT_WIDTH, DemoSettings
 from photos import Captions, Photos, unfold
@@ -21,56 +22,8 @@ Progress = Callable[[Iterable[Any], str], Iterator[Any]]
 
 
 def build_unet(settings: DemoSettings) -> Any:
-    """SDXL's U-Net class in SDXL's structure (no attention at the finest level, text_time embedding), a
-    thousandth of its size."""
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(settings.seed)
-    deeper = len(settings.widths) - 1
-    time_width = 8
-    unet = UNet2DConditionModel(
-        sample_size=CANVAS // FOLD,
-        in_channels=FOLD**2,
-        out_channels=FOLD**2,
-        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * deeper),
-        up_block_types=(*("CrossAttnUpBlock2D",) * deeper, "UpBlock2D"),
-        block_out_channels=settings.widths,
-        layers_per_block=1,
-        norm_num_groups=16,
-        cross_attention_dim=TEXT_WIDTH,
-        transformer_layers_per_block=1,
-        attention_head_dim=4,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=time_width,
-        projection_class_embeddings_input_dim=6 * time_width + TEXT_WIDTH,
-    )
-    _start_as_identity(unet)
-    return unet
-
-
-@torch.no_grad()
-def _start_as_identity(unet: Any) -> None:
-    """Let the output begin as the input, and all else add to it: a short training should not go into learning
-    to copy the noise.
-
-    The outer layers hold each value x as the pair (x, -x), because SiLU(x) - SiLU(-x) = x.
-    """
-    for name, module in unet.named_modules():
-        if name.endswith((".conv2", ".proj_out")) or name in ("conv_in", "conv_out"):
-            module.weight.zero_()
-            module.bias.zero_()
-    channels = FOLD**2
-    identity = torch.eye(channels)
-    pair = torch.cat([identity, -identity])
-    unet.conv_in.weight[: 2 * channels, :, 1, 1] = pair
-    unet.conv_out.weight[:, : 2 * channels, 1, 1] = pair.T / 2
-    # its input: what comes from below, then what conv_in made
-    shortcut = unet.up_blocks[-1].resnets[-1].conv_shortcut
-    width = shortcut.out_channels
-    shortcut.weight[:, -width:, 0, 0] = torch.eye(width)
-    shortcut.weight[:, :-width] *= 0.1
-    shortcut.bias.zero_()
+    """SDXL's U-Net class in SDXL's structure, a thousandth of its size."""
+    return tiny_sdxl.build_unet(FOLD**2, settings.widths, TEXT_WIDTH, settings.seed)
 
 
 def train(

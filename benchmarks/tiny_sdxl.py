@@ -94,28 +94,31 @@ def texture(name: str) -> torch.Tensor:
 # ---------------------------------------------------------------- training
 
 
-def build_unet(seed: int = 0) -> Any:
-    """SDXL's U-Net class in SDXL's structure (no attention at the finest level, text_time embedding), whose
-    output begins as its input."""
+def build_unet(
+    channels: int = CHANNELS, widths: Sequence[int] = WIDTHS, text_width: int = TEXT_WIDTH, seed: int = 0
+) -> Any:
+    """SDXL's U-Net class in SDXL's structure (no attention at the finest level, text_time embedding), a
+    thousandth of its size, whose output begins as its input: ``widths[0]`` is at least twice ``channels``."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(seed)
+    deeper, time_width = len(widths) - 1, 8
     unet = UNet2DConditionModel(
         sample_size=CANVAS // FOLD,
-        in_channels=CHANNELS,
-        out_channels=CHANNELS,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=WIDTHS,
+        in_channels=channels,
+        out_channels=channels,
+        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * deeper),
+        up_block_types=(*("CrossAttnUpBlock2D",) * deeper, "UpBlock2D"),
+        block_out_channels=tuple(widths),
         layers_per_block=1,
         norm_num_groups=16,
-        cross_attention_dim=TEXT_WIDTH,
+        cross_attention_dim=text_width,
         transformer_layers_per_block=1,
         attention_head_dim=4,
         use_linear_projection=True,
         addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + TEXT_WIDTH,
+        addition_time_embed_dim=time_width,
+        projection_class_embeddings_input_dim=6 * time_width + text_width,
     )
     _start_as_identity(unet)
     return unet
@@ -129,11 +132,13 @@ def _start_as_identity(unet: Any) -> None:
         if name.endswith((".conv2", ".proj_out")) or name in ("conv_in", "conv_out"):
             module.weight.zero_()
             module.bias.zero_()
-    identity = torch.eye(CHANNELS)
+    channels = unet.config.in_channels
+    identity = torch.eye(channels)
     pair = torch.cat([identity, -identity])
-    unet.conv_in.weight[: 2 * CHANNELS, :, 1, 1] = pair
-    torch.nn.init.normal_(unet.conv_in.weight[2 * CHANNELS :], std=0.05)
-    unet.conv_out.weight[:, : 2 * CHANNELS, 1, 1] = pair.T / 2
+    unet.conv_in.weight[: 2 * channels, :, 1, 1] = pair
+    if len(rest := unet.conv_in.weight[2 * channels :]):
+        torch.nn.init.normal_(rest, std=0.05)
+    unet.conv_out.weight[:, : 2 * channels, 1, 1] = pair.T / 2
     # its input: what comes from below, then what conv_in made
     shortcut = unet.up_blocks[-1].resnets[-1].conv_shortcut
     width = shortcut.out_channels

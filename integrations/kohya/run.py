@@ -96,7 +96,6 @@ FIXES = {
     "previews": Fix(due="later", wanted=changes_schedule),
     "saving": Fix(due="later", wanted=worth_saying),
 }
-_COUNTING = ("sdxl_train.py", "sdxl_train_network.py")  # where --exact_resume has a place
 KOHYA = Trainer(name="kohya-ss/sd-scripts", v_flag="--v_parameterization", fixes=FIXES)
 SESSION = Session("sd-scripts")
 
@@ -340,7 +339,8 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
     if trains_text(args):
         for flag in [f"--{name}" for name in ("stable_loss_steps", "heldout_steps") if given(args, name)]:
             warn(f"{flag}: text embeddings stay as first seen, though the text encoder is trained")
-    if given(args, "resume") and "resume" not in run.on and SESSION.script_name() in _COUNTING:
+    can_resume = "resume" not in SCRIPTS.get(SESSION.script_name() or "", {"resume": ""})
+    if given(args, "resume") and "resume" not in run.on and can_resume:
         warn(
             "--resume continues weights, optimizer and learning rate; steps and epochs are counted from 0 "
             "again and the data is dealt anew: states saved with --exact_resume go on exactly with it"

@@ -18,6 +18,7 @@ import torch
 from sdxl_fixes.atomic import replacing
 from sdxl_fixes.errors import FixError
 from sdxl_fixes.log import rank, say, warn
+from sdxl_fixes.trainers.fixed_loss import dealt
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -107,7 +108,7 @@ class Average:
     def _begin(self, accelerator: Accelerator) -> None:
         from diffusers.training_utils import EMAModel
 
-        kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+        kind = dealt(accelerator)
         if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
             raise FixError(
                 f"--ema_decay needs the whole weights in every process, and {kind} deals them out: leave it "

@@ -79,10 +79,15 @@ def _predict(called: Called, conditioning: Any, accelerator: Accelerator) -> Any
     return predict
 
 
+def dealt(accelerator: Accelerator | AcceleratorState) -> str:
+    """accelerate's word for how the processes share a model, of any of its versions: "NO", "FSDP"..."""
+    return str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+
+
 def check_whole(accelerator: Accelerator | AcceleratorState, flag: str) -> None:
     """Raise FixError where a process lacks a part of the U-Net, which ``flag`` calls outside its
     wrapper."""
-    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    kind = dealt(accelerator)
     plugin = getattr(getattr(accelerator, "state", accelerator), "deepspeed_plugin", None)
     if kind == "FSDP" or (kind == "DEEPSPEED" and getattr(plugin, "zero_stage", 3) == 3):
         raise FixError(
