@@ -2,6 +2,7 @@
 should, by a model of its own."""
 
 import argparse
+import dataclasses
 import json
 import random
 
@@ -46,6 +47,27 @@ def test_a_whole_state_is_resumed(saved):
     made.run.timesteps.draw(3)
     assert load_state(made, upstream, None, str(saved[0])) == "upstream"
     assert made.run.timesteps.state_dict() == saved[1]["timesteps"]
+
+
+class Full:
+    """An average that finds the disk full."""
+
+    def save(self, folder):
+        raise OSError("no space left on device")
+
+
+def full_disk(accelerator, folder):
+    raise OSError("no space left on device")
+
+
+@pytest.mark.parametrize(("state", "average"), [(full_disk, None), (upstream, Full())])
+def test_a_state_that_was_not_finished_has_no_record_be_it_over_a_whole_one(saved, state, average):
+    """The record is taken away first and written last: what has one is whole."""
+    made = session()
+    made.run = dataclasses.replace(made.run, ema=average)
+    with pytest.raises(OSError, match="no space left"):
+        save_state(made, state, None, str(saved[0]))
+    assert not (saved[0] / RECORD).exists()
 
 
 @pytest.mark.parametrize(
