@@ -19,7 +19,8 @@ from sdxl_fixes.trainers.fixes import fixes_flag
 
 from . import resume
 from .chunk_flags import CHUNK_FLAGS
-from .heldout import SPLIT_FLAGS, check
+from .heldout import SPLIT_FLAGS
+from .heldout import check as check_heldout
 from .optimizers import cannot_learn
 from .optimizers import check as check_optimizer
 from .resume_flags import RESUME_FLAGS
@@ -136,7 +137,7 @@ def verify(original: Callable[..., Any], args: argparse.Namespace, *rest: Any, *
     check_optimizer(args)
     run = start(args, OURS)
     if run.heldout is not None:
-        check(args)
+        check_heldout(args)
     SESSION.begin(run)
     for line in cannot_learn(args) if args.fixes != "none" else ():
         warn(line)

@@ -6,6 +6,7 @@ import argparse
 import pytest
 import torch
 from accelerate import Accelerator
+from made_up_trainer import build, edit, forget, run
 from torch import nn
 
 from sdxl_fixes.errors import FixError, FlagError
@@ -180,3 +181,33 @@ def test_float16_is_warned_of_where_torch_s_own_adamw_makes_nan(options, nan):
     weights.grad = torch.zeros_like(weights)
     optimizer.step()
     assert bool(weights.isnan().any()) == nan
+
+
+# ---------------------------------------------------------------- at the start of a training
+
+FLAGS = """parser.add_argument("--config_file")
+    for name, kind in (("optimizer_type", str), ("max_grad_norm", float), ("learning_rate", float)):
+        parser.add_argument(f"--{name}", type=kind)
+    parser.add_argument("--full_bf16", action="store_true")"""
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    root = build(tmp_path)
+    edit(root, "training.py", ('parser.add_argument("--config_file")', FLAGS))
+    yield root
+    forget()
+
+
+def test_a_start_that_needs_all_gradients_at_once_trains_nothing(trainer, capfd):
+    with pytest.raises(SystemExit):
+        run(trainer, "sdxl_train.py", "--optimizer_type", RELEASED, "--max_grad_norm", "1")
+    assert "give --max_grad_norm 0" in "".join(capfd.readouterr())
+    assert not (trainer / "out" / "steps.pt").exists()
+
+
+@pytest.mark.parametrize(("more", "said"), [((), True), (("--fixes", "none"), False)])
+def test_a_start_says_what_cannot_learn(trainer, capfd, more, said):
+    run(trainer, "sdxl_train.py", "--full_bf16", "--learning_rate", "1e-5", "--zero_terminal_snr", *more)
+    found = "rounds weights to nearest" in "".join(capfd.readouterr())
+    assert found == said and (trainer / "out" / "steps.pt").exists()
