@@ -150,18 +150,11 @@ def arithmetic() -> dict[int, tuple[float, float]]:
 def flops() -> dict[int, tuple[float, float]]:
     """Tokens -> (U-Net forward, both text encoders) in 10^12 operations per sample at 1024 x 1024. Counted on
     models without weights."""
-    from diffusers import UNet2DConditionModel
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            sample_size=128, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280), layers_per_block=2,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), cross_attention_dim=2048, use_linear_projection=True,
-            addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
-        )  # fmt: skip
+        unet = lab.sdxl_unet()
         sizes = dict(vocab_size=49408, max_position_embeddings=77)
         small = CLIPTextConfig(
             hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, **sizes

@@ -148,6 +148,26 @@ def adapt(
     return unet.eval(), curve
 
 
+def sdxl_unet() -> Any:
+    """The real SDXL's U-Net, of 2,567,463,684 parameters: to be made on the meta device."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+
+
 def cached(name: str, make: Callable[[], Any]) -> Any:
     """What ``make`` returns, as JSON; computed once and kept beside the results."""
     path = RESULTS / f"{name}.json"
