@@ -1,0 +1,91 @@
+"""The bytes that optimizers keep, against hand arithmetic, and the recipes' table of them."""
+
+import json
+
+import lab
+import optimizer_bytes
+import pytest
+import recipes
+import torch
+from optimizer_bytes import OPTIMIZERS, RESULT, Kept, average, shapes, table
+
+PAGE = recipes.FOLDER.parent.parent / "docs" / "recipes.md"
+FOUND = json.loads((lab.RESULTS / f"{RESULT}.json").read_text())
+STEP = SIZE = 4  # one number in float32
+N = 64 * 128
+
+
+@pytest.fixture
+def eager():
+    """torchao's steps, not compiled."""
+    pytest.importorskip("torchao")
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((64, 128), 4 * N + STEP), ((8, 4, 3, 3), 4 * 288 + STEP), ((5,), 20 + STEP)]
+)
+def test_adamw_keeps_two_numbers_of_the_weights_kind(shape, expected):
+    assert OPTIMIZERS["torch's AdamW"].of(shape) == expected
+    assert OPTIMIZERS["torch's AdamW, float32 weights"].of(shape) == 2 * expected - STEP
+    assert OPTIMIZERS["torch's AdamW"].states({shape: 3, (7,): 2}) == 3 * expected + 2 * (28 + STEP)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("AdamW8bit", 2 * (N + N // 256 * 4 + 256 * 4) + STEP),  # codes, a scale for 256, what codes mean
+        ("AdamW4bit", 2 * (N // 2 + N // 128 * 4 + 16 * 4) + STEP),
+    ],
+)
+def test_torchao_keeps_codes_scales_and_their_meaning(eager, name, expected):
+    kept = OPTIMIZERS[f"`torchao.optim.{name}`"]
+    assert kept.of((64, 128)) == expected
+    assert kept.of((10, 10)) == 4 * 100 + STEP  # small tensors are left as they are
+
+
+def test_optimi_keeps_what_rounding_took_as_well():
+    pytest.importorskip("optimi")
+    name = "`optimi.AdamW` (`pip install torch-optimi`), Kahan sums"
+    assert OPTIMIZERS[name].of((64, 128)) - 6 * N in (0, STEP)
+
+
+@pytest.mark.parametrize(
+    ("shape", "numbers"), [((64, 128), 64 + 128), ((8, 4, 3, 3), 2 * 8 * 4 * 3), ((5,), 5)]
+)
+def test_adafactor_keeps_rows_and_columns_in_float32(shape, numbers):
+    """And the size of the weights."""
+    pytest.importorskip("transformers")
+    assert OPTIMIZERS["Adafactor, kohya's `fused_backward_pass`"].of(shape) == 4 * numbers + SIZE
+
+
+def test_what_two_parameters_share_is_not_counted_twice(monkeypatch):
+    class Sharing(torch.optim.SGD):
+        common = torch.zeros(100)
+
+        def step(self):
+            for parameter in self.param_groups[0]["params"]:
+                self.state[parameter] = {"common": self.common, "own": torch.zeros(3)}
+
+    monkeypatch.setattr(optimizer_bytes, "Sharing", Sharing, raising=False)
+    assert Kept("optimizer_bytes.Sharing").of((2,)) == 12
+
+
+def test_the_average_is_in_float32():
+    assert average((3, 5)) == 60
+
+
+def test_the_table_is_of_sdxl_s_u_net():
+    """Its numbers are those that kohya's own U-Net was counted to have."""
+    known = shapes()
+    number = sum(count * torch.Size(shape).numel() for shape, count in known.items())
+    assert number == FOUND["parameters"] == recipes.UNET and FOUND["average"] == 4 * recipes.UNET
+    assert FOUND["torch's AdamW"]["states"] == 4 * recipes.UNET + STEP * known.total()
+    assert FOUND["Adafactor, kohya's `fused_backward_pass`"]["states"] == (
+        4 * recipes.ADAFACTOR + SIZE * known.total()
+    )
+    assert FOUND["torch's AdamW"]["released"] == 2 * 1280 * 2560 * 9  # the largest convolution's gradient
+    text = PAGE.read_text(encoding="utf-8")
+    assert "\n".join(table(FOUND)) in text
+    assert f"{number:,} parameters" in text and f"{FOUND['average'] / 1e9:.2f} GB" in text
