@@ -9,10 +9,13 @@ import made_up_trainer
 import numpy as np
 import pytest
 import torch
+from closed_form import average as closed_form
 from made_up_trainer import build, edit, forget, run
+from safetensors.torch import load_file
 
 from sdxl_fixes.kohya.doctor import problems
 from sdxl_fixes.kohya.order import DATA, Item, Order, seed_everything
+from sdxl_fixes.trainers.ema import FILE
 from sdxl_fixes.trainers.states import RECORD
 
 LOOP = made_up_trainer.SOURCE.parent / "made_up_loop" / "sdxl_train.py"
@@ -82,6 +85,68 @@ def test_every_state_gives_the_rest_of_the_run_bit_for_bit(trainer, script, accu
         kept.rename(state)
     # an epoch's last step and its end are two places: of the first, the end's own work is still to be done
     assert script != FT or accumulation != "1" or {(0, 5), (1, 0)} <= places
+
+
+SGD = "torch.optim.SGD(unet.parameters(), lr=0.01, momentum=0.5)"
+OPTIMIZERS = {
+    "released": "RELEASED(unet.parameters(), 0.01, weight_decay=0.1)",
+    "torchao, released": "RELEASED(unet.parameters(), 0.01, name='torchao.optim._AdamW', **STOCHASTIC)",
+    "torchao": "importlib.import_module('torchao.optim')._AdamW(unet.parameters(), 0.01, **STOCHASTIC)",
+    "optimi": "importlib.import_module('optimi').AdamW(unet.parameters(), 0.01)",
+}
+
+
+@pytest.fixture
+def eager():
+    """torchao's steps, not compiled."""
+    if not hasattr(torch.compiler, "set_stance"):  # so old that torchao does not come with it
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_of_16_bit_weights_go_on_and_the_average_is_of_what_they_left(trainer, eager, name):
+    """Weights, average, and what the optimizer keeps: resumed from any state as if never stopped; and the
+    average is its closed form over the weights after every step, whether they were made in it or before."""
+    if name != "released":
+        pytest.importorskip(name.split(",")[0])
+    released = "from sdxl_fixes.kohya.optimizers import released as RELEASED\n"
+    released += "STOCHASTIC = {'bf16_stochastic_round': True}\n"
+    half = "SdxlUNet2DConditionModel().bfloat16()" if name != "released" else "SdxlUNet2DConditionModel()"
+    edit(
+        trainer, FT, (SGD, OPTIMIZERS[name]), ("import json\n", f"import importlib\nimport json\n{released}")
+    )
+    edit(
+        trainer,
+        FT,
+        ("SdxlUNet2DConditionModel()", half),
+        ("unet(noisy,", "unet(noisy.to(next(unet.parameters()).dtype),"),
+    )
+    more = ("--ema_decay", "0.3")
+    whole, out = go(trainer, FT, *more), trainer / "out"
+    models = [(out / file).read_bytes() for file in ("model.safetensors", "model-ema.safetensors")]
+    weights = [load_file(out / f"step{n}-state" / "model.safetensors") for n in range(1, 9)]
+    averages = [
+        torch.load(out / f"step{n}-state" / FILE, weights_only=True)["shadow_params"] for n in range(1, 9)
+    ]
+    for number in (2, 8):
+        found = dict(zip(("convolution.weight", "convolution.bias"), averages[number - 1], strict=True))
+        for key, average in found.items():
+            assert torch.allclose(
+                average.double(), closed_form([w[key] for w in weights[:number]], 0.3), atol=1e-6
+            )
+            assert number == 2 or not torch.allclose(average, weights[-1][key].float(), atol=1e-4)
+    for number in (3, 5):
+        state = (out / f"step{number}-state").rename(trainer / "kept")
+        assert go(trainer, FT, *more, "--resume", str(state)) == whole[number:]
+        assert models == [
+            (out / file).read_bytes() for file in ("model.safetensors", "model-ema.safetensors")
+        ]
+        last = torch.load(out / "step8-state" / FILE, weights_only=True)["shadow_params"]
+        assert all(map(torch.equal, last, averages[-1]))
+        state.rename(out / f"step{number}-state")
 
 
 def test_every_epoch_has_every_sample_in_another_order_and_every_step_other_draws(trainer):

@@ -179,3 +179,12 @@ def covering(rows, strength=3):
         best = max(rows, key=lambda row: len(sets[row] & open_))
         open_ -= sets[best]
         yield best
+
+
+def average(recorded, decay):
+    """Of the weights p after every step: s_1 = p_1, then s_n = d s_(n-1) + (1 - d) p_n with
+    d = min(decay, n/(9 + n)), as one weighted sum."""
+    ds = [0.0, *(min(decay, n / (9 + n)) for n in range(2, len(recorded) + 1))]
+    kept = [float(torch.tensor(ds[k + 1 :], dtype=torch.float64).prod()) for k in range(len(ds))]
+    parts = zip(ds, kept, recorded, strict=True)
+    return sum((1 - d) * share * p.double() for d, share, p in parts)

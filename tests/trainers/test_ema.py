@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from closed_form import average as closed_form
 from test_stable_loss import Process
 
 from sdxl_fixes.errors import FixError
@@ -40,14 +41,6 @@ def weights(model):
 def averaged(average, model):
     with average.applied():
         return weights(model)
-
-
-def closed_form(recorded, decay):
-    """s_1 = p_1, then s_n = d s_(n-1) + (1 - d) p_n with d = min(decay, n/(9 + n)), as one weighted sum."""
-    ds = [0.0, *(min(decay, n / (9 + n)) for n in range(2, len(recorded) + 1))]
-    kept = [float(torch.tensor(ds[k + 1 :], dtype=torch.float64).prod()) for k in range(len(ds))]
-    parts = zip(ds, kept, recorded, strict=True)
-    return sum((1 - d) * share * p.double() for d, share, p in parts)
 
 
 @pytest.mark.parametrize("decay", [0.25, 0.99])

@@ -115,7 +115,7 @@ def train(args):
                     batch["number"],
                     timesteps.tolist(),
                     loss.item(),
-                    lr_scheduler.get_last_lr()[0],
+                    float(lr_scheduler.get_last_lr()[0]),  # torchao's is a tensor
                 ]
                 print(json.dumps([*line, loss_recorder.moving_average]), file=file)
             if args.stop_at and global_step >= args.stop_at:
