@@ -5,7 +5,8 @@ sdxl_fixes.kohya`` does). TRACE.json receives the losses given to the backward p
 contexts' sizes [B, length] given to the U-Net, the prompts that were encoded, and the scheduler's tables (of
 rank 0, if there are several processes); with TRACE_TENSORS in the environment also every step's latents,
 noise and prediction (and with TRACE_TENSORS=base what the U-Net that the training began with says of them);
-with TRACE_EVALUATED what the U-Net is given without gradients.
+with TRACE_EVALUATED what the U-Net is given without gradients. With TRACE_AVERAGE every process leaves the
+average of the weights in TRACE.json.RANK.pt.
 All of it is observed where every version of sd-scripts passes: in accelerate, torch, diffusers, and in
 classes of sd-scripts that have not moved.
 """
@@ -173,5 +174,9 @@ if __name__ == "__main__":
     finally:
         if os.environ.get("RANK", "0") == "0":
             Path(out).write_text(json.dumps(record))
+        if "TRACE_AVERAGE" in os.environ:
+            from sdxl_fixes.kohya.run import SESSION
+
+            torch.save(SESSION.run.ema._model.shadow_params, f"{out}.{os.environ.get('RANK', '0')}.pt")
         if "STEP_TIMES" in os.environ:
             Path(os.environ["STEP_TIMES"]).write_text(json.dumps(times))
