@@ -27,6 +27,7 @@ PAGES = {
 }
 PAGES["chunk_buckets"] = "chunk-buckets"
 PAGES["conversion"] = "conversion"
+PAGES["precision"] = "precision"
 
 
 @pytest.mark.parametrize("module", PAGES)
