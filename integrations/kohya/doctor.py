@@ -8,8 +8,9 @@ from pathlib import Path
 from sdxl_fixes.trainers.patching import check_source
 from sdxl_fixes.trainers.source import called
 
+from . import resume
+from .loop import LOOPS, misfit
 from .patches import NEEDED, PATCHES
-from .resume import LOOPS, misfit
 from .run import FIXES
 from .scripts import REFUSED, SCRIPTS, version
 
@@ -65,7 +66,7 @@ def problems(root: Path, script: str) -> dict[str, list[str]]:
             why = f"{patch.path}: {script} does not call it"
         for fix in patch.fixes if why is not None else ():
             found.setdefault(fix, []).append(str(why))
-    if script in LOOPS and (why := misfit(root / LOOPS[script])):
+    if script in LOOPS and (why := misfit(root / LOOPS[script], resume.EDIT)):
         found.setdefault("resume", []).append(why)
     return found
 

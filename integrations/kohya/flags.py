@@ -17,7 +17,7 @@ from sdxl_fixes.log import warn
 from sdxl_fixes.names import FLOW
 from sdxl_fixes.trainers.fixes import fixes_flag
 
-from . import resume
+from . import edits, loop
 from .chunk_flags import CHUNK_FLAGS
 from .heldout import SPLIT_FLAGS
 from .heldout import check as check_heldout
@@ -98,7 +98,7 @@ def read_config(
         for name, value in values.items():
             setattr(args, name, value)
         _warn_of_misspelt(file, args, parser)
-    resume.swap(args)
+    loop.swap(edits.asked(args))
     return args
 
 
@@ -133,7 +133,7 @@ def _warn_of_misspelt(file: str, args: argparse.Namespace, parser: argparse.Argu
 
 def verify(original: Callable[..., Any], args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
     """The first call of every trainer's train(): nothing is loaded yet."""
-    resume.check(args)
+    loop.check(edits.asked(args))
     check_optimizer(args)
     run = start(args, OURS)
     if run.heldout is not None:

@@ -11,6 +11,7 @@ from sdxl_fixes.trainers.patching import Patch
 from . import (
     buckets,
     checkpoint,
+    edits,
     ema,
     flags,
     heldout,
@@ -152,7 +153,7 @@ PATCHES = (
           ("self", "models", "accelerator"), heldout.cache_text,
           "their captions, while there are text encoders"),
 
-    Patch(("run", "resume"), "train_network:NetworkTrainer.train", ("self", "args"), resume.train,
+    Patch(("run", "resume"), "train_network:NetworkTrainer.train", ("self", "args"), edits.train,
           "its loop begins where a state was saved", only=("sdxl_train_network.py",)),
     Patch(("resume",), "accelerate.accelerator:Accelerator.prepare_data_loader", ("self", "data_loader"),
           resume.prepare_data_loader,
