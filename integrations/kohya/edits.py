@@ -8,9 +8,10 @@ from typing import Any
 
 from sdxl_fixes.trainers.fixes import allowed, given
 
-from . import resume
+from . import resume, waits
 from .loop import Edit, changed
 from .run import FIXES
+from .speed_flags import parts
 
 
 def asked(args: argparse.Namespace) -> list[Edit]:
@@ -19,11 +20,14 @@ def asked(args: argparse.Namespace) -> list[Edit]:
     found = []
     if given(args, "exact_resume") and "resume" in may_act:
         found.append(resume.EDIT)
+    if "speed" in may_act and "syncs" in parts(args):
+        found.append(waits.EDIT)
     return found
 
 
 def train(original: Callable[..., Any], self: Any, args: argparse.Namespace) -> Any:
     """The network trainer's own loop, or it edited."""
     edits = asked(args)
-    resume.EDIT.held.reset()
+    for edit in (resume.EDIT, waits.EDIT):
+        edit.held.reset()
     return (changed(original, edits) if edits else original)(self, args)

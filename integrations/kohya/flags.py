@@ -25,6 +25,7 @@ from .optimizers import cannot_learn
 from .optimizers import check as check_optimizer
 from .resume_flags import RESUME_FLAGS
 from .run import FIXES, SESSION, start
+from .speed_flags import SPEED_FLAGS, check_speed
 
 _NOT_KOHYAS = (
     "flow_shift",
@@ -45,9 +46,10 @@ OURS: Mapping[str, Flag] = {
     **CHUNK_FLAGS,
     **SPLIT_FLAGS,
     **RESUME_FLAGS,
+    **SPEED_FLAGS,
     "fixes": fixes_flag(FIXES),
 }
-NAMES = (*FLAGS, *CHUNK_FLAGS, *SPLIT_FLAGS, *RESUME_FLAGS, "fixes")
+NAMES = (*FLAGS, *CHUNK_FLAGS, *SPLIT_FLAGS, *RESUME_FLAGS, *SPEED_FLAGS, "fixes")
 MEANT = (*NAMES, "v_parameterization")  # by a misspelt key
 READ = (  # kohya's own that we read with them
     *("v_parameterization", "v_pred_like_loss", "scale_v_pred_loss_like_noise_pred"),
@@ -138,6 +140,8 @@ def verify(original: Callable[..., Any], args: argparse.Namespace, *rest: Any, *
     run = start(args, OURS)
     if run.heldout is not None:
         check_heldout(args)
+    if "speed" in run.on:
+        check_speed(args)
     SESSION.begin(run)
     for line in cannot_learn(args) if args.fixes != "none" else ():
         warn(line)

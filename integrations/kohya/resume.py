@@ -1,7 +1,7 @@
 """--exact_resume: kohya's training loops go on after exactly the step that a state was saved at.
 
-Neither sdxl_train.py nor train_network.py can be told where to begin, so their loop is edited (loop.py) to ask
-here.
+Neither sdxl_train.py nor train_network.py can be told where to begin, so their loop is edited (loop.py) to
+ask here.
 """
 
 from __future__ import annotations
@@ -287,6 +287,4 @@ def _edit(function: ast.FunctionDef) -> dict[str, int]:
     return counts
 
 
-EDIT = Edit(
-    "--exact_resume", RESUME, _HERE, _edit, ", which resumes upstream's way", "count from 0"
-)
+EDIT = Edit("--exact_resume", RESUME, _HERE, _edit, ", which resumes upstream's way", "count from 0")

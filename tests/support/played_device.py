@@ -9,6 +9,7 @@ an optimizer's kernels for CUDA alone do, is not seen here.
 """
 
 import contextlib
+import functools
 import linecache
 import sys
 from collections import Counter
@@ -47,14 +48,11 @@ class Marks:
 
 
 class Played:
-    """What is on the device, and the counts; a cycle of a training ends where :meth:`next` is called."""
+    """What is on the device, and the counts; a cycle of a training is from one backward pass to the next."""
 
     def __init__(self, root):
         self.root, self.cycle, self.counts = f"{root}/", 0, Counter()
         self.there, self.pinned = Marks(), Marks()
-
-    def next(self):
-        self.cycle += 1
 
     def per_cycle(self):
         """[kind, place, mean count of the whole cycles but the first two], largest count first."""
@@ -189,12 +187,18 @@ def playing(root):
     from torch.utils.data import DataLoader
 
     played, make, iterate = Played(root), accelerate.Accelerator.__init__, DataLoader.__iter__
+    backward = accelerate.Accelerator.backward
     group = clip_grad._group_tensors_by_device_and_dtype
 
     def made(self, *args, **kwargs):
         make(self, *args, **kwargs)
         for state in (PartialState, AcceleratorState):
             state._shared_state["device"] = DEVICE
+
+    @functools.wraps(backward)  # patches check the parameters
+    def ended(self, *args, **kwargs):
+        played.cycle += 1
+        return backward(self, *args, **kwargs)
 
     def batches(self):
         for batch in iterate(self):
@@ -211,10 +215,12 @@ def playing(root):
         }
 
     accelerate.Accelerator.__init__, DataLoader.__iter__ = made, batches
+    accelerate.Accelerator.backward = ended
     clip_grad._group_tensors_by_device_and_dtype = grouped
     try:
         with _Functions(played), _Operations(played):
             yield played
     finally:
         accelerate.Accelerator.__init__, DataLoader.__iter__ = make, iterate
+        accelerate.Accelerator.backward = backward
         clip_grad._group_tensors_by_device_and_dtype = group

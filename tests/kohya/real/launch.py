@@ -45,8 +45,6 @@ def trace(record, times, played=None):
     @functools.wraps(backward)
     def traced_backward(self, loss, **kwargs):
         record["losses"].append(loss.detach().item())
-        if played is not None:
-            played.next()
         if str(len(record["losses"])) == os.environ.get("KILL_AT"):
             os.kill(os.getpid(), signal.SIGKILL)
         times.append(time.perf_counter())
