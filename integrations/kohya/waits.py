@@ -43,8 +43,9 @@ class Later:
 
     def __init__(self, tensor: torch.Tensor | None = None) -> None:
         self.value: float | None = None
-        self._host = None if tensor is None else tensor.detach().to("cpu", non_blocking=True)
         on_gpu = tensor is not None and tensor.is_cuda
+        waits = tensor is not None and tensor.device.type not in ("cpu", "cuda")  # no event would tell
+        self._host = None if tensor is None else tensor.detach().to("cpu", non_blocking=not waits)
         self._copied = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         if self._copied is not None:
             self._copied.record()
