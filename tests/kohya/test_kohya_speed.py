@@ -16,6 +16,7 @@ from test_kohya_resume import FT, NETWORK, trainer  # noqa: F401  (a fixture)
 from sdxl_fixes.errors import FlagError
 from sdxl_fixes.kohya import speed, speed_flags
 from sdxl_fixes.kohya.doctor import problems
+from sdxl_fixes.trainers.states import RECORD
 
 LOOPS = {FT: FT, NETWORK: "train_network.py"}
 CHECK = """                if torch.any(torch.isnan(latents)):
@@ -73,7 +74,8 @@ def loop(trainer):  # noqa: F811
 
 
 def go(root, script, *flags, how="module"):
-    """Everything that a run of it says and leaves: lines of its log and of its tracker, the model."""
+    """Everything that a run of it says and leaves: lines of its log and of its tracker, the model, what its
+    states say of their place."""
     (root / "out").mkdir(exist_ok=True)
     for name in ("log.jsonl", "tracked.jsonl"):
         (root / "out" / name).unlink(missing_ok=True)
@@ -83,14 +85,16 @@ def go(root, script, *flags, how="module"):
     out = root / "out"
     logs = [[json.loads(line) for line in (out / name).open()] for name in ("log.jsonl", "tracked.jsonl")]
     tensors = {name: tensor.tolist() for name, tensor in load_file(out / "model.safetensors").items()}
-    return *logs, tensors
+    places = {file.parent.name: json.loads(file.read_text()).get("place") for file in out.glob(f"*/{RECORD}")}
+    return *logs, tensors, places
 
 
 @pytest.mark.parametrize(("script", "flags"), TOGETHER)
 def test_without_waits_the_numbers_and_all_that_is_logged_are_the_same(loop, script, flags):
-    log, tracked, model = go(loop, script, *flags)
+    expected = go(loop, script, *flags)
+    _, tracked, *_ = expected
     assert len(tracked) >= 8 and {step for step, _ in tracked} >= set(range(1, 9))
-    assert go(loop, script, *flags, "--speed", "syncs") == (log, tracked, model)
+    assert go(loop, script, *flags, "--speed", "syncs") == expected
 
 
 @pytest.mark.parametrize("script", [FT, NETWORK])
@@ -148,8 +152,8 @@ def adam(root):
 def test_fused_adamw_differs_by_rounding_and_stays_fused_in_a_resumed_run(loop):
     """float32 sums in another order: eight steps of 1e-7 each, and Adam's division by small roots."""
     adam(loop)
-    log, *_, model = go(loop, FT)
-    fused_log, *_, fused_model = go(loop, FT, "--speed", "fused")
+    log, _, model, _ = go(loop, FT)
+    fused_log, _, fused_model, _ = go(loop, FT, "--speed", "fused")
     assert [line[5] for line in fused_log] == pytest.approx([line[5] for line in log], rel=1e-5)
     for name, values in model.items():
         assert torch.allclose(torch.tensor(values), torch.tensor(fused_model[name]), atol=1e-5)

@@ -127,13 +127,13 @@ def train(args):
                 sampling.sample_images_common(None, accelerator, args, None, global_step)
                 accelerator.save_state(f"{args.output_dir}/step{global_step}-state")
             current_loss = loss.detach().item()
-            if len(accelerator.trackers) > 0:
-                logs = {"loss": current_loss, "lr": lr_scheduler.get_last_lr()[0]}
-                accelerator.log(logs, step=global_step)
             loss_recorder.add(epoch=epoch, step=step, loss=current_loss)
             avr_loss: float = loss_recorder.moving_average
             logs = {"avr_loss": avr_loss}
             progress_bar.set_postfix(**logs)
+            if len(accelerator.trackers) > 0:
+                logs = {"loss": current_loss, "average": avr_loss, "lr": lr_scheduler.get_last_lr()[0]}
+                accelerator.log(logs, step=global_step)
             with open(f"{args.output_dir}/log.jsonl", "a") as file:
                 line = [
                     epoch,
@@ -149,8 +149,8 @@ def train(args):
                 raise KeyboardInterrupt
             if global_step >= args.max_train_steps:
                 break
-        accelerator.log({"loss/epoch": loss_recorder.moving_average}, step=epoch + 1)
         accelerator.save_state(f"{args.output_dir}/epoch{epoch + 1}-state")
+        accelerator.log({"loss/epoch": loss_recorder.moving_average}, step=epoch + 1)
         sampling.sample_images_common(None, accelerator, args, epoch + 1, global_step)
     sdxl_model_util.save_stable_diffusion_checkpoint(
         f"{args.output_dir}/model.safetensors",
