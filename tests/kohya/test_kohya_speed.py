@@ -85,7 +85,8 @@ def go(root, script, *flags, how="module"):
     out = root / "out"
     logs = [[json.loads(line) for line in (out / name).open()] for name in ("log.jsonl", "tracked.jsonl")]
     tensors = {name: tensor.tolist() for name, tensor in load_file(out / "model.safetensors").items()}
-    places = {file.parent.name: json.loads(file.read_text()).get("place") for file in out.glob(f"*/{RECORD}")}
+    records = {file.parent.name: json.loads(file.read_text()) for file in out.glob(f"*/{RECORD}")}
+    places = {name: record["place"] for name, record in records.items() if record.get("place")}
     return *logs, tensors, places
 
 
@@ -93,6 +94,7 @@ def go(root, script, *flags, how="module"):
 def test_without_waits_the_numbers_and_all_that_is_logged_are_the_same(loop, script, flags):
     expected = go(loop, script, *flags)
     _, tracked, *_ = expected
+    assert ("--exact_resume" in flags) == bool(expected[3])
     assert len(tracked) >= 8 and {step for step, _ in tracked} >= set(range(1, 9))
     assert go(loop, script, *flags, "--speed", "syncs") == expected
 

@@ -33,7 +33,9 @@ def test_no_step_waits_and_the_losses_are_upstream_s(train, monkeypatch, script,
 
 @pytest.mark.parametrize("script", ["sdxl_train.py", "sdxl_train_network.py"])
 def test_with_other_fixes_the_losses_are_theirs(train, script):  # noqa: F811
-    flags = (*FIXES, *(("--network_train_unet_only",) if "network" in script else ()))
+    split = "--validation_split" if "network" in script else "--heldout_split"
+    flags = (*FIXES, "--heldout_steps", "2", split, "0.35")
+    flags += ("--network_train_unet_only", "--validation_seed", "1") if "network" in script else ()
     plain, fast = (train("module", script, *flags, *more)[1] for more in ((), ("--speed", "syncs")))
     assert fast["losses"] == plain["losses"]
 
