@@ -208,7 +208,7 @@ def start(args: argparse.Namespace, ours: Mapping[str, Flag] | None = None) -> R
     trained = flags.sampling() if base is None else base.sampling
     if trained.prediction_type == FLOW:
         _check_flow(args)
-    fast = {"speed_parts": parts(args)} | {f"speed_{part}": True for part in parts(args)}
+    fast = {f"speed_{part}": True for part in parts(args)}
     args = argparse.Namespace(
         **vars(args), **{BASE: base}, **fast
     )  # ours: it sees no more than kohya's at the start
@@ -321,7 +321,7 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
             f"chunks, {options.layout} vectors"
         )
     if "speed" in run.on:
-        prompts.append(f"for speed {', '.join(part for part in PARTS if part in args.speed_parts)}")
+        prompts.append(f"for speed {', '.join(part for part in PARTS if part in parts(args))}")
     files = []
     if "saving" in run.on:
         full = _full(args)

@@ -10,6 +10,7 @@ import torch
 from sdxl_fixes.errors import FixError
 
 from .run import SESSION
+from .speed_flags import parts
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -82,4 +83,4 @@ def reached(part: str) -> None:
 
 def _on(part: str) -> bool:
     run = SESSION.on("speed")
-    return run is not None and part in run.args.speed_parts
+    return run is not None and part in parts(run.args)

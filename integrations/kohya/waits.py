@@ -21,6 +21,7 @@ from sdxl_fixes.errors import FixError
 from .loop import Edit, call, changed, expression
 from .run import SESSION
 from .speed import reached
+from .speed_flags import parts
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -225,7 +226,7 @@ _BATCHES: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 def _on() -> bool:
     run = SESSION.on("speed")
-    return run is not None and "syncs" in run.args.speed_parts
+    return run is not None and "syncs" in parts(run.args)
 
 
 # ---------------------------------------------------------------------- the edits

@@ -16,4 +16,5 @@ class SdxlUNet2DConditionModel(torch.nn.Module):
         self.block = BasicTransformerBlock()
 
     def forward(self, x, timesteps=None, context=None, y=None):
-        return self.block(self.convolution(x))
+        x = self.block(x)
+        return self.convolution(x)
