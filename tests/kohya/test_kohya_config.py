@@ -13,7 +13,7 @@ import pytest
 from sdxl_fixes.command_line import add_flags
 from sdxl_fixes.errors import FlagError
 from sdxl_fixes.flags import FLAGS, TrainingFlags
-from sdxl_fixes.kohya import chunk_flags, flags
+from sdxl_fixes.kohya import chunk_flags, flags, speed_flags
 from sdxl_fixes.kohya import run as kohya_run
 from sdxl_fixes.trainers import run as core
 
