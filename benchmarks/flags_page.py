@@ -23,7 +23,7 @@ own commands take no abbreviations. In kohya a flag may also be a key of the TOM
 command line. "fix" is the name that `--fixes` knows and that `sdxl-fixes doctor` prints; docs with more on each:
 [schedule](zero-terminal-snr.md), [loss](huber.md), [weighting](min-snr.md), [noise](input-perturbation.md),
 [timesteps](timesteps.md), [keep](conversion.md), [validation, heldout, ema](validation.md), [buckets](buckets.md),
-[resume](kohya.md#exact-resume).
+[resume](kohya.md#exact-resume), [speed](kohya.md#speed).
 """
 KOHYA = """## With kohya-ss/sd-scripts
 

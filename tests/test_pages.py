@@ -27,7 +27,8 @@ ROOMS = "sdxl_fixes|integrations|tests|benchmarks|examples|docs|constraints"
 TRAINERS = """
     accelerate launch: dynamo_backend gradient_accumulation_steps multi_gpu num_processes
     sd-scripts: cache_latents_to_disk cache_text_encoder_outputs_to_disk config_file dataset_class
-        dataset_config deepspeed full_bf16 fused_backward_pass fused_optimizer_groups huggingface_repo_id
+        dataset_config deepspeed full_bf16 fused_backward_pass fused_optimizer_groups gradient_checkpointing
+        huggingface_repo_id mem_eff_attn optimizer_args scale_weight_norms xformers
         initial_epoch initial_step logging_dir masked_loss max_grad_norm max_timestep max_train_epochs
         min_timestep network_train_unet_only network_weights noise_offset optimizer_type prior_loss_weight
         resume sample_every_n_steps save_every_n_steps save_last_n_steps save_model_as save_state

@@ -8,10 +8,17 @@ from pathlib import Path
 from sdxl_fixes.trainers.patching import check_source
 from sdxl_fixes.trainers.source import called
 
+from . import resume, waits
+from .loop import LOOPS, misfit
 from .patches import NEEDED, PATCHES
-from .resume import LOOPS, misfit
 from .run import FIXES
 from .scripts import REFUSED, SCRIPTS, version
+
+_EDITED = (
+    ("resume", resume.EDIT, "train"),
+    ("speed", waits.EDIT, "train"),
+    ("speed", waits.LATENTS, "process_batch"),
+)
 
 
 def examine(path: Path) -> tuple[str, bool]:
@@ -65,8 +72,11 @@ def problems(root: Path, script: str) -> dict[str, list[str]]:
             why = f"{patch.path}: {script} does not call it"
         for fix in patch.fixes if why is not None else ():
             found.setdefault(fix, []).append(str(why))
-    if script in LOOPS and (why := misfit(root / LOOPS[script])):
-        found.setdefault("resume", []).append(why)
+    for fix, edit, name in _EDITED if script in LOOPS else ():
+        if name == "process_batch" and LOOPS[script] == script:
+            continue  # its batches are in the loop
+        if why := misfit(root / LOOPS[script], edit, name):
+            found.setdefault(fix, []).append(why)
     return found
 
 

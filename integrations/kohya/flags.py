@@ -17,7 +17,7 @@ from sdxl_fixes.log import warn
 from sdxl_fixes.names import FLOW
 from sdxl_fixes.trainers.fixes import fixes_flag
 
-from . import resume
+from . import edits, loop
 from .chunk_flags import CHUNK_FLAGS
 from .heldout import SPLIT_FLAGS
 from .heldout import check as check_heldout
@@ -25,6 +25,7 @@ from .optimizers import cannot_learn
 from .optimizers import check as check_optimizer
 from .resume_flags import RESUME_FLAGS
 from .run import FIXES, SESSION, start
+from .speed_flags import SPEED_FLAGS, check_speed
 
 _NOT_KOHYAS = (
     "flow_shift",
@@ -45,9 +46,10 @@ OURS: Mapping[str, Flag] = {
     **CHUNK_FLAGS,
     **SPLIT_FLAGS,
     **RESUME_FLAGS,
+    **SPEED_FLAGS,
     "fixes": fixes_flag(FIXES),
 }
-NAMES = (*FLAGS, *CHUNK_FLAGS, *SPLIT_FLAGS, *RESUME_FLAGS, "fixes")
+NAMES = (*FLAGS, *CHUNK_FLAGS, *SPLIT_FLAGS, *RESUME_FLAGS, *SPEED_FLAGS, "fixes")
 MEANT = (*NAMES, "v_parameterization")  # by a misspelt key
 READ = (  # kohya's own that we read with them
     *("v_parameterization", "v_pred_like_loss", "scale_v_pred_loss_like_noise_pred"),
@@ -98,7 +100,7 @@ def read_config(
         for name, value in values.items():
             setattr(args, name, value)
         _warn_of_misspelt(file, args, parser)
-    resume.swap(args)
+    loop.swap(edits.asked(args))
     return args
 
 
@@ -133,11 +135,13 @@ def _warn_of_misspelt(file: str, args: argparse.Namespace, parser: argparse.Argu
 
 def verify(original: Callable[..., Any], args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
     """The first call of every trainer's train(): nothing is loaded yet."""
-    resume.check(args)
+    loop.check(edits.asked(args))
     check_optimizer(args)
     run = start(args, OURS)
     if run.heldout is not None:
         check_heldout(args)
+    if "speed" in run.on:
+        check_speed(args)
     SESSION.begin(run)
     for line in cannot_learn(args) if args.fixes != "none" else ():
         warn(line)

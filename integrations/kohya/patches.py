@@ -11,6 +11,7 @@ from sdxl_fixes.trainers.patching import Patch
 from . import (
     buckets,
     checkpoint,
+    edits,
     ema,
     flags,
     heldout,
@@ -21,8 +22,10 @@ from . import (
     prompts,
     resume,
     schedule,
+    speed,
     timesteps,
     validation,
+    waits,
 )
 from .run import SESSION
 
@@ -46,6 +49,7 @@ _PIPELINE = "library.sdxl_lpw_stable_diffusion"
 _WEIGHT = ("loss", "timesteps", "noise_scheduler")
 _STEP = ("loss", "weighting", "timesteps")
 _LOSSES = (*_STEP, "keep")
+_LOOPS = ("sdxl_train.py", "sdxl_train_network.py")
 _MASKS = ("sdxl_train.py", "sdxl_train_network.py", "sdxl_train_textual_inversion.py")
 
 # What came with v0.10.0; below it the trainers pass other values between the same functions, so nothing is
@@ -80,6 +84,23 @@ PATCHES = (
           "the old one)"),
     Patch(("schedule",), f"{_FUNCTIONS}:fix_noise_scheduler_betas_for_zero_terminal_snr",
           ("noise_scheduler",), schedule.rescale, "the same, whichever of the two comes last"),
+
+    # before the rows of the same functions, which go around them
+    Patch(("speed",), f"{_LOSS}:get_noise_noisy_latents_and_timesteps",
+          ("args", "noise_scheduler", "latents"), waits.noised,
+          "the schedule's table stays on the GPU (upstream fetches it in every step)"),
+    Patch(("speed",), f"{_LOSS}:get_timesteps", ("min_timestep", "max_timestep", "b_size", "device"),
+          waits.timesteps, "timesteps are sent without waiting", exact=True),
+    Patch(("speed",), "library.sdxl_train_util:timestep_embedding", ("timesteps", "dim"), waits.embedding,
+          "frequencies of the size embedding are made on the GPU", only=_LOOPS),
+    Patch(("speed",), "train_network:NetworkTrainer.process_batch", ("self", "batch"), waits.batch,
+          "NaN in latents is mended without looking", only=("sdxl_train_network.py",)),
+    Patch(("speed",), f"{_UNET}:BasicTransformerBlock.forward_body", ("self", "hidden_states"), speed.block,
+          "transformer blocks, compiled", only=_LOOPS),
+    Patch(("speed",), "accelerate.accelerator:Accelerator.prepare_optimizer", ("self", "optimizer"),
+          speed.prepare_optimizer, "fused AdamW"),
+    Patch(("speed",), "accelerate.accelerator:Accelerator.load_state", ("self",), speed.load_state,
+          "after a state is loaded, too"),
 
     Patch(("schedule", *_LOSSES, "noise", "validation"), f"{_LOSS}:get_noise_noisy_latents_and_timesteps",
           ("args", "noise_scheduler", "latents"), noise.noised,
@@ -146,14 +167,23 @@ PATCHES = (
           ("pipe_class", "accelerator", "args", "epoch", "steps"), validation.step_done,
           "their loss is computed and logged after the optimizer step, the weights' average updated"),
 
+    # after it: what the step before has lost is said first
+    Patch(("speed",), f"{_SAMPLING}:sample_images_common",
+          ("pipe_class", "accelerator", "args", "epoch", "steps"), waits.sampled,
+          "the loss of the step before is read and logged"),
+
     Patch(("heldout",), "library.config_util:generate_dataset_group_by_blueprint",
           ("dataset_group_blueprint",), heldout.datasets, "which pictures are not trained on"),
     Patch(("heldout",), f"{_DATA}:DatasetGroup.new_cache_text_encoder_outputs",
           ("self", "models", "accelerator"), heldout.cache_text,
           "their captions, while there are text encoders"),
 
-    Patch(("run", "resume"), "train_network:NetworkTrainer.train", ("self", "args"), resume.train,
-          "its loop begins where a state was saved", only=("sdxl_train_network.py",)),
+    Patch(("run", "resume", "speed"), "train_network:NetworkTrainer.train", ("self", "args"), edits.train,
+          "its loop begins where a state was saved, and reads its losses when they are there",
+          only=("sdxl_train_network.py",)),
+    # before the next row, which makes the loader anew
+    Patch(("speed",), "accelerate.accelerator:Accelerator.prepare_data_loader", ("self", "data_loader"),
+          waits.prepare_data_loader, "batches come from pinned memory"),
     Patch(("resume",), "accelerate.accelerator:Accelerator.prepare_data_loader", ("self", "data_loader"),
           resume.prepare_data_loader,
           "the order of the data, and every batch's random numbers, follow from seed and epoch"),

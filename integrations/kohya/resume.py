@@ -1,9 +1,7 @@
 """--exact_resume: kohya's training loops go on after exactly the step that a state was saved at.
 
-Neither sdxl_train.py nor train_network.py can be told where to begin: step, epoch and place are local
-variables of one long function. So that function is compiled once more, with a few of its expressions asking
-here; every one must be there exactly once, or the run stops. Nothing is copied, and a run without the flag
-runs upstream's own function.
+Neither sdxl_train.py nor train_network.py can be told where to begin, so their loop is edited (loop.py) to
+ask here.
 """
 
 from __future__ import annotations
@@ -13,11 +11,8 @@ import ast
 import copy
 import hashlib
 import os
-import sys
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import LambdaLR
@@ -25,17 +20,15 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from sdxl_fixes.errors import FixError
 from sdxl_fixes.log import say, warn
-from sdxl_fixes.trainers.fixes import allowed, given
-from sdxl_fixes.trainers.source import parsed
 
+from .loop import Edit, call, expression
 from .order import TRAINING, Order, Ordered, seed_everything
-from .run import FIXES, SESSION
+from .run import SESSION
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-LOOPS: Mapping[str, str] = {"sdxl_train.py": "sdxl_train.py", "sdxl_train_network.py": "train_network.py"}
 _HERE = "_sdxl_fixes_resume"  # this module's object among the trainer's globals
 
 
@@ -259,85 +252,6 @@ def sampled(
 # ---------------------------------------------------------------------- the loop
 
 
-def train(original: Callable[..., Any], self: Any, args: argparse.Namespace) -> Any:
-    """The network trainer's own loop, or it with a place to begin at."""
-    RESUME.reset()
-    return continued(original)(self, args) if _asked_for(args) else original(self, args)
-
-
-def swap(args: argparse.Namespace) -> None:
-    """The same for sdxl_train.py, whose ``train`` is the running script's: its arguments are known, and it is
-    not called yet."""
-    if not _asked_for(args) or SESSION.script_name() != "sdxl_train.py":
-        return
-    RESUME.reset()
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        function = frame.f_globals.get("train")
-        if Path(frame.f_code.co_filename).name == "sdxl_train.py" and isinstance(
-            function, types.FunctionType
-        ):
-            frame.f_globals["train"] = continued(function)
-            return
-        frame = frame.f_back
-
-
-def _asked_for(args: argparse.Namespace) -> bool:
-    return given(args, "exact_resume") and "resume" in allowed(getattr(args, "fixes", None), FIXES)
-
-
-def check(args: argparse.Namespace) -> None:
-    """Raise FixError if the flag is given and a loop that cannot resume runs."""
-    script = SESSION.script_name()
-    if _asked_for(args) and script in LOOPS and not RESUME.edited:
-        raise FixError(
-            f"--exact_resume: {script} does not start its training as we know it, so it would count from 0: "
-            "leave the flag out"
-        )
-
-
-def continued(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, a trainer's loop, asking :data:`RESUME`. Raises FixError if it is not as we know it."""
-    code = getattr(function, "__code__", None)
-    file, line = ("", 0) if code is None else (code.co_filename, code.co_firstlineno)
-    node, wrong = _edited(Path(file), line)
-    if node is None:
-        raise FixError(
-            f"--exact_resume does not fit this {Path(file).name} ({wrong}): leave the flag out, "
-            "which resumes upstream's way"
-        )
-    module = ast.fix_missing_locations(ast.Module([node], []))
-    scope: dict[str, Any] = {}
-    function.__globals__[_HERE] = RESUME
-    exec(compile(module, file, "exec"), function.__globals__, scope)
-    RESUME.edited = True
-    made: Callable[..., Any] = scope[node.name]
-    return made
-
-
-def misfit(file: Path) -> str | None:
-    """Why the loop in ``file`` is none that we know, or None."""
-    return _edited(file)[1]
-
-
-def _edited(file: Path, line: int = 0) -> tuple[ast.FunctionDef | None, str | None]:
-    """The definition of ``train`` in ``file`` (the one at ``line``, if given) with a place to begin at; or
-    None, and why it is not known."""
-    try:
-        tree = parsed(file)
-    except (OSError, SyntaxError) as error:
-        return None, f"train: expected its source in {file.name}, found {error}"
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and node.name == "train" and line in (0, node.lineno):
-            node = copy.deepcopy(node)
-            counts = _edit(node)
-            if node.args.args[0].arg == "self":  # its own count of steps, from kohya's file in the state
-                counts.setdefault("initial_step = steps_from_state", 0)
-            wrong = [f"`{what}` once, found {n} times" for what, n in counts.items() if n != 1]
-            return (None, f"train: expected {', '.join(wrong)}") if wrong else (node, None)
-    return None, f"train: expected its definition in {file.name}, found none"
-
-
 def _edit(function: ast.FunctionDef) -> dict[str, int]:
     """Let the loop ask; returns how often each of what is needed was there."""
     counts = dict.fromkeys(
@@ -348,32 +262,29 @@ def _edit(function: ast.FunctionDef) -> dict[str, int]:
     for node in ast.walk(function):
         text = ast.unparse(node) if isinstance(node, ast.Assign) else ""
         if text in ("global_step = 0", "initial_step = steps_from_state"):
-            node.value = _expression(first)  # type: ignore[attr-defined]
+            node.value = expression(first)  # type: ignore[attr-defined]
         elif text.startswith("progress_bar = tqdm("):
             text = "progress_bar = tqdm(...)"
-            node.value.keywords.append(ast.keyword("initial", _expression(first)))  # type: ignore[attr-defined]
+            node.value.keywords.append(ast.keyword("initial", expression(first)))  # type: ignore[attr-defined]
         elif text.startswith("loss_recorder = "):
             text = "loss_recorder = ..."
-            node.value = _asked("recorder", node.value)  # type: ignore[attr-defined]
+            node.value = call(_HERE, "recorder", node.value)  # type: ignore[attr-defined]
         elif isinstance(node, ast.For):
             head = f"for {ast.unparse(node.target).strip('()')} in {ast.unparse(node.iter)}"
             if head.startswith("for epoch in range("):
                 text = "for epoch in range(...)"
-                node.iter = _expression(f"{_HERE}.epochs(args)")
+                node.iter = expression(f"{_HERE}.epochs(args)")
             elif head.startswith("for step, batch in enumerate(") and head.endswith("train_dataloader)"):
                 text = "for step, batch in enumerate(... train_dataloader)"
-                node.iter = _asked("batches", node.iter.args[0])  # type: ignore[attr-defined]
+                node.iter = call(_HERE, "batches", node.iter.args[0])  # type: ignore[attr-defined]
             else:
                 continue
         else:
             continue
         counts[text] = counts.get(text, 0) + 1
+    if function.args.args[0].arg == "self":  # its own count of steps, from kohya's file in the state
+        counts.setdefault("initial_step = steps_from_state", 0)
     return counts
 
 
-def _expression(text: str) -> ast.expr:
-    return ast.parse(text, mode="eval").body
-
-
-def _asked(method: str, value: ast.expr) -> ast.Call:
-    return ast.Call(ast.Attribute(ast.Name(_HERE, ast.Load()), method, ast.Load()), [value], [])
+EDIT = Edit("--exact_resume", RESUME, _HERE, _edit, ", which resumes upstream's way", "count from 0")

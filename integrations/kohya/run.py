@@ -40,6 +40,7 @@ from sdxl_fixes.weighting import EpsilonLike, PlusVLike, Weighting
 from .chunk_flags import Options
 from .resume_flags import check_exact
 from .scripts import SCRIPTS, TESTED, digest, version
+from .speed_flags import PARTS, parts
 
 
 def changes_schedule(args: argparse.Namespace) -> bool:
@@ -93,6 +94,7 @@ FIXES = {
     "heldout": Fix({"heldout_steps": None}, options=("heldout_dir", "heldout_split")),
     "ema": Fix({"ema_decay": None}, options=("ema_evaluated",), due="later"),
     "resume": Fix({"exact_resume": None}, due="start"),
+    "speed": Fix({"speed": None}, due="start", parts={f"speed_{part}": part for part in PARTS}),
     "previews": Fix(due="later", wanted=changes_schedule),
     "saving": Fix(due="later", wanted=worth_saying),
 }
@@ -206,7 +208,10 @@ def start(args: argparse.Namespace, ours: Mapping[str, Flag] | None = None) -> R
     trained = flags.sampling() if base is None else base.sampling
     if trained.prediction_type == FLOW:
         _check_flow(args)
-    args = argparse.Namespace(**vars(args), **{BASE: base})  # ours: it sees no more than kohya's at the start
+    fast = {f"speed_{part}": True for part in parts(args)}
+    args = argparse.Namespace(
+        **vars(args), **{BASE: base}, **fast
+    )  # ours: it sees no more than kohya's at the start
     script = SESSION.script_name()
     # nobody asks for these by a flag of their own
     without = {fix for fix in SCRIPTS.get(script or "", {}) if not FIXES[fix].flags}
@@ -315,6 +320,8 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
             f"prompts of up to {75 * options.limit} tokens in batches of equal aspect and "
             f"chunks, {options.layout} vectors"
         )
+    if "speed" in run.on:
+        prompts.append(f"for speed {', '.join(part for part in PARTS if part in parts(args))}")
     files = []
     if "saving" in run.on:
         full = _full(args)

@@ -11,8 +11,10 @@ _NO_DATASET = "it reads a control data set, whose batches are not made by prompt
 _BESIDES = "its U-Net is told the control image, which the stable loss does not keep"
 _NO_AVERAGE = "it saves its models in ways that nobody has tried with an average"
 _OTHER_LOOP = "its training loop is another, which cannot be told where to begin"
+_NOT_FAST = "its training loop is another, in which nobody has counted what waits"
 _CONTROL = {
     "resume": _OTHER_LOOP,
+    "speed": _NOT_FAST,
     "buckets": _NO_DATASET,
     "validation": _BESIDES,
     "heldout": "its U-Net is told a control image, which a held-out picture has not",
@@ -26,6 +28,7 @@ SCRIPTS: Mapping[str, Mapping[str, str]] = {
     "sdxl_train_network.py": {},
     "sdxl_train_textual_inversion.py": {
         "resume": _OTHER_LOOP,
+        "speed": _NOT_FAST,
         "buckets": "it changes the captions after they were counted",
         "validation": "it trains the very text embeddings that the stable loss would keep",
         "heldout": "it trains the very text embeddings that the held-out loss would keep",

@@ -13,7 +13,7 @@ import pytest
 from sdxl_fixes.command_line import add_flags
 from sdxl_fixes.errors import FlagError
 from sdxl_fixes.flags import FLAGS, TrainingFlags
-from sdxl_fixes.kohya import chunk_flags, flags
+from sdxl_fixes.kohya import chunk_flags, flags, speed_flags
 from sdxl_fixes.kohya import run as kohya_run
 from sdxl_fixes.trainers import run as core
 
@@ -139,7 +139,9 @@ def test_every_argument_that_the_adapter_reads_is_checked():
         "args",  # of a function, in the source of a loop
     }
     for fix in kohya_run.FIXES.values():
-        parts = {*fix.parts} - {"trains_flow"}  # which prepare() says, from all the flags together
+        # which prepare() says, from all the flags together, and start(), of what --speed names
+        named = {f"speed_{part}" for part in speed_flags.PARTS}
+        parts = {*fix.parts} - {"trains_flow", *named}
         assert {*fix.flags, *fix.needs, *fix.options, *parts} <= {*flags.NAMES, *flags.READ}
 
 

@@ -12,6 +12,7 @@ import library.loss as loss_util
 import library.model_io as model_io
 import library.sampling as sampling
 import library.sdxl_model_util as sdxl_model_util
+import library.sdxl_train_util as sdxl_train_util
 import torch
 import training
 from accelerate import Accelerator
@@ -52,6 +53,20 @@ class Group(torch.utils.data.Dataset):
         return {"latents": torch.randn(2, 4, 8, 8, generator=generator) + crop + self.step, "number": index}
 
 
+class Tracker:
+    """accelerate's trackers, as a file."""
+
+    name = "file"
+
+    def __init__(self, path):
+        self.path = path
+
+    def log(self, values, step=None, **_):
+        assert all(isinstance(value, (int, float)) for value in values.values())
+        with open(self.path, "a") as file:
+            print(json.dumps([step, values]), file=file)
+
+
 def train(args):
     args_util.verify_training_args(args)
     set_seed(args.seed)
@@ -83,14 +98,19 @@ def train(args):
     )
     prepare_scheduler_for_custom_training(noise_scheduler, accelerator.device)
     sampling.sample_images_common(None, accelerator, args, 0, global_step)
+    accelerator.trackers = [Tracker(f"{args.output_dir}/tracked.jsonl")]
     loss_recorder = logging_util.LossRecorder()
     for epoch in range(num_train_epochs):
         for step, batch in enumerate(train_dataloader):
             with accelerator.accumulate(unet):
-                latents = batch["latents"]
+                latents = batch["latents"].to(accelerator.device)
+                if torch.any(torch.isnan(latents)):
+                    accelerator.print("NaN found in latents, replacing with zeros")
+                    latents = torch.nan_to_num(latents, 0, out=latents)
                 noise, noisy, timesteps = loss_util.get_noise_noisy_latents_and_timesteps(
                     args, noise_scheduler, latents
                 )
+                sdxl_train_util.get_size_embeddings(timesteps, accelerator.device)
                 prediction = unet(noisy, timesteps)
                 huber_c = loss_util.get_huber_threshold_if_needed(args, timesteps, noise_scheduler)
                 loss = loss_util.conditional_loss(
@@ -106,7 +126,14 @@ def train(args):
                 global_step += 1
                 sampling.sample_images_common(None, accelerator, args, None, global_step)
                 accelerator.save_state(f"{args.output_dir}/step{global_step}-state")
-            loss_recorder.add(epoch=epoch, step=step, loss=float(loss.detach()))
+            current_loss = loss.detach().item()
+            loss_recorder.add(epoch=epoch, step=step, loss=current_loss)
+            avr_loss: float = loss_recorder.moving_average
+            logs = {"avr_loss": avr_loss}
+            progress_bar.set_postfix(**logs)
+            if len(accelerator.trackers) > 0:
+                logs = {"loss": current_loss, "average": avr_loss, "lr": lr_scheduler.get_last_lr()[0]}
+                accelerator.log(logs, step=global_step)
             with open(f"{args.output_dir}/log.jsonl", "a") as file:
                 line = [
                     epoch,
@@ -123,6 +150,7 @@ def train(args):
             if global_step >= args.max_train_steps:
                 break
         accelerator.save_state(f"{args.output_dir}/epoch{epoch + 1}-state")
+        accelerator.log({"loss/epoch": loss_recorder.moving_average}, step=epoch + 1)
         sampling.sample_images_common(None, accelerator, args, epoch + 1, global_step)
     sdxl_model_util.save_stable_diffusion_checkpoint(
         f"{args.output_dir}/model.safetensors",

@@ -11,6 +11,7 @@ import library.loss as loss_util
 import library.model_io as model_io
 import library.sampling as sampling
 import library.sdxl_model_util as sdxl_model_util
+import library.sdxl_train_util as sdxl_train_util
 import library.strategy_sdxl as strategy_sdxl
 import torch
 import training
@@ -47,6 +48,7 @@ def train(args):
         batch = collate([item])
         latents = batch["latents"]
         noise, noisy, timesteps = loss_util.get_noise_noisy_latents_and_timesteps(args, noise_scheduler, latents)
+        sdxl_train_util.get_size_embeddings(timesteps, latents.device)
         prediction = unet(noisy, timesteps)
         target = noise_scheduler.get_velocity(latents, noise, timesteps) if args.v_parameterization else noise
         huber_c = loss_util.get_huber_threshold_if_needed(args, timesteps, noise_scheduler)

@@ -8,6 +8,7 @@ import library.logging_util as logging_util
 import library.loss as loss_util
 import library.model_io as model_io
 import library.sampling as sampling
+import library.sdxl_train_util as sdxl_train_util
 import torch
 import training
 from accelerate import Accelerator
@@ -38,6 +39,7 @@ class NetworkTrainer:
     def process_batch(self, batch, unet, noise_scheduler, args):
         latents = batch["latents"]
         noise, noisy, timesteps = loss_util.get_noise_noisy_latents_and_timesteps(args, noise_scheduler, latents)
+        sdxl_train_util.get_size_embeddings(timesteps, latents.device)
         prediction = unet(noisy, timesteps)
         target = noise_scheduler.get_velocity(latents, noise, timesteps) if args.v_parameterization else noise
         huber_c = loss_util.get_huber_threshold_if_needed(args, timesteps, noise_scheduler)

@@ -5,12 +5,14 @@ sdxl_fixes.kohya`` does). TRACE.json receives the losses given to the backward p
 contexts' sizes [B, length] given to the U-Net, the prompts that were encoded, and the scheduler's tables (of
 rank 0, if there are several processes); with TRACE_TENSORS in the environment also every step's latents,
 noise and prediction (and with TRACE_TENSORS=base what the U-Net that the training began with says of them);
-with TRACE_EVALUATED what the U-Net is given without gradients. With TRACE_AVERAGE every process leaves the
-average of the weights in TRACE.json.RANK.pt.
+with TRACE_EVALUATED what the U-Net is given without gradients, with COUNT_WAITS where a step would wait for
+a GPU (tests/support/played_device.py). With TRACE_AVERAGE every process leaves the average of the weights in
+TRACE.json.RANK.pt.
 All of it is observed where every version of sd-scripts passes: in accelerate, torch, diffusers, and in
 classes of sd-scripts that have not moved.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -25,7 +27,7 @@ import checkouts
 HERE = str(Path(__file__).resolve().parent)
 
 
-def trace(record, times):
+def trace(record, times, played=None):
     import accelerate
     import accelerate.checkpointing
     import diffusers
@@ -79,8 +81,9 @@ def trace(record, times):
 
     @functools.wraps(encode)
     def traced_encode(self, tokenize_strategy, models, tokens):
-        texts = tokenize_strategy.tokenizer1.batch_decode(tokens[0].flatten(1), skip_special_tokens=True)
-        record["prompts"].append(["".join(text.split()) for text in texts])
+        if played is None:  # or the tokens would be read from the device
+            texts = tokenize_strategy.tokenizer1.batch_decode(tokens[0].flatten(1), skip_special_tokens=True)
+            record["prompts"].append(["".join(text.split()) for text in texts])
         return encode(self, tokenize_strategy, models, tokens)
 
     strategy_sdxl.SdxlTextEncodingStrategy.encode_tokens = traced_encode
@@ -157,9 +160,13 @@ if __name__ == "__main__":
     if "START_METHOD" in os.environ:  # what Windows and macOS do
         torch.multiprocessing.set_start_method(os.environ["START_METHOD"])
     tiny.apply()
-    times = []
+    times, counting, played = [], contextlib.ExitStack(), None
     record = {"losses": [], "timesteps": [], "contexts": [], "prompts": []}
-    trace(record, times)
+    if "COUNT_WAITS" in os.environ:
+        import played_device
+
+        played = counting.enter_context(played_device.playing(checkout))
+    trace(record, times, played)
     sys.argv = [str(checkout / script), *arguments]
     try:
         if how == "module":
@@ -172,6 +179,9 @@ if __name__ == "__main__":
                 sdxl_fixes.kohya.install()
             runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
+        counting.close()
+        if played is not None:
+            record["waits"] = played.per_cycle()
         if os.environ.get("RANK", "0") == "0":
             Path(out).write_text(json.dumps(record))
         if "TRACE_AVERAGE" in os.environ:
