@@ -149,7 +149,7 @@ class SampleTable:
 
     def update(self, samples: Iterable[tuple[str, str, Any]]) -> None:
         """Many at once: (checkpoint, prompt, image)."""
-        new = {}
+        new: dict[tuple[str, str], None] = {}
         for checkpoint, prompt, image in samples:
             buffer = io.BytesIO()
             image.save(buffer, "PNG")
