@@ -16,8 +16,8 @@ from sdxl_fixes.atomic import replacing
 from sdxl_fixes.errors import printable
 
 _MARK = '<meta name="generator" content="sdxl-fixes samples">'
-_COLUMN = re.compile('<th scope="col">([^<]*)</th>')
-_PICTURE = re.compile(r'<img data-c="([^"]*)" data-p="([^"]*)" [^>]*?src="data:image/png;base64,([^"]*)">')
+# one tag, so that a write that was cut off leaves a tag without an end, which browsers drop
+_SAMPLE = re.compile(r'<img data-c="([^"]*)" data-p="([^"]*)" [^>]*?src="data:image/png;base64,([^"]*)">')
 _STYLE = """
 :root{color-scheme:light dark;--cell:240px;--label:220px;--page:#fff;--ink:#1b1d22;--soft:#666c78;--line:#e3e5ea;
 --accent:#2f6fde}
@@ -41,6 +41,7 @@ td:empty::before{content:"no picture";padding:8px;border:1px dashed var(--line);
 button{padding:0;border:0;background:none;cursor:zoom-in;border-radius:6px}
 button:hover,button:focus-visible{outline:3px solid var(--accent);outline-offset:2px}
 td img{display:block;width:100%;height:auto;border-radius:6px}
+body>img{max-width:var(--cell);height:auto}
 dialog{width:100vw;height:100dvh;max-width:none;max-height:none;margin:0;padding:12px;border:0;background:#0b0c0e;
 color:#e9ebf0;cursor:zoom-out}
 dialog[open]{display:grid;grid-template-rows:minmax(0,1fr) auto;gap:10px}
@@ -50,9 +51,39 @@ dialog p{margin:0;max-height:6em;overflow:auto;text-align:center}
 @media(max-width:640px){:root{--cell:132px;--label:96px}body{font-size:12px}header{padding:16px 10px 10px}
 th,td{padding:5px}tbody th,thead th:first-child{padding-left:10px}}
 """
-# the open picture is a copy of the cell's element: a page has one src for a picture
+# of two samples of one cell the later counts; the open picture is a copy of the cell's element: a page has one
+# src for a picture
 _SCRIPT = """
 const dialog = document.querySelector("dialog"), table = document.querySelector("table");
+function put(parent, name, text = "") {
+  const made = parent.appendChild(document.createElement(name));
+  made.textContent = text;
+  return made;
+}
+function head(row, scope, text) { const made = put(row, "th", text); made.scope = scope; return made; }
+addEventListener("DOMContentLoaded", () => {
+  const columns = new Map(), count = (n, what) => `${n} ${what}${n === 1 ? "" : "s"}`;
+  for (const image of document.querySelectorAll("body>img")) {
+    const {c, p} = image.dataset;
+    if (!columns.has(c)) columns.set(c, new Map());
+    columns.get(c).get(p)?.remove();
+    columns.get(c).set(p, image);
+  }
+  const prompts = new Set([...columns.values()].flatMap(column => [...column.keys()]));
+  const first = put(put(table, "thead"), "tr"), body = put(table, "tbody");
+  put(first, "th");
+  for (const c of columns.keys()) head(first, "col", c);
+  for (const p of prompts) {
+    const row = put(body, "tr");
+    put(head(row, "row", ""), "div", p);
+    for (const column of columns.values()) {
+      const cell = put(row, "td");
+      if (column.has(p)) put(cell, "button").append(column.get(p));
+    }
+  }
+  document.querySelector("header p").textContent = `${count(prompts.size, "prompt")}, ` +
+    `${count(columns.size, "checkpoint")}. A click opens a picture, arrow keys or a swipe its neighbours.`;
+});
 const keys = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]};
 let button;
 function show(wanted) {
@@ -90,71 +121,78 @@ class SampleTable:
     """A growing table in one file, which holds its pictures. An existing file of this kind is continued, so a
     resumed run goes on in it.
 
+    The file is a head, whose script arranges the table when a browser has read the page, and then a line for
+    every sample, the latest last: to add is to append. Killed at any moment, it shows the samples before.
+
     Raises ValueError for an existing file of another kind.
     """
 
     def __init__(self, path: str | Path, title: str = "Samples") -> None:
         self.path, self.title = Path(path), title
         self.cells: dict[str, dict[str, str]] = {}  # checkpoint -> prompt -> PNG, base64
+        self._size = self._samples = 0  # bytes and samples of the file, as long as it can be appended to
         if self.path.exists():
-            page = self.path.read_text(encoding="utf-8", errors="replace")
-            pictures = _PICTURE.findall(page)
-            if _MARK not in page or len(pictures) != page.count("<img "):
+            content = self.path.read_bytes()
+            page = content.decode("utf-8", errors="replace")
+            found = list(_SAMPLE.finditer(page))
+            # the last may have been cut off
+            if _MARK not in page or len(found) != page[: page.rfind(">") + 1].count("<img "):
                 raise ValueError(f"{self.path} exists and is not a table of samples: choose another file")
-            self.cells = {html.unescape(checkpoint): {} for checkpoint in _COLUMN.findall(page)}
-            for checkpoint, prompt, png in pictures:
-                self.cells[html.unescape(checkpoint)][html.unescape(prompt)] = png
+            for checkpoint, prompt, png in (sample.groups() for sample in found):
+                self.cells.setdefault(html.unescape(checkpoint), {})[html.unescape(prompt)] = png
+            if content == "".join([self._head(), *(f"{sample[0]}\n" for sample in found)]).encode():
+                self._size, self._samples = len(content), len(found)
 
     def add(self, checkpoint: str, prompt: str, image: Any) -> None:
-        """Put ``image`` (a PIL image) into the table, in place of an older one, and write the file."""
+        """Put ``image`` (a PIL image) into the table, in place of an older one, and write it to the file."""
         self.update([(checkpoint, prompt, image)])
 
     def update(self, samples: Iterable[tuple[str, str, Any]]) -> None:
         """Many at once: (checkpoint, prompt, image)."""
+        new: dict[tuple[str, str], None] = {}
         for checkpoint, prompt, image in samples:
             buffer = io.BytesIO()
             image.save(buffer, "PNG")
             # a browser reads and a file holds neither control characters nor half a surrogate
-            column = self.cells.setdefault(printable(str(checkpoint)), {})
-            column[printable(str(prompt))] = base64.b64encode(buffer.getvalue()).decode()
-        self._write()
+            cell = printable(str(checkpoint)), printable(str(prompt))
+            self.cells.setdefault(cell[0], {})[cell[1]] = base64.b64encode(buffer.getvalue()).decode()
+            new[cell] = None
+        self._write([self._sample(*cell) for cell in new])
 
-    def _write(self) -> None:
-        prompts = list(dict.fromkeys(prompt for column in self.cells.values() for prompt in column))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as file:
-            file.write_text(self._page(prompts), encoding="utf-8")
+    def _write(self, new: list[str]) -> None:
+        """Append, if the file is as we left it, and would not be mostly older pictures of the same cells."""
+        size, self._size = self._size, 0  # until all is written
+        cells = sum(map(len, self.cells.values()))
+        ours = size and self.path.exists() and self.path.stat().st_size == size
+        if ours and self._samples + len(new) <= 2 * cells:
+            content, self._samples = "".join(new).encode(), self._samples + len(new)
+            with self.path.open("ab") as file:
+                file.write(content)
+        else:
+            size, self._samples = 0, cells
+            samples = (self._sample(column, row) for column in self.cells for row in self.cells[column])
+            content = "".join([self._head(), *samples]).encode()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self.path) as partial:
+                partial.write_bytes(content)
+        self._size = size + len(content)
 
-    def _page(self, prompts: list[str]) -> str:
+    def _head(self) -> str:
         title = html.escape(printable(self.title))
-        head = "".join(f'<th scope="col">{html.escape(checkpoint)}</th>' for checkpoint in self.cells)
-        rows = "".join(
-            f'<tr><th scope="row"><div>{html.escape(prompt)}</div></th>'
-            f"{''.join(self._cell(checkpoint, prompt) for checkpoint in self.cells)}</tr>\n"
-            for prompt in prompts
-        )
         return (
             f'<!doctype html><html lang="en"><head><meta charset="utf-8">{_MARK}'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{title}</title><style>{_STYLE}</style></head>\n<body><header><h1>{title}</h1>"
-            f"<p>{_count(len(prompts), 'prompt')}, {_count(len(self.cells), 'checkpoint')}. "
-            "A click opens a picture, arrow keys or a swipe its neighbours.</p></header>\n"
-            f"<table><thead><tr><th></th>{head}</tr></thead>\n<tbody>{rows}</tbody></table>\n"
-            f"<dialog tabindex='-1'></dialog><script>{_SCRIPT}</script></body></html>\n"
+            f"<title>{title}</title><style>{_STYLE}</style></head>\n<body><header><h1>{title}</h1><p></p>"
+            "<noscript>The script of this page makes a table of the pictures below: allow it.</noscript></header>\n"
+            f"<table></table><dialog tabindex='-1'></dialog><script>{_SCRIPT}</script>\n"
         )
 
-    def _cell(self, checkpoint: str, prompt: str) -> str:
-        if prompt not in self.cells[checkpoint]:
-            return "<td></td>"
+    def _sample(self, checkpoint: str, prompt: str) -> str:
         png = self.cells[checkpoint][prompt]
         width, height = struct.unpack(">II", base64.b64decode(png[:32])[16:24])  # of PNG's first chunk
         column, row = html.escape(checkpoint), html.escape(prompt)
         # a picture of its own: browsers end a text, such as a script with all of them, at 512 MB
         return (
-            f'<td><button><img data-c="{column}" data-p="{row}" alt="{column}: {row}" width="{width}" '
-            f'height="{height}" src="data:image/png;base64,{png}"></button></td>'
+            f'<img data-c="{column}" data-p="{row}" alt="{column}: {row}" width="{width}" '
+            f'height="{height}" src="data:image/png;base64,{png}">\n'
         )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

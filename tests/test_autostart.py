@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from installing import LIBRARIES, call, fresh_python
+from installing import LIBRARIES, call, fresh_python, packages, pip
 
 from sdxl_fixes.kohya import flags
 
@@ -43,7 +43,7 @@ IN_FILE = said("my.toml uses", "terminal_sigma")
 
 class Environment:
     def __init__(self, folder):
-        self.python = fresh_python(folder, with_pip=False)
+        self.python = fresh_python(folder)
         self.site = Path(*call(self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"))
         self.aside = folder / "aside"
         for name in (MODULE, autostart.PTH):
@@ -336,14 +336,20 @@ def test_on_windows_an_interrupt_is_the_childs_to_answer(environment):
 
 
 @pytest.mark.parametrize("editable", [False, True], ids=["wheel", "editable"])
-def test_an_installation_guards_plain_starts_and_uninstalling_it_leaves_nothing(
+def test_an_installation_is_whole_and_guards_plain_starts_and_uninstalling_it_leaves_nothing(
     built, checkout, tmp_path, editable
 ):
+    """An editable one reads the source, also when it is started in the source folder."""
     python = fresh_python(tmp_path / "venv")
     site = Path(*call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"))
     (site / "zz.pth").write_text(LIBRARIES)  # appended to its path, and no .pth file there is run
     before = {path.name for path in site.iterdir()} | {"__pycache__"}
-    call(python, "-m", "pip", "install", "--no-deps", *(["-e", built[0]] if editable else [built[1]]))
+    pip(python, "install", "--no-deps", *(["-e", built[0]] if editable else [built[1]]))
+    source = built[0]
+    read = [source / "sdxl_fixes", *(source / "integrations" / name for name in ("kohya", "diffusers"))]
+    held = [site / "sdxl_fixes", *(site / "sdxl_fixes" / name for name in ("kohya", "diffusers"))]
+    for folder in (tmp_path, source) if editable else (tmp_path,):
+        assert packages(python, folder) == (read if editable else held)
     assert (site / autostart.PTH).is_file() and (site / MODULE).is_file() != editable
     assert call(
         python, "-c", "import _sdxl_fixes_autostart; print(_sdxl_fixes_autostart.installed())", cwd=tmp_path
@@ -363,5 +369,5 @@ def test_an_installation_guards_plain_starts_and_uninstalling_it_leaves_nothing(
     process = start("-u", "sdxl_train.py", "--seed", "1")
     assert process.stdout == "plain ['sdxl_train.py', '--seed', '1']\n" and process.stderr == ""
 
-    call(python, "-m", "pip", "uninstall", "-y", "sdxl-fixes")
+    pip(python, "uninstall", "-y", "sdxl-fixes")
     assert {path.name for path in site.iterdir()} | {"__pycache__"} == before

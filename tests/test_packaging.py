@@ -1,5 +1,4 @@
-"""Wheel, sdist and editable installs hold every package, where design says: integrations/kohya is
-sdxl_fixes.kohya."""
+"""Wheel and sdist hold every package, where design says: integrations/kohya is sdxl_fixes.kohya."""
 
 import configparser
 import email
@@ -10,32 +9,12 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import pytest
 import yaml
-from installing import LIBRARIES, call, fresh_python
+from installing import fresh_python, packages, pip
 
 from sdxl_fixes.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
-PROBE = f"""
-import sys
-sys.path.append({LIBRARIES!r})  # appended, so that no .pth file there is run
-import sdxl_fixes, sdxl_fixes.kohya, sdxl_fixes.diffusers, sdxl_fixes.kohya.patches, importlib.metadata as m
-files = [module.__file__ for module in (sdxl_fixes, sdxl_fixes.kohya, sdxl_fixes.diffusers)]
-print(*files, m.version("sdxl-fixes"), sep="\\n")
-"""
-
-
-@pytest.fixture
-def python(tmp_path):
-    """A fresh environment's python."""
-    return fresh_python(tmp_path / "venv")
-
-
-def probe(python, cwd):
-    *files, version = call(python, "-c", PROBE, cwd=cwd, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
-    assert version == "0.1.0"
-    return [Path(file) for file in files]
 
 
 def test_wheel_holds_all_packages_and_the_licence(built):
@@ -107,23 +86,8 @@ def test_a_release_is_the_version_of_its_tag():
     assert status(ours, dated.replace(".", "x")) == 1
 
 
-def test_wheel_installs(built, python, tmp_path):
-    call(python, "-m", "pip", "install", "--no-deps", built[1])
-    assert all(tmp_path / "venv" in file.parents for file in probe(python, tmp_path))
-
-
-def test_sdist_installs(built, python, tmp_path):
-    call(python, "-m", "pip", "install", "--no-deps", built[2])
-    assert all(tmp_path / "venv" in file.parents for file in probe(python, tmp_path))
-
-
-@pytest.mark.parametrize("inside", [False, True], ids=["from elsewhere", "from the source folder"])
-def test_editable_install_reads_the_source(built, python, tmp_path, inside):
-    source = built[0]
-    call(python, "-m", "pip", "install", "--no-deps", "-e", source)
-    expected = [
-        source / "sdxl_fixes",
-        source / "integrations" / "kohya",
-        source / "integrations" / "diffusers",
-    ]
-    assert [file.parent for file in probe(python, source if inside else tmp_path)] == expected
+def test_sdist_installs(built, tmp_path):
+    """The wheel and an editable install: tests/test_autostart.py."""
+    python = fresh_python(tmp_path / "venv")
+    pip(python, "install", "--no-deps", built[2])
+    assert all(tmp_path / "venv" in folder.parents for folder in packages(python, tmp_path))

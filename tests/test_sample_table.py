@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -21,38 +22,31 @@ def picture(grey):
 
 
 class Page(HTMLParser):
-    """The page by Python's own reader of HTML: ``tags`` with their attributes, ``texts``, and ``rows`` of
-    (prompt, grey of each cell), as a browser would show them."""
+    """The page by Python's own reader of HTML, which like a browser drops a tag without an end: ``tags`` with
+    their attributes, and ``texts``."""
 
     def __init__(self, path):
         super().__init__()
-        self.tags, self.texts, self.rows, self.cell = [], [], [], ""
+        self.tags, self.texts = [], []
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.tags.append((tag, attributes))
-        if tag in ("th", "td"):
-            self.cell = attributes.get("scope", tag)
-        if self.cell == "row" and tag == "th":
-            self.rows.append(["", []])
-        if tag == "td":
-            self.rows[-1][1].append(None)
-        if tag == "img":
-            png = base64.b64decode(attributes["src"].removeprefix("data:image/png;base64,"))
-            self.rows[-1][1][-1] = Image.open(io.BytesIO(png)).getpixel((0, 0))[0]
-
-    def handle_endtag(self, tag):
-        self.cell = "" if tag in ("th", "td") else self.cell
+        self.tags.append((tag, dict(attributes)))
 
     def handle_data(self, text):
         self.texts.append(text)
-        if self.cell == "row":
-            self.rows[-1][0] += text
 
 
 def shown(path):
-    return [(prompt, greys) for prompt, greys in Page(path).rows]
+    """Rows of (prompt, grey of each cell), as the page's script arranges them (tested in a browser below)."""
+    columns = {}
+    for tag, image in Page(path).tags:
+        if tag == "img":
+            png = base64.b64decode(image["src"].removeprefix("data:image/png;base64,"))
+            grey = Image.open(io.BytesIO(png)).getpixel((0, 0))[0]
+            columns.setdefault(image["data-c"], {})[image["data-p"]] = grey
+    prompts = dict.fromkeys(prompt for column in columns.values() for prompt in column)
+    return [(prompt, [column.get(prompt) for column in columns.values()]) for prompt in prompts]
 
 
 def test_a_column_per_checkpoint_and_a_row_per_prompt_also_after_a_restart(tmp_path):
@@ -73,12 +67,12 @@ def test_markup_and_control_characters_in_a_prompt_are_text(tmp_path):
     SampleTable(path, "\udfff").add(script, prompt, picture(1))
     safe = "a <b>&</b> </td>\\r\\n\\x1b[31m\\ud800'\" \\x00"
     page = Page(path)
-    own = (
-        "html head meta title style body header h1 p table thead tbody tr th div td button img dialog script"
-    )
+    own = "html head meta title style body header h1 p noscript table dialog script img"
     assert sorted({tag for tag, _ in page.tags}) == sorted(own.split())
     assert [tag for tag, _ in page.tags].count("script") == 1
-    assert script in page.texts and safe in page.texts and page.texts.count("\\udfff") == 2
+    assert page.texts.count("\\udfff") == 2
+    (image,) = (attributes for tag, attributes in page.tags if tag == "img")
+    assert image["alt"] == f"{script}: {safe}" and image["data-c"] == script
     assert shown(path) == [(safe, [1])]
     SampleTable(path).add(script, prompt, picture(2))  # the same cell
     assert SampleTable(path).cells.keys() == {script} and SampleTable(path).cells[script].keys() == {safe}
@@ -119,7 +113,7 @@ def rules(style):
     return found
 
 
-def test_headings_stay_and_pictures_have_words_sizes_and_a_button(tmp_path):
+def test_headings_stay_and_pictures_have_words_and_sizes(tmp_path):
     path = tmp_path / "samples.html"
     SampleTable(path, "my run").update([("1", 'a "cat"', picture(1)), ("2", 'a "cat"', picture(2))])
     page = Page(path)
@@ -128,8 +122,6 @@ def test_headings_stay_and_pictures_have_words_sizes_and_a_button(tmp_path):
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert [image["alt"] for image in images] == ['1: a "cat"', '2: a "cat"']
     assert {(image["width"], image["height"]) for image in images} == {("4", "3")}
-    for number, (tag, _) in enumerate(page.tags):
-        assert tag != "img" or page.tags[number - 1][0] == "button"
     found = rules(next(text for text in page.texts if "--accent" in text))
     assert "position:sticky" in found["th"] and "background:var(--page)" in found["th"]
     assert "top:0" in found["thead th"].split(";") and "left:0" in found["tbody th"]
@@ -152,6 +144,11 @@ const open = () => [dialog.open, dialog.querySelector("img").alt];
 onload = () => {
   scrollTo(500, 200);
   const found = {scrolled: [scrollX, scrollY], width: innerWidth};
+  const texts = what => all(what).map(e => e.textContent);
+  found.heads = [texts("thead th[scope=col]"), texts("tbody th[scope=row]"), texts("header p")];
+  found.pictures = [all("img").length, all("td > button > img").length];
+  found.grid = [...document.querySelector("tbody").rows].map(r => [...r.querySelectorAll("td")].map(
+    e => e.querySelector("img")?.alt ?? (e.matches(":empty") ? null : "?")));
   found.background = getComputedStyle(document.body).backgroundColor;
   found.left = all("header, tbody th, thead th:first-child").map(e => rect(e).left);
   found.top = all("thead th").map(e => rect(e).top);
@@ -177,11 +174,16 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium in PATH: apt install chromium")
 @pytest.mark.parametrize(("size", "dark", "cell"), [((390, 700), True, 132), ((1280, 700), False, 240)])
 def test_in_a_browser_headings_stay_and_a_picture_opens(tmp_path, size, dark, cell):
-    path, samples = tmp_path / "samples.html", []
-    for k in range(15):
-        samples += [(f"step {k}", f"prompt {n}", picture(100 + k)) for n in range(12) if (k, n) != (1, 0)]
-    SampleTable(path).update(samples)
-    page = path.read_text(encoding="utf-8").replace("</body>", f"<script>{LOOK}</script></body>")
+    """Also of a file in which a picture was replaced, and whose last one was cut off; names are text."""
+    path, columns, rows = tmp_path / "samples.html", [f"step {k}" for k in range(15)], range(12)
+    columns[3] = "</table><b>&amp;</b>'\""
+    table = SampleTable(path)
+    table.add("step 0", "prompt 0", Image.new("RGB", (9, 9)))
+    for k, column in enumerate(columns):
+        table.update((column, f"prompt {n}", picture(100 + k)) for n in rows if (k, n) != (1, 0))
+    page = path.read_text(encoding="utf-8").replace("<table>", f"<script>{LOOK}</script><table>")
+    assert page.count("<img ") == 180 and "<script>\nconst" in page
+    page += page[page.rindex("<img ") : -9].replace("prompt 11", "prompt 12")
     path.write_text(page, encoding="utf-8")
     (tmp_path / "frame.html").write_text(FRAME.format(*size))
     words = [
@@ -195,6 +197,12 @@ def test_in_a_browser_headings_stay_and_a_picture_opens(tmp_path, size, dark, ce
         if answer := re.search(r'{"scrolled".*}', html.unescape(dumped)):
             break
     found = json.loads(answer[0])
+    count = "12 prompts, 15 checkpoints. A click opens a picture, arrow keys or a swipe its neighbours."
+    assert found["heads"] == [columns, [f"prompt {n}" for n in rows], [count]]
+    assert found["pictures"] == [179, 179]
+    grid = [[f"{column}: prompt {n}" for column in columns] for n in rows]
+    grid[0][1] = None
+    assert found["grid"] == grid
     assert found["scrolled"] == [500, 200] and found["width"] == size[0]
     assert set(found["left"]) == {0} and set(found["top"]) == {0} and found["corner"]
     assert set(found["cells"]) == {cell}
@@ -219,10 +227,80 @@ def test_a_failed_write_leaves_the_old_table(tmp_path, monkeypatch):
     path = tmp_path / "samples.html"
     SampleTable(path).add("1", "a cat", picture(1))
     before = path.read_bytes()
-    monkeypatch.setattr("os.replace", lambda *args: (_ for _ in ()).throw(OSError("no space left")))
-    with pytest.raises(OSError, match="no space left"):
-        SampleTable(path).add("2", "a cat", picture(2))
+    with monkeypatch.context() as patched:
+        patched.setattr("os.replace", lambda *args: (_ for _ in ()).throw(OSError("no space left")))
+        with pytest.raises(OSError, match="no space left"):
+            SampleTable(path, "another title").add("2", "a cat", picture(2))
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["samples.html"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no limits of a file's size")
+@pytest.mark.parametrize("room", [0, 90])
+def test_on_a_full_disk_the_old_table_stays_and_nothing_is_lost_once_there_is_room(tmp_path, room):
+    import resource
+
+    path = tmp_path / "samples.html"
+    table = SampleTable(path)
+    table.add("1", "a cat", picture(1))
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + room, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            table.add("2", "a cat", picture(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(path.read_bytes()) == len(before) + room and shown(path) == [("a cat", [1])]
+    table.add("3", "a cat", picture(3))
+    assert shown(path) == shown_again(path) == [("a cat", [1, 2, 3])]
+
+
+def shown_again(path):
+    """After another start has gone on with the table."""
+    SampleTable(path).add("1", "a cat", picture(1))
+    return shown(path)
+
+
+def test_killed_at_any_byte_the_file_is_the_old_table_or_the_new_and_is_gone_on_with(tmp_path):
+    path, old, new = tmp_path / "samples.html", [("a <cat>", [1, 2])], [("a <cat>", [1, 2, 3])]
+    table = SampleTable(path)
+    for k in (1, 2):
+        table.add(f"{k}", "a <cat>", picture(k))
+    before = path.read_bytes()
+    table.add("3", "a <cat>", picture(3))
+    after = path.read_bytes()
+    start, end = len(before), len(after)
+    for length in (*range(start, start + 6), *range(start + 6, end - 6, 9), *range(end - 6, end + 1)):
+        path.write_bytes(after[:length])
+        assert shown(path) == (old if length < len(after) - 1 else new)  # the last byte is a line end
+        SampleTable(path).add("3", "a <cat>", picture(3))
+        assert shown(path) == new
+
+
+def test_what_another_program_removed_or_cut_is_written_whole(tmp_path):
+    path = tmp_path / "samples.html"
+    table = SampleTable(path)
+    table.add("1", "a cat", picture(1))
+    path.unlink()
+    table.add("2", "a cat", picture(2))
+    path.write_bytes(path.read_bytes()[:-20])
+    table.add("3", "a cat", picture(3))
+    assert shown(path) == [("a cat", [1, 2, 3])]
+
+
+def test_a_picture_is_appended_and_a_table_does_not_fill_with_replaced_ones(tmp_path):
+    path = tmp_path / "samples.html"
+    table = SampleTable(path)
+    for k in range(20):
+        before, file = path.read_bytes() if k else b"", path.stat().st_ino if k else None
+        table = table if k % 5 else SampleTable(path)  # also after a restart
+        table.add(f"{k // 2}", f"{k % 2}", picture(k))
+        assert path.read_bytes().startswith(before) and file in (None, path.stat().st_ino)
+    whole, grown = path.stat().st_size, []
+    for k in range(50):
+        table.add(f"{k % 10}", "1", picture(k))
+        grown.append(path.stat().st_size)
+    assert max(grown) < 2 * whole and min(grown[20:]) < 1.1 * whole
+    assert shown(path) == [("0", [*range(0, 20, 2)]), ("1", [*range(40, 50)])]
 
 
 def previews(folder, **greys):

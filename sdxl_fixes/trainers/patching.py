@@ -131,19 +131,21 @@ class PatchSet:
         """
         self.undo()
         self.refused, self.refused_in = {}, {}
-        for patch, why in self.check().items():
+        found = self.check()  # which imports all modules that the targets are in
+        for patch, why in found.items():
             for fix in patch.fixes if why is not None else ():
                 if patch.only:
                     self.refused_in |= {(script, fix): str(why) for script in patch.only}
                 else:
                     self.refused.setdefault(fix, str(why))
+        modules = self._modules()
         try:
-            for patch in self.patches:
+            for patch, why in found.items():
                 wanted = {
                     fix for fix in patch.fixes if fix not in self.refused and (fixes is None or fix in fixes)
                 }
-                if wanted and self._mismatch(patch) is None:
-                    self._replace(patch)
+                if wanted and why is None:
+                    self._replace(patch, modules)
         except BaseException:
             self.undo()
             raise
@@ -209,7 +211,9 @@ class PatchSet:
             return origin if defined and origin is not None else module
         raise failure
 
-    def _replace(self, patch: Patch) -> None:
+    def _replace(self, patch: Patch, modules: Sequence[ModuleType]) -> None:
+        """Where it is defined, and in every one of the trainer's ``modules`` that is bound to it under any
+        name."""
         owner, name = self._resolve(patch)
         found = inspect.getattr_static(owner, name)
         original = found.__func__ if isinstance(found, classmethod) else getattr(owner, name)
@@ -225,19 +229,15 @@ class PatchSet:
         inherited = name not in vars(owner)
         places = [(owner, name)]
         if isinstance(owner, ModuleType):
-            places += [place for place in self._holders(found) if place != (owner, name)]
+            places += [
+                (module, held)
+                for module in modules
+                for held, value in list(vars(module).items())
+                if value is found and (module, held) != (owner, name)
+            ]
         for holder, held in places:
             self._applied.append(_Applied(holder, held, None if inherited else found, inherited, made))
             setattr(holder, held, made)
-
-    def _holders(self, function: Any) -> list[tuple[ModuleType, str]]:
-        """Every (module, name) of the trainer's that is bound to ``function``."""
-        return [
-            (module, name)
-            for module in self._modules()
-            for name, value in list(vars(module).items())
-            if value is function
-        ]
 
     def _modules(self) -> list[ModuleType]:
         """The trainer's modules that are loaded."""

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import venv
 from pathlib import Path
 
@@ -17,7 +18,28 @@ def call(*command, **kwargs):
     return process.stdout.split()
 
 
-def fresh_python(folder, with_pip=True):
+def fresh_python(folder):
     """A fresh environment's python."""
-    venv.create(folder, with_pip=with_pip)
+    venv.create(folder)
     return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def pip(python, *words):
+    """This environment's pip at work in another, which then needs none."""
+    return call(sys.executable, "-m", "pip", "--python", python, *words)
+
+
+PROBE = f"""
+import sys
+sys.path.append({LIBRARIES!r})  # appended, so that no .pth file there is run
+import sdxl_fixes, sdxl_fixes.kohya, sdxl_fixes.diffusers, sdxl_fixes.kohya.patches, importlib.metadata as m
+files = [module.__file__ for module in (sdxl_fixes, sdxl_fixes.kohya, sdxl_fixes.diffusers)]
+print(*files, m.version("sdxl-fixes"), sep="\\n")
+"""
+
+
+def packages(python, cwd):
+    """The folders of sdxl_fixes, its kohya and its diffusers that a start in ``cwd`` imports."""
+    *files, version = call(python, "-c", PROBE, cwd=cwd, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+    assert version == "0.1.0"
+    return [Path(file).parent for file in files]
