@@ -457,7 +457,7 @@ def _codes(values: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
     for piece in _pieces(len(values)):
         place[np.subtract(values[piece], least, dtype=np.int64)] = 1
     place = np.cumsum(place) - 1
-    found = np.empty(len(values), np.min_scalar_type(place[-1]))
+    found: NDArray[np.integer[Any]] = np.empty(len(values), np.min_scalar_type(place[-1]))
     for piece in _pieces(len(values)):
         found[piece] = place[np.subtract(values[piece], least, dtype=np.int64)]
     return found
