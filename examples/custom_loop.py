@@ -156,6 +156,9 @@ def main() -> None:
     )
     torch.manual_seed(args.seed)
     unet = make_unet()
+    if accelerator.distributed_type == "DEEPSPEED":  # which asks for it where no DataLoader is prepared
+        deepspeed = accelerator.state.deepspeed_plugin.deepspeed_config
+        deepspeed["train_micro_batch_size_per_gpu"] = args.batch_size
     unet, optimizer = accelerator.prepare(unet, torch.optim.AdamW(unet.parameters(), lr=args.learning_rate))
     data = {name: tensor.to(accelerator.device) for name, tensor in make_data().items()}
     most = len(data["latents"]) // accelerator.num_processes
@@ -167,7 +170,7 @@ def main() -> None:
         name: tensor.to(accelerator.device)
         for name, tensor in make_data(flags.stable_loss_images or 8, seed=1).items()
     }
-    validation, network = Validation(objective), accelerator.unwrap_model(unet)
+    validation = Validation(objective)
 
     progress = Progress(objective)
     # also where the stratified draws stand
@@ -211,10 +214,10 @@ def main() -> None:
             # are
             numbers = validation(
                 lambda noisy, timesteps, image: predict(
-                    network, noisy, timesteps, {name: held_out[name][image] for name in held_out}
+                    unet, noisy, timesteps, {name: held_out[name][image] for name in held_out}
                 ),
                 held_out["latents"],
-                models=(network,),
+                models=(unet,),
                 batch_size=args.batch_size,
                 accelerator=accelerator,  # every process takes its share
             )
@@ -225,8 +228,11 @@ def main() -> None:
             progress.step = step + 1
             save_checkpoint(args.output_dir, progress.step, accelerator)
 
+    weights = accelerator.get_state_dict(unet)  # whole, where FSDP deals them out
     accelerator.end_training()
     if accelerator.is_main_process:
+        network = make_unet()
+        network.load_state_dict(weights)
         network.save_pretrained(args.output_dir / "unet")
         # samples the trained schedule, also in stock diffusers; a pipeline's save_pretrained writes the same
         # file

@@ -23,7 +23,10 @@ from sdxl_fixes.names import LEFTOVERS, check_seed
 FORMAT = "sdxl-fixes buckets 1"
 _KEYS, _ORDER, _REPEATS = range(3)  # what random bits are for
 
+_PIECE = 1 << 20  # of what is as long as the data set, so much is computed at a time
+
 Ints = NDArray[np.int64]
+Samples = NDArray[np.integer[Any]]  # int32 where that suffices
 Bits = NDArray[np.uint64]
 
 
@@ -75,7 +78,7 @@ class _Plan(NamedTuple):
     """Batch k is ``order[starts[k] : starts[k] + sizes[k]]``; ``extra[k]`` marks one that only repeats
     samples of another."""
 
-    order: Ints
+    order: Samples
     starts: Ints
     sizes: Ints
     extra: NDArray[np.bool_]
@@ -84,14 +87,14 @@ class _Plan(NamedTuple):
         """Some of the batches."""
         return _Plan(self.order, self.starts[batches], self.sizes[batches], self.extra[batches])
 
-    def samples(self, first: int = 0, last: int | None = None, extra: bool = False) -> Ints:
+    def samples(self, first: int = 0, last: int | None = None, extra: bool = False) -> Samples:
         """The samples of batches first to last, those of extra batches only if asked for."""
         starts, sizes = self.starts[first:last], self.sizes[first:last]
         if not extra:
             starts, sizes = starts[~self.extra[first:last]], sizes[~self.extra[first:last]]
         before = np.cumsum(sizes) - sizes
         places: Ints = np.repeat(starts - before, sizes) + np.arange(sizes.sum())
-        return np.asarray(self.order[places])
+        return self.order[places]
 
 
 @dataclass(frozen=True)
@@ -115,21 +118,27 @@ class _Epoch:
             digest.update(b"|")
         return digest.hexdigest()
 
-    def draws(self) -> Ints:
+    def draws(self) -> Samples:
         """The samples in order of index, each as often as it is to be seen."""
+        samples = np.arange(len(self.buckets), dtype=np.int32 if len(self.buckets) < 2**31 else np.int64)
         if (self.repeats == 1).all():
-            return np.arange(len(self.buckets))
+            return samples
         # the same in every epoch: fractions add up
         bits = _bits(self.seed, 0, 0, _REPEATS, len(self.buckets))
         phase = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
         before, after = (np.floor(self.repeats * n + phase) for n in (self.number, self.number + 1))
-        return np.repeat(np.arange(len(self.buckets)), (after - before).astype(np.int64))
+        return np.repeat(samples, (after - before).astype(np.int64))
 
-    def plan(self, samples: Ints, segment: int, settings: Settings) -> _Plan:
+    def plan(self, samples: Samples, segment: int, settings: Settings) -> _Plan:
         """Batches of ``samples`` in random order; the number is not yet even."""
         longest = int(self.chunks.max(initial=1)) + 1
-        group = self.buckets[samples].astype(np.int64) * longest + self.chunks[samples]
-        counts = np.bincount(group, minlength=(int(self.buckets.max()) + 1) * longest)
+        groups = (int(self.buckets.max()) + 1) * longest
+        group = np.empty(len(samples), np.min_scalar_type(groups - 1))
+        counts = np.zeros(groups, np.int64)
+        for piece in _pieces(len(samples)):
+            drawn = samples[piece]
+            group[piece] = self.buckets[drawn].astype(np.int64) * longest + self.chunks[drawn]
+            counts += np.bincount(group[piece], minlength=groups)
         order = samples[_argsort(group, _bits(self.seed, self.number, segment, _KEYS, len(samples)))]
         starts, sizes = _cut(counts.reshape(-1, longest), settings)
         alike = np.zeros(len(starts), np.int64)
@@ -230,8 +239,7 @@ class ChunkBucketBatchSampler(Sampler[list[int]]):
         found = _integers("buckets", buckets)
         if not len(found):
             raise ValueError("there are no samples: buckets is empty")
-        names, codes = np.unique(found, return_inverse=True)
-        self._buckets = codes.reshape(-1).astype(np.min_scalar_type(len(names) - 1))
+        self._buckets = _codes(found)
         self._chunks = chunks if callable(chunks) else _chunk_counts(chunks, len(found))
         self._repeats = _repeats(repeats, len(found))
         self._settings = Settings(int(batch_size), int(world_size), leftovers, bool(aligned))
@@ -334,18 +342,16 @@ class ChunkBucketBatchSampler(Sampler[list[int]]):
         parts = [*place.past, _Part(place.plan, self._settings, len(place.plan.starts))]
         seen = merged = batches = smaller = repeated = cost = 0
         for plan, settings, last in parts:
-            sizes = plan.sizes[:last]
-            # a run is sorted by chunks
-            longest = chunks[plan.order[plan.starts[:last] + sizes - 1]].astype(np.int64)
-            mine = chunks[plan.samples(0, last, extra=True)]
-            seen, batches, smaller = (
-                seen + len(mine),
-                batches + len(sizes),
-                smaller + int((sizes < settings.batch_size).sum()),
-            )
-            merged += int((mine < np.repeat(longest, sizes)).sum())
-            repeated += int(sizes[plan.extra[:last]].sum())
-            cost += int((longest * sizes).sum())
+            batches += last
+            for piece in _pieces(last, settings.batch_size):
+                sizes = plan.sizes[piece]
+                # a run is sorted by chunks
+                longest = chunks[plan.order[plan.starts[piece] + sizes - 1]].astype(np.int64)
+                mine = chunks[plan.samples(piece.start, piece.stop, extra=True)]
+                seen, smaller = seen + len(mine), smaller + int((sizes < settings.batch_size).sum())
+                merged += int((mine < np.repeat(longest, sizes)).sum())
+                repeated += int(sizes[plan.extra[piece]].sum())
+                cost += int((longest * sizes).sum())
         return Account(
             epoch=self._epoch,
             samples=len(wanted),
@@ -433,17 +439,43 @@ def _bits(seed: int, epoch: int, segment: int, purpose: int, count: int) -> Bits
     return np.random.Philox(key=key, counter=[0, 0, segment, purpose]).random_raw(count)
 
 
-def _argsort(group: Ints, bits: Bits) -> Ints:
-    """Indices in order of (group, bits, index), shape [N]; ``group`` from 0. One sort of 64-bit keys, of
-    which the random bits get what group and index leave: 4 times as fast as two stable argsorts, where
-    numpy's sort is vectorised."""
+def _pieces(length: int, share: int = 1) -> Iterator[slice]:
+    """Slices that together are the whole; what is made of each is ``share`` times as long."""
+    size = _PIECE // share + 1
+    for first in range(0, length, size):
+        yield slice(first, min(length, first + size))
+
+
+def _codes(values: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
+    """The values' places among the different ones, in order, shape [N]: numpy's ``unique`` without its sort
+    where they lie close together, as buckets do."""
+    least, span = int(values.min()), int(values.max()) - int(values.min()) + 1
+    if span > _PIECE:
+        names, codes = np.unique(values, return_inverse=True)
+        return codes.reshape(-1).astype(np.min_scalar_type(len(names) - 1))
+    place = np.zeros(span, np.int64)
+    for piece in _pieces(len(values)):
+        place[np.subtract(values[piece], least, dtype=np.int64)] = 1
+    place = np.cumsum(place) - 1
+    found: NDArray[np.integer[Any]] = np.empty(len(values), np.min_scalar_type(place[-1]))
+    for piece in _pieces(len(values)):
+        found[piece] = place[np.subtract(values[piece], least, dtype=np.int64)]
+    return found
+
+
+def _argsort(group: NDArray[np.integer[Any]], bits: Bits) -> Ints:
+    """Indices in order of (group, bits, index), shape [N]; ``group`` from 0, ``bits`` are used up. One sort
+    of 64-bit keys, of which the random bits get what group and index leave: 4 times as fast as two stable
+    argsorts, where numpy's sort is vectorised."""
     index_bits, group_bits = (max(1, int(n).bit_length()) for n in (len(bits) - 1, group.max(initial=0)))
     if index_bits + group_bits > 48:  # too few are left to shuffle by
         return np.lexsort((bits, group))
-    keys = bits >> np.uint64(group_bits + index_bits)
+    keys = bits
+    keys >>= np.uint64(group_bits + index_bits)
     keys <<= np.uint64(index_bits)
-    keys |= group.view(np.uint64) << np.uint64(64 - group_bits)
-    keys |= np.arange(len(bits), dtype=np.uint64)
+    for piece in _pieces(len(keys)):
+        keys[piece] |= group[piece].astype(np.uint64) << np.uint64(64 - group_bits)
+        keys[piece] |= np.arange(piece.start, piece.stop, dtype=np.uint64)
     keys.sort()
     keys &= np.uint64((1 << index_bits) - 1)
     return np.asarray(keys.view(np.int64))

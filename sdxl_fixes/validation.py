@@ -27,7 +27,9 @@ from sdxl_fixes.trainers.step import StepLoss
 
 @contextlib.contextmanager
 def evaluating(models: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """``models`` are in evaluation mode within; after it every part is as it was."""
+    """``models`` are in evaluation mode within; after it every part is as it was, also the parts that FSDP2
+    gathers for a call and lets go in the backward pass, which does not come here: their parameters would be
+    others than the optimizer's."""
     # parts may differ from the whole
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
@@ -37,6 +39,8 @@ def evaluating(models: Iterable[torch.nn.Module]) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+            if callable(reshard := getattr(module, "reshard", None)):
+                reshard()
 
 
 class Validation:
@@ -96,26 +100,32 @@ class Validation:
         """The losses summed over images, float32, [2, points]: as trained, and squared errors. Sums of images
         of several shapes, or of several processes, may be added, and :meth:`means` made of them. ``numbers``
         tell the images' noise (None: their places); ``share`` (k, n) does every n-th evaluation from the
-        k-th."""
+        k-th. All shares call ``predict`` equally often: a network that is dealt out to processes (FSDP,
+        ZeRO-3) waits for all of them in every call."""
         numbers = range(len(latents)) if numbers is None else numbers
-        work = [(image, t) for t in self.timesteps for image in range(len(latents))][share[0] :: share[1]]
+        whole = [(image, t) for t in self.timesteps for image in range(len(latents))]
+        work = whole[share[0] :: share[1]]
+        calls = -(-len(whole[:: share[1]]) // batch_size)  # of the first share; others have one image less
         sums = torch.zeros(2, len(self.timesteps), device=latents.device)
         devices = [latents.device] if latents.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), evaluating(models):
             # one copy for all batches; where in the sums, image, timestep
+            mine = work + whole[:1] if len(work) <= (calls - 1) * batch_size else work
             table = torch.tensor(
-                [(self.timesteps.index(t), image, t) for image, t in work], dtype=torch.int64
+                [(self.timesteps.index(t), image, t) for image, t in mine], dtype=torch.int64
             ).reshape(-1, 3)
             table = table.T.contiguous().to(latents.device)
-            for start in range(0, len(work), batch_size):
+            for start in range(0, len(mine), batch_size):
                 chunk = slice(start, start + batch_size)
                 noise = torch.stack(
-                    [self.noise(numbers[image], t, latents.shape[1:]) for image, t in work[chunk]]
+                    [self.noise(numbers[image], t, latents.shape[1:]) for image, t in mine[chunk]]
                 )
                 if devices:  # from pinned memory a copy does not wait
                     noise = noise.pin_memory().to(latents.device, non_blocking=True)
                 where, images, timesteps = table[:, chunk]
-                sums.index_add_(1, where, self._losses(predict, latents, images, timesteps, noise))
+                losses = self._losses(predict, latents, images, timesteps, noise)
+                if start < len(work):  # else it is only for the others' sake
+                    sums.index_add_(1, where, losses)
         return sums
 
     def means(self, sums: torch.Tensor, images: int) -> dict[str, float]:

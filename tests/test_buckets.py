@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdxl_fixes.buckets import ChunkBucketBatchSampler, _argsort
+import sdxl_fixes.buckets
+from sdxl_fixes.buckets import _PIECE, ChunkBucketBatchSampler, _argsort, _codes
 
 settings.register_profile("buckets", max_examples=60, deadline=None)
 settings.load_profile("buckets")
@@ -431,14 +432,35 @@ def test_stateful_data_loader(workers):
     assert [[int(x) for x in batch] for batch in resumed] == expected[1]
 
 
-def test_planning_a_million_samples_takes_50_mb_at_most():
+def test_planning_a_million_samples_takes_30_mb_and_keeps_8():
+    """21 and 7 bytes a sample at batch size 16, so 100 million fit a machine's every process."""
     data = facts_model(1_000_000)
-    sampler = ChunkBucketBatchSampler(*data, batch_size=16)
     tracemalloc.start()
+    sampler = ChunkBucketBatchSampler(*data, batch_size=16)
     next(iter(sampler))
-    peak = tracemalloc.get_traced_memory()[1]
+    sampler.account()
+    kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 50e6
+    assert peak < 30e6 and kept < 8e6
+
+
+@given(st.lists(st.integers(-(2**62), 2**62), min_size=1), st.integers(0, 61))
+def test_buckets_are_coded_as_numpy_s_unique_does(values, narrow):
+    values = np.array(values) >> narrow
+    for piece in (3, _PIECE):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sdxl_fixes.buckets, "_PIECE", piece)
+            assert _codes(values).tolist() == np.unique(values, return_inverse=True)[1].tolist()
+
+
+@given(data(), OPTIONS)
+def test_computing_in_pieces_changes_nothing(data, options):
+    whole = ChunkBucketBatchSampler(*data, **options, rank=None)
+    expected = list(whole), whole.account(), whole.state_dict()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sdxl_fixes.buckets, "_PIECE", 3)
+        pieces = ChunkBucketBatchSampler(*data, **options, rank=None)
+        assert (list(pieces), pieces.account(), pieces.state_dict()) == expected
 
 
 @pytest.mark.parametrize(

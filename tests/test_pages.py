@@ -38,7 +38,7 @@ TRAINERS = """
         lr_warmup_steps max_train_steps mixed_precision output_dir output_kohya_format resolution use_ema
         proportion_empty_prompts resume_from_checkpoint timestep_bias_strategy train_batch_size
         train_text_encoder_ti
-    benchmarks: jobs only pages seeds
+    benchmarks: dollars gpus images jobs only pages seeds train
     mkdocs: strict
     cp: reflink
 """

@@ -109,6 +109,23 @@ def test_batches_processes_and_what_was_drawn_before_do_not_matter():
     )
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+def test_every_process_calls_the_network_equally_often(batch_size):
+    """A network that is dealt out waits in every call for all of them: 5 images at 7 timesteps make shares of
+    9, 9, 9 and 8 evaluations."""
+    validation = Validation(Objective(ZERO, "v_prediction"), points=7)
+    calls, sums = [0] * 4, []
+    for k in range(4):
+
+        def predict(noisy, timesteps, images, k=k):
+            calls[k] += 1
+            return noisy
+
+        sums.append(validation.sums(predict, LATENTS, batch_size=batch_size, share=(k, 4)))
+    whole = validation.sums(lambda noisy, *_: noisy, LATENTS)
+    assert set(calls) == {math.ceil(9 / batch_size)} and torch.allclose(sum(sums), whole, rtol=1e-5)
+
+
 def test_noise_is_independent_between_images_and_timesteps():
     validation = Validation(Objective(ZERO, "v_prediction"))
     drawn = torch.stack([validation.noise(i, t, (64, 64)).flatten() for i in range(4) for t in (1, 2, 999)])

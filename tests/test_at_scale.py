@@ -1,0 +1,33 @@
+"""docs/at-scale.md says what benchmarks/at_scale.py computes, and that agrees with what two runs are known to
+have cost."""
+
+from pathlib import Path
+
+import pytest
+from at_scale import Rates, duration, report, steps, stored
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "at-scale.md"
+
+
+def test_the_page_has_the_tables():
+    page = PAGE.read_text(encoding="utf-8").splitlines()
+    for line in report(Rates(), [10e6, 100e6]).splitlines():
+        assert line in page, f"{line}: run python benchmarks/at_scale.py and put its tables into the page"
+
+
+def test_the_published_runs_come_out():
+    """bigASP v2: 40 M samples at 80 a second on 8 cards. v2.5: 150 M at 300 on 32, about $16,000."""
+    second = Rates(train=10, epochs=40 / 6.7)
+    hours = dict((name, hours) for name, hours, _ in steps(second, 6.7e6))["train"]
+    assert hours / 8 == pytest.approx(40e6 / 80 / 3600, rel=1e-9)
+    assert duration(hours / 8 * 3600) == "139 h"
+    third = Rates(train=300 / 32, epochs=150 / 13, dollars=3.6)
+    hours = dict((name, hours) for name, hours, _ in steps(third, 13e6))["train"]
+    assert hours * third.dollars == pytest.approx(16_000, rel=0.01)
+
+
+def test_bytes_are_those_of_the_tensors():
+    sizes = dict(stored(Rates(checkpoints=1), 1e6))
+    assert sizes["latents"] == pytest.approx(1e6 * 109e3) and sizes["pictures"] == 1e12
+    # weights, two moments and the average in float32; two folders of U-Net and both text encoders
+    assert sizes["checkpoints that are kept"] == 4 * (4 * 2.567e9 + 2 * (2.567e9 + 0.82e9))
