@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from loader import Pictures
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from sdxl_fixes import Objective
@@ -66,12 +67,13 @@ class Shares:
 
 
 class Asked(NamedTuple):
-    """A picture to be trained on: its place in the store, the epoch that its prompt is of, its row in the
-    schedule's tables, and what its loss counts: one over the pictures of the step, or 0 where it only fills
-    a batch that would be empty."""
+    """A picture to be trained on: its place in the store, the epoch that its prompt is of, the chunks of the
+    longest prompt in the planned batch, its row in the schedule's tables, and what its loss counts: one over
+    the pictures of the step, or 0 where it only fills a batch that would be empty."""
 
     place: int
     epoch: int
+    chunks: int
     row: int
     weight: float
 
@@ -87,6 +89,7 @@ class Drawn(Dataset[dict[str, Any]]):
         noise = generator(self.seed, _NOISE, asked.epoch, asked.place)
         latents, row = sample.pop("latents")[None].float(), torch.tensor([asked.row])
         step = self.objective.draw(latents, generator=noise, index=row)
+        sample["chunks"] = [ids + [[]] * (asked.chunks - len(ids)) for ids in sample["chunks"]]
         drawn = {field.name: getattr(step, field.name) for field in fields(step)}
         sample |= {name: value[0] for name, value in drawn.items() if value is not None}
         return {**sample, "weight": torch.tensor(asked.weight)}
@@ -104,20 +107,21 @@ class Feed:
     def __init__(
         self,
         pictures: Pictures,
-        places: np.ndarray[Any, np.dtype[np.int64]],
+        places: NDArray[np.int64],
         objective: Objective,
         shares: Shares,
         rank: int,
         seed: int,
     ) -> None:
+        self.pictures, self.places = pictures, places
         self.sampler = ChunkBucketBatchSampler(
             pictures.buckets[places],
-            lambda epoch: pictures.chunks(epoch)[places],
+            self._chunks,
             batch_size=shares.planned,
             seed=seed,
         )
-        self.pictures, self.places, self.timesteps = pictures, places, objective.timesteps
-        self.shares, self.rank, self.seed = shares, rank, seed
+        self.timesteps, self.shares, self.rank, self.seed = objective.timesteps, shares, rank, seed
+        self._counted: tuple[int, NDArray[np.int32]] | None = None  # an epoch's chunks
         self.step = self.number = 0  # optimizer steps and batches that were planned
         self.states: dict[int, dict[str, Any]] = {}
 
@@ -126,6 +130,11 @@ class Feed:
         self.sampler.load_state_dict(state["sampler"])
         self.timesteps.load_state_dict(state["timesteps"])
         self.step, self.number = step, state["number"]
+
+    def _chunks(self, epoch: int) -> NDArray[np.int32]:
+        if self._counted is None or self._counted[0] != epoch:
+            self._counted = epoch, self.pictures.chunks(epoch)[self.places]
+        return self._counted[1]
 
     def _planned(self) -> Iterator[tuple[int, list[int]]]:
         """Planned batches of all epochs, each with its epoch."""
@@ -161,7 +170,8 @@ class Feed:
         self.number += 1
         # as many as a whole batch has: stratified ones fall into as many slices as the global batch is large
         rows = self.timesteps.draw(self.shares.planned, generator=draws, size=size).tolist()
-        return [Asked(place, epoch, row, weight) for place, row in zip(places, rows, strict=False)]
+        chunks = int(self._chunks(epoch)[batch].max())
+        return [Asked(place, epoch, chunks, row, weight) for place, row in zip(places, rows, strict=False)]
 
 
 def loader(feed: Feed, objective: Objective, workers: int) -> DataLoader[dict[str, Any]]:
@@ -174,6 +184,6 @@ def loader(feed: Feed, objective: Objective, workers: int) -> DataLoader[dict[st
     )
 
 
-def shuffled(count: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def shuffled(count: int, seed: int) -> NDArray[np.int64]:
     """The places 0..count - 1 of a store in random order, by the seed: the first of them are held out."""
     return torch.randperm(count, generator=generator(seed, _HELD_OUT)).numpy()

@@ -1,5 +1,5 @@
-"""SDXL as it is trained: out of a pipeline's folder, with settings that make it fast, and back to a folder and
-to pictures."""
+"""SDXL as it is trained: out of a folder, with the settings that make it fast, and back to a folder and to
+pictures."""
 
 from __future__ import annotations
 

@@ -182,6 +182,11 @@ class Training:
         if found:
             self._resume(found[-1])
         self.accelerator.init_trackers("bigasp")
+        each, shares = "process" if self.shares.world == 1 else "processes", self.shares
+        self.accelerator.print(
+            f"{len(self.feed.places)} pictures; {shares.together} an optimizer step: {shares.world} {each} x "
+            f"{shares.alone} x {shares.accumulation} accumulated"
+        )
 
     @property
     def net(self) -> network.Network:
