@@ -67,7 +67,7 @@ def parse_args() -> argparse.Namespace:
     )
     add("--learning_rate", type=float, default=1e-4)
     add("--warmup", type=int, default=100_000, help="samples over which the learning rate rises")
-    add("--weight_decay", type=float, default=0.01)
+    add("--weight_decay", type=float, default=0.1)
     add("--max_grad_norm", type=float, default=1.0)
     add("--train_text_encoder", action="store_true", help="train text encoder 1 as well")
     add("--seed", type=int, default=0)
