@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from diffusers import UNet2DConditionModel
 from sdxl_fixes import Objective
 from sdxl_fixes.command_line import add_flags
 from sdxl_fixes.flags import FLAGS, TrainingFlags
+from sdxl_fixes.trainers.checkpoints import checkpoint, checkpoints
 from sdxl_fixes.validation import Validation
 
 # widths of the text embeddings, the pooled one and the six time ids make the conditioning
@@ -109,29 +109,6 @@ class Progress:
                 "flags of this run describe: give the flags that it was started with"
             )
         self.step = int(state["step"])
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The whole ones, the last at the end."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
-def save_checkpoint(folder: Path, step: int, accelerator: Accelerator) -> None:
-    """Under another name until it is whole, so that a killed run goes on from the last whole one; two are
-    kept."""
-    partial = folder / "checkpoint.part"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        whole = folder / f"checkpoint-{step}"
-        partial.rename(whole)
-        for old in checkpoints(folder)[:-2]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
 
 
 def predict(
@@ -226,7 +203,9 @@ def main() -> None:
 
         if (step + 1) % args.checkpoint_every == 0:
             progress.step = step + 1
-            save_checkpoint(args.output_dir, progress.step, accelerator)
+            # under another name until it is whole, so that a killed run goes on from the last whole one
+            with checkpoint(args.output_dir, progress.step, accelerator, keep=2) as partial:
+                accelerator.save_state(str(partial))
 
     weights = accelerator.get_state_dict(unet)  # whole, where FSDP deals them out
     accelerator.end_training()

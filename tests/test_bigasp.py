@@ -322,3 +322,18 @@ def test_the_whole_example_runs_from_one_command(module, tmp_path):
     assert (
         f"done: {scored} latents, 0 broken" in done.stdout and f"{scored} samples of {scored}" in done.stdout
     )
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "trained" / "log.jsonl").read_text().splitlines()
+    ]
+    held_out = [row["heldout/loss"] for row in rows if "heldout/loss" in row]
+    assert len(held_out) > 2 and held_out[-1] < held_out[0] - 0.01
+    assert (tmp_path / "run" / "trained" / "samples.html").read_text().count("<img ") >= 4
+    inspected = subprocess.run(
+        [sys.executable, "-m", "sdxl_fixes.cli", "inspect", max(
+            (tmp_path / "run" / "trained").glob("checkpoint-*/model"), key=lambda p: int(p.parent.name[11:])
+        )],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert inspected.returncode == 0 and "v_prediction" in inspected.stdout, (
+        inspected.stdout + inspected.stderr
+    )

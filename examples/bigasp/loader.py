@@ -44,9 +44,9 @@ class Pictures(Dataset[dict[str, Any]]):
             rows.max() >= len(found) or (found.path.to_numpy()[rows] != [p for _, p, _ in samples]).any()
         ):
             raise SystemExit(f"{store} was encoded from another table than {table}: give that one")
-        sizes = [size for _, _, size in samples]
         self.rows: list[dict[str, Any]] = found.loc[rows, list(COLUMNS)].to_dict("records")
-        self.buckets = np.unique(np.array(sizes), axis=0, return_inverse=True)[1].reshape(-1)
+        self.sizes = np.array([size for _, _, size in samples])  # of the latents, [N, 2]
+        self.buckets = np.unique(self.sizes, axis=0, return_inverse=True)[1].reshape(-1)
 
     def chunks(self, epoch: int) -> np.ndarray:
         return self.prompts.chunks(self.rows, self.tokenizers[0], epoch)
@@ -59,25 +59,25 @@ class Pictures(Dataset[dict[str, Any]]):
         sample, text = self.store[place], self.prompts.draw(self.rows[place], epoch, place)
         ids = [split_ids(token_ids(each, [text])[0])[:LIMIT] for each in self.tokenizers]
         return {
-            "latent": sample.latent,
+            "latents": sample.latent,
             "time_ids": torch.tensor(sample.time_ids()),
-            "ids": ids,
-            "prompt": text,
+            "chunks": ids,
+            "prompts": text,
         }
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """``latents`` [B, C, h, w], ``time_ids`` [B, 6], ``ids`` and ``ids_2`` [B, n, 77], ``prompts``."""
-        count, found = max(len(ids) for sample in samples for ids in sample["ids"]), []
-        for k, each in enumerate(self.tokenizers):
+        """``latents`` [B, C, h, w], ``time_ids`` [B, 6], ``ids`` and ``ids_2`` [B, n, 77], ``prompts``; and
+        whatever other tensors the samples have, stacked."""
+        count = max(len(ids) for sample in samples for ids in sample["chunks"])
+        columns = {name: [sample[name] for sample in samples] for name in samples[0]}
+        for k, name in enumerate(("ids", "ids_2")):
+            each = self.tokenizers[k]
             ends = (each.bos_token_id, each.eos_token_id, each.pad_token_id)
-            found.append(torch.stack([layout(sample["ids"][k], *ends, count) for sample in samples]))
-        stacked = {name: torch.stack([sample[name] for sample in samples]) for name in ("latent", "time_ids")}
+            columns[name] = [layout(chunks[k], *ends, count) for chunks in columns["chunks"]]
+        del columns["chunks"]
         return {
-            "latents": stacked["latent"],
-            "time_ids": stacked["time_ids"],
-            "ids": found[0],
-            "ids_2": found[1],
-            "prompts": [sample["prompt"] for sample in samples],
+            name: torch.stack(column) if isinstance(column[0], torch.Tensor) else column
+            for name, column in columns.items()
         }
 
 

@@ -1,5 +1,5 @@
 """Made pictures of known quality, with everything that the other scripts read: pictures.parquet,
-pairs.parquet, and a vision model, tokenizers and a VAE of the real classes, tiny and random. Stands for your
+pairs.parquet, and a vision model and an SDXL pipeline of the real classes, tiny and random. Stands for your
 data and models.
 
     python examples/bigasp/made.py --folder out
@@ -14,9 +14,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw, ImageFilter
-from transformers import CLIPTokenizer, ResNetConfig, ResNetModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    ResNetConfig,
+    ResNetModel,
+)
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -97,7 +104,7 @@ def vision(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps({**settings, **mean}))
 
 
-def tokenizer(folder: Path, pad: str) -> None:
+def tokenizer(folder: Path, pad: str) -> CLIPTokenizer:
     """CLIP's byte alphabet without merges: a token a character."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     characters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
@@ -106,17 +113,44 @@ def tokenizer(folder: Path, pad: str) -> None:
     folder.mkdir(parents=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), pad_token=pad).save_pretrained(
-        folder
+    files = str(folder / "vocab.json"), str(folder / "merges.txt")
+    return CLIPTokenizer(*files, pad_token=pad, model_max_length=77)
+
+
+def text_config(width: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=514,
+        bos_token_id=512,
+        eos_token_id=513,
+        hidden_size=width,
+        projection_dim=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=2,
     )
 
 
-def model(folder: Path) -> None:
-    """A folder laid out as SDXL's: tokenizers and VAE."""
-    torch.manual_seed(0)
-    tokenizer(folder / "tokenizer", "<|endoftext|>")
-    tokenizer(folder / "tokenizer_2", "!")
-    AutoencoderKL(
+def unet() -> UNet2DConditionModel:
+    """SDXL's structure for text encoders of widths 32 and 48, whose deepest transformers have two blocks."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        transformer_layers_per_block=(1, 2),
+        projection_class_embeddings_input_dim=6 * 8 + 48,
+        cross_attention_dim=32 + 48,
+        norm_num_groups=8,
+    )
+
+
+def vae() -> AutoencoderKL:
+    return AutoencoderKL(
         block_out_channels=(8, 8, 16, 16),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -124,7 +158,23 @@ def model(folder: Path) -> None:
         latent_channels=4,
         norm_num_groups=4,
         scaling_factor=0.13025,
-    ).save_pretrained(folder / "vae")
+    )
+
+
+def model(folder: Path) -> None:
+    """A folder laid out as SDXL's."""
+    torch.manual_seed(0)
+    StableDiffusionXLPipeline(
+        vae=vae(),
+        text_encoder=CLIPTextModel(text_config(32)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(48)),
+        tokenizer=tokenizer(folder / "tokenizer", "<|endoftext|>"),
+        tokenizer_2=tokenizer(folder / "tokenizer_2", "!"),
+        unet=unet(),
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+        ),
+    ).save_pretrained(folder)
 
 
 def main() -> None:

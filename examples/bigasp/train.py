@@ -1,0 +1,364 @@
+"""SDXL's U-Net, and text encoder 1 if asked for, trained on a store of latents.
+
+    accelerate launch examples/bigasp/train.py --table scored.parquet --latents latents --output out
+        --model stabilityai/stable-diffusion-xl-base-1.0 --samples 40000000 --prediction_type v_prediction
+        --zero_terminal_snr --min_snr_gamma 5 --ema_decay 0.9999 ...
+    accelerate launch --num_processes 8 ...         the same steps, shared out
+    ... --resume                                    goes on from the last checkpoint in --output
+
+Counted are samples: pictures seen. A step's pictures, prompts, noise and timesteps are functions of (seed,
+step), so a training that was killed goes on as if it had not been, on the CPU to the last bit; on another
+number of processes, or with another --batch_size, it does the same steps but for rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import feed
+import network
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from loader import Pictures
+from prompt import Prompts
+
+from sdxl_fixes.command_line import add_flags
+from sdxl_fixes.errors import FixError, FlagError
+from sdxl_fixes.flags import FLAGS, TrainingFlags, grouped
+from sdxl_fixes.log import world_size
+from sdxl_fixes.objective import Objective
+from sdxl_fixes.sample_table import SampleTable
+from sdxl_fixes.trainers.checkpoints import checkpoint, checkpoints
+from sdxl_fixes.trainers.ema import Average
+from sdxl_fixes.trainers.fixed_loss import Called, check_whole, fixed_loss
+from sdxl_fixes.validation import Validation
+
+OURS = {
+    **grouped("prediction", "schedule", "loss", "weighting", "noise", "timesteps"),
+    "ema_decay": FLAGS["ema_decay"],
+}
+# a state that was trained otherwise in these is not gone on with; other flags may change
+FIXED = ("seed", "heldout", "train_text_encoder", "precision", "prediction_type", "schedule")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--table", type=Path, required=True, help="parquet: see prompt.py")
+    add("--latents", type=Path, required=True, help="the store that encode.py made of it")
+    add("--model", required=True, help="a pipeline's folder or name, where training begins")
+    add("--output", type=Path, required=True)
+    add("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    add("--samples", type=int, required=True, help="to be seen; the learning rate falls to 0 over them")
+    add("--global_batch", type=int, default=2048, help="samples of an optimizer step")
+    add("--batch_size", type=int, default=4, help="samples that a process trains at a time")
+    add(
+        "--planned_batch",
+        type=int,
+        help="of one size and chunk count (default: --batch_size; on resuming, as it was)",
+    )
+    add("--learning_rate", type=float, default=1e-4)
+    add("--warmup", type=int, default=100_000, help="samples over which the learning rate rises")
+    add("--weight_decay", type=float, default=0.1)
+    add("--max_grad_norm", type=float, default=1.0)
+    add("--train_text_encoder", action="store_true", help="train text encoder 1 as well")
+    add("--seed", type=int, default=0)
+    add("--workers", type=int, default=4, help="processes that read latents and draw noise, for each GPU")
+    add("--checkpoint_every", type=int, default=500_000, help="samples")
+    add("--keep", type=int, default=2, help="checkpoints, the last ones")
+    add("--evaluate_every", type=int, default=100_000, help="samples between held-out and stable losses")
+    add("--heldout", type=int, default=0, help="pictures of the store that are not trained on")
+    add("--stable", type=int, default=0, help="pictures of the stable training loss")
+    add("--log_with", help="tensorboard, wandb, ...: a tracker that accelerate knows")
+    add("--sample_prompts", type=Path, help="a text file, a prompt a line, for OUTPUT/samples.html")
+    add("--sample_every", type=int, default=500_000, help="samples between its columns")
+    add("--sample_side", type=int, default=1024, help="pixels")
+    add("--sample_steps", type=int, default=25)
+    add("--sample_guidance", type=float, default=5.0)
+    fast = parser.add_argument_group("speed")
+    fast.add_argument(
+        "--precision", choices=("fp32", "amp", "bf16"), default="amp",
+        help="amp: float32, bfloat16 by autocast; bf16: weights, too, rounded stochastically by torchao",
+    )  # fmt: skip
+    fast.add_argument("--fused_adamw", action="store_true")
+    fast.add_argument("--channels_last", action="store_true")
+    fast.add_argument("--compile_blocks", action="store_true", help="torch.compile of each transformer block")
+    fast.add_argument("--compile_backend", default="inductor")
+    fast.add_argument(
+        "--checkpointing", choices=("none", "transformers", "all"), default="none",
+        help="what computes its activations twice to save memory",
+    )  # fmt: skip
+    fast.add_argument(
+        "--keep_activations", type=int, default=0,
+        help="so many of the deepest (SDXL: 6 of 11) keep theirs under --checkpointing transformers",
+    )  # fmt: skip
+    add_flags(parser, OURS)
+    args = parser.parse_args()
+    for name in (
+        "samples",
+        "global_batch",
+        "batch_size",
+        "checkpoint_every",
+        "keep",
+        "evaluate_every",
+        "sample_every",
+    ):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: expected 1 or more")
+    if args.log_with and args.log_with not in {str(getattr(t, "value", t)) for t in get_available_trackers()}:
+        raise SystemExit(f"--log_with {args.log_with}: no tracker of that name is installed: pip install it")
+    return args
+
+
+def rate(seen: float, args: argparse.Namespace) -> float:
+    """The learning rate after ``seen`` samples: linear warm-up, then a cosine to 0."""
+    if seen < args.warmup:
+        return float(args.learning_rate * seen / args.warmup)
+    share = min(1.0, (seen - args.warmup) / max(1, args.samples - args.warmup))
+    return float(args.learning_rate * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def set_rate(optimizer: Any, value: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):  # torchao's
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
+
+
+class Fixed:
+    """A loss on some pictures that is the same whenever the network is: same prompts, noise and timesteps."""
+
+    def __init__(
+        self, pictures: Pictures, places: np.ndarray, objective: Objective, accelerator: Accelerator
+    ) -> None:
+        self.total, self.validation, self.accelerator = len(places), Validation(objective), accelerator
+        mine = places[accelerator.process_index :: accelerator.num_processes].tolist()
+        self.samples = []
+        for place in mine:
+            batch = pictures.collate([pictures[place, 0]])
+            told = tuple(batch[name][0] for name in ("ids", "ids_2", "time_ids"))
+            self.samples.append((place, batch["latents"][0].float(), (told, {})))
+
+    def __call__(self, net: network.Network, batch_size: int) -> dict[str, float]:
+        called = Called(net, torch.float32, batch_size)
+        return fixed_loss(self.validation, self.samples, self.total, called, self.accelerator)
+
+
+class Training:
+    """What is trained, on what, and how far it is."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.flags = args, TrainingFlags.from_args(args)
+        found = checkpoints(args.output)
+        if args.resume and not found:
+            raise SystemExit(f"--resume: {args.output} holds no checkpoint-N: start without it")
+        if found and not args.resume:
+            raise SystemExit(f"{args.output} holds checkpoints: give --resume, or another --output")
+        self.state = json.loads((found[-1] / "progress.json").read_text()) if found else None
+        args.planned_batch = args.planned_batch or (self.state or {}).get("planned_batch") or args.batch_size
+        self.shares = feed.Shares(args.global_batch, args.planned_batch, args.batch_size, world_size())
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if args.precision == "amp" else "no",
+            gradient_accumulation_steps=self.shares.accumulation,
+            log_with=args.log_with,
+            project_dir=args.output,
+        )
+        steps = args.global_batch // args.planned_batch
+        self.objective = self.flags.objective(seed=args.seed, accumulation=steps)
+        self.step = self.samples = 0
+        self._read_pictures()
+        net = network.load(args, self.accelerator.device)
+        self.network, self.optimizer = self.accelerator.prepare(net, network.optimizer(net, args))
+        self.ema = Average(self.flags.ema_decay) if self.flags.ema_decay else None
+        if found:
+            self._resume(found[-1])
+        self.accelerator.init_trackers("bigasp")
+        each, shares = "process" if self.shares.world == 1 else "processes", self.shares
+        self.accelerator.print(
+            f"{len(self.feed.places)} pictures; {shares.together} an optimizer step: {shares.world} {each} x "
+            f"{shares.alone} x {shares.accumulation} accumulated"
+        )
+
+    @property
+    def net(self) -> network.Network:
+        found: network.Network = self.accelerator.unwrap_model(self.network)
+        return found
+
+    def settings(self) -> dict[str, Any]:
+        said = {name: getattr(self.args, name) for name in FIXED if hasattr(self.args, name)}
+        record = self.objective.schedule.to_record()
+        return {**said, "prediction_type": self.objective.prediction_type, "schedule": record}
+
+    def _read_pictures(self) -> None:
+        args = self.args
+        pictures = Pictures(args.table, args.latents, args.model, Prompts(args.seed))
+        if not 0 <= args.heldout < len(pictures) or not 0 <= args.stable <= len(pictures) - args.heldout:
+            raise SystemExit(
+                f"--heldout {args.heldout} and --stable {args.stable}: the store has {len(pictures)} pictures"
+            )
+        order = feed.shuffled(len(pictures), args.seed)
+        held_out, trained = order[: args.heldout], np.sort(order[args.heldout :])
+        stable = order[args.heldout :][: args.stable]
+        self.feed = feed.Feed(
+            pictures, trained, self.objective, self.shares, self.accelerator.process_index, args.seed
+        )
+        sets = {"heldout": held_out, "stable_loss": stable}
+        self.fixed = {
+            n: Fixed(pictures, p, self.objective, self.accelerator) for n, p in sets.items() if len(p)
+        }
+        for name in self.fixed:
+            check_whole(self.accelerator, f"--{name.removesuffix('_loss')}")
+
+    def _resume(self, folder: Path) -> None:
+        assert self.state is not None
+        before, now = self.state["settings"], self.settings()
+        other = [name for name in FIXED if before[name] != now[name]]
+        if other:
+            raise SystemExit(
+                f"--resume: {folder} was trained with another {', '.join(other)} than the flags of this run "
+                "say: give what it was started with"
+            )
+        self.accelerator.load_state(str(folder))
+        self.accelerator.step = 0  # every process begins an optimizer step, however many batches it has
+        self.step, self.samples = self.state["step"], self.state["samples"]
+        self.feed.load(self.step, self.state["feed"])
+        if self.ema:
+            self.ema.load(folder)
+
+    def save(self) -> None:
+        with checkpoint(self.args.output, self.samples, self.accelerator, self.args.keep) as folder:
+            self.accelerator.save_state(str(folder))
+            self._save_model(folder / "model")
+            if self.ema:
+                self.ema.save(folder)
+                with self.ema.applied():
+                    self._save_model(folder / "model_ema")
+            if self.accelerator.is_main_process:
+                progress = {"step": self.step, "samples": self.samples, "planned_batch": self.shares.planned}
+                text = json.dumps(
+                    {**progress, "feed": self.feed.states[self.step], "settings": self.settings()}
+                )
+                (folder / "progress.json").write_text(text)
+
+    def _save_model(self, folder: Path) -> None:
+        state = self.accelerator.get_state_dict(self.network)
+        if self.accelerator.is_main_process:
+            network.save(network.pipeline(self.net, state, self.args), folder, self.objective)
+
+    def draw_samples(self) -> None:
+        """A column of the sample table."""
+        state = self.accelerator.get_state_dict(self.network)
+        if self.accelerator.is_main_process:
+            prompts = [
+                line for line in self.args.sample_prompts.read_text("utf-8").splitlines() if line.strip()
+            ]
+            pipe = network.pipeline(self.net, state, self.args)
+            with self.accelerator.autocast():
+                drawn = network.samples(pipe, prompts, self.objective, self.args, self.accelerator.device)
+                table = SampleTable(self.args.output / "samples.html", str(self.args.output))
+                table.update((f"{self.samples} samples", *each) for each in drawn)
+        self.accelerator.wait_for_everyone()
+
+    def evaluate(self) -> dict[str, float]:
+        """The fixed losses, also of the average where there is one."""
+        numbers: dict[str, float] = {}
+        for name, fixed in self.fixed.items():
+            losses = {name: fixed(self.net, self.args.batch_size)}
+            if self.ema:
+                with self.ema.applied():
+                    losses[f"{name}_ema"] = fixed(self.net, self.args.batch_size)
+            numbers |= {f"{what}/{n}": value for what, each in losses.items() for n, value in each.items()}
+        return numbers
+
+    def steps(self) -> Iterator[dict[str, float]]:
+        """An optimizer step each, and what is logged of it."""
+        accelerator, shares, device = self.accelerator, self.shares, self.accelerator.device
+        total, start = torch.zeros((), device=device), time.perf_counter()
+        for batch in feed.loader(self.feed, self.objective, self.args.workers):
+            batch = {
+                n: t.to(device, non_blocking=True) for n, t in batch.items() if isinstance(t, torch.Tensor)
+            }
+            step, count = feed.drawn_step(batch), self.feed.states[self.step + 1]["count"]
+            with accelerator.accumulate(self.network):
+                told = (batch["ids"], batch["ids_2"], batch["time_ids"])
+                prediction = self.network(step.noisy, step.timesteps, *told)
+                # the mean over the step's pictures, whoever trains them: accelerate takes that of the
+                # batches and of the processes
+                loss = (self.objective.loss(prediction, step, reduction="none") * batch["weight"]).sum()
+                accelerator.backward(loss * shares.accumulation * shares.world)
+                total += loss.detach()
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.network.parameters(), self.args.max_grad_norm)
+                    lr = rate(self.samples + min(count, self.args.samples - self.samples) / 2, self.args)
+                    set_rate(self.optimizer, lr)
+                    torch.manual_seed(
+                        self.args.seed + self.step
+                    )  # stochastic rounding is everywhere the same
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+            self.feed.states.pop(self.step, None)
+            self.step, self.samples = self.step + 1, self.samples + count
+            if self.ema:
+                self.ema.update(accelerator)
+            mean, end = accelerator.reduce(total, "sum").item(), time.perf_counter()
+            yield {"loss": mean, "norm": float(norm), "rate": lr, "samples_per_second": count / (end - start)}
+            total.zero_()
+            start = time.perf_counter()
+
+
+def run(training: Training) -> None:
+    args, accelerator = training.args, training.accelerator
+
+    def log(numbers: dict[str, float]) -> None:
+        accelerator.log(numbers, step=training.samples)
+        args.output.mkdir(parents=True, exist_ok=True)
+        if accelerator.is_main_process:
+            with open(args.output / "log.jsonl", "a") as out:
+                out.write(json.dumps({"step": training.step, "samples": training.samples, **numbers}) + "\n")
+
+    if training.step == 0 and training.fixed:
+        log(training.evaluate())
+    before = training.samples
+    steps = training.steps() if before < args.samples else ()
+    for numbers in steps:
+        log(numbers)
+        last = training.samples >= args.samples
+
+        def due(every: int, before: int = before, last: bool = last) -> bool:
+            return last or training.samples // every > before // every
+
+        if training.fixed and due(args.evaluate_every):
+            log(training.evaluate())
+        if args.sample_prompts and due(args.sample_every):
+            training.draw_samples()
+        if due(args.checkpoint_every):
+            training.save()
+        before = training.samples
+        if last:
+            break
+    accelerator.end_training()
+    accelerator.print(
+        f"{training.samples} samples in {training.step} steps: {checkpoints(args.output)[-1]}/model"
+    )
+
+
+def main() -> None:
+    try:
+        run(Training(parse_args()))
+    except (FixError, FlagError) as error:
+        raise SystemExit(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()

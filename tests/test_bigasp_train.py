@@ -1,0 +1,533 @@
+"""examples/bigasp/train.py: the same steps whoever makes them, their loss by diffusers' own code and closed
+forms, what is saved, and that a killed training goes on as if it had not been."""
+
+import collections
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from sdxl_fixes import NoiseSchedule, Objective
+from sdxl_fixes.model_files.model_file import read_sampling
+from sdxl_fixes.prompts import encode
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "bigasp"
+PACKAGES = ("pandas", "streaming", "zstandard", "transformers")
+NAMES = ("prompt", "latents", "loader", "made", "feed", "network", "train")
+V = (
+    "--prediction_type",
+    "v_prediction",
+    "--zero_terminal_snr",
+    "--min_snr_gamma",
+    "5",
+    "--stratified_timesteps",
+)
+SMALL = (
+    "--precision",
+    "fp32",
+    "--workers",
+    "0",
+    "--global_batch",
+    "8",
+    "--batch_size",
+    "4",
+    "--warmup",
+    "16",
+)
+
+
+@pytest.fixture(scope="module")
+def example():
+    """The example's modules by name, or a skip where packages are missing."""
+    for package in PACKAGES:
+        pytest.importorskip(package, reason=f"{package}: see examples/bigasp/requirements.txt")
+    sys.path.insert(0, str(EXAMPLE))
+    yield SimpleNamespace(**{name: __import__(name) for name in NAMES})
+    sys.path.remove(str(EXAMPLE))
+    for name in NAMES:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def data(example, tmp_path_factory):
+    """Flags of a store of 60 random latents of two sizes, of captions of one chunk to three, and a model."""
+    import pandas as pd
+
+    folder, random = tmp_path_factory.mktemp("data"), torch.Generator().manual_seed(0)
+    example.made.model(folder / "model")
+    columns = ("caption", "tags", "source", "watermarks")
+    rows = [{name: example.made.picture(k, 0)[1][name] for name in columns} for k in range(60)]
+    longer = [{**row, "path": f"{k}.png", "score": k % 9 + 1} for k, row in enumerate(rows)]
+    for row in longer[:10]:
+        row["caption"] *= 4
+    for row in longer[25:]:
+        row["caption"], row["tags"], row["watermarks"] = "a cat", ["cat", "animal"], []
+    pd.DataFrame(longer).to_parquet(folder / "table.parquet")
+    sizes = [(8, 8) if k % 3 else (4, 12) for k in range(60)]
+    example.latents.write(
+        folder / "latents",
+        [
+            example.latents.Encoded(k, f"{k}.png", 640, 480, 0, k, torch.randn(4, *size, generator=random))
+            for k, size in enumerate(sizes)
+        ],
+    )
+    found = {"table": folder / "table.parquet", "latents": folder / "latents", "model": folder / "model"}
+    return [word for name, value in found.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def training(example, data, monkeypatch):
+    """training(folder, *flags) trains in this process and returns what it logged of each step."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+    def run(folder, *flags):
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        monkeypatch.setattr(
+            sys, "argv", ["train.py", "--output", str(folder), *data, *SMALL, *map(str, flags)]
+        )
+        example.train.main()
+        return logged(folder)
+
+    yield run
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def logged(folder):
+    """What was logged of each optimizer step, the last word on it."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {row["samples"]: row for row in rows if "norm" in row}
+
+
+def last(folder):
+    return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(last(folder) / "model.safetensors")
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def killed(example, training, monkeypatch):
+    """killed(step, folder, *flags) trains until something ends it in an optimizer step."""
+    original = example.train.Training.steps
+
+    def run(step, folder, *flags):
+        def steps(self):
+            for numbers in original(self):
+                if self.step == step:
+                    raise Killed
+                yield numbers
+
+        monkeypatch.setattr(example.train.Training, "steps", steps)
+        with pytest.raises(Killed):
+            training(folder, *flags)
+        monkeypatch.setattr(example.train.Training, "steps", original)
+
+    return run
+
+
+# ------------------------------------------------------------------ who trains what
+
+
+@pytest.fixture
+def feeds(example, data):
+    """feeds(together, planned, alone, world) of all processes, each with an objective of its own."""
+    from sdxl_fixes.flags import TrainingFlags
+
+    named = dict(zip(data[::2], data[1::2], strict=True))
+    prompts = example.prompt.Prompts(0)
+    pictures = example.loader.Pictures(
+        Path(named["--table"]), Path(named["--latents"]), named["--model"], prompts
+    )
+
+    def make(together=8, planned=4, alone=4, world=1, places=50):
+        shares, found = example.feed.Shares(together, planned, alone, world), []
+        for rank in range(world):
+            flags = TrainingFlags(
+                prediction_type="v_prediction", zero_terminal_snr=True, stratified_timesteps=True
+            )
+            objective = flags.objective(seed=0, accumulation=together // planned)
+            found.append(example.feed.Feed(pictures, np.arange(places), objective, shares, rank, seed=0))
+        return found
+
+    return make
+
+
+def dealt(feeds, steps):
+    """What all processes get, step by step, without what only fills a batch."""
+    found, batches = [], [iter(feed) for feed in feeds]
+    for _ in range(steps):
+        each = [next(one) for one in batches for _ in range(feeds[0].shares.accumulation)]
+        assert all(0 < len(batch) <= feeds[0].shares.alone for batch in each)
+        found.append(sorted(asked for batch in each for asked in batch if asked.weight))
+    return found
+
+
+def test_any_processes_and_batch_sizes_make_the_same_steps(feeds):
+    whole = dealt(feeds(together=16), 10)
+    for alone, world in ((4, 2), (2, 1), (2, 2), (1, 16), (2, 4)):
+        assert dealt(feeds(together=16, alone=alone, world=world), 10) == whole
+    for step in whole:
+        assert math.isclose(sum(asked.weight for asked in step), 1)
+    epochs = collections.Counter((asked.epoch, asked.place) for step in whole for asked in step)
+    for epoch in range(2):  # every picture once in each
+        assert [count for (e, _), count in epochs.items() if e == epoch] == [1] * 50
+    assert any({asked.epoch for asked in step} == {0, 1} for step in whole)  # one goes across an epoch's end
+
+
+def test_a_step_has_a_timestep_of_every_slice(feeds):
+    full = [step for step in dealt(feeds(), 20) if len(step) == 8]
+    assert len(full) > 8
+    for step in full:
+        assert sorted(asked.row * 8 // 1000 for asked in step) == [*range(8)]
+
+
+@pytest.mark.parametrize("after", range(1, 9))  # 50 pictures in batches of 4: epochs end within and between
+def test_a_state_goes_on_with_the_same_steps_on_other_processes(feeds, after):
+    whole, one = dealt(feeds(), 12), feeds()
+    assert dealt(one, after) == whole[:after]
+    state = json.loads(json.dumps(one[0].states[after]))
+    for alone, world in ((4, 1), (2, 2), (1, 4)):
+        others = feeds(alone=alone, world=world)
+        for each in others:
+            each.load(after, state)
+        assert dealt(others, 12 - after) == whole[after:]
+    # planned anew: the epochs' pictures, each once
+    other = feeds(planned=8, alone=8)
+    other[0].load(after, state)
+    both = [asked for step in whole[:after] + dealt(other, 12 - after) for asked in step]
+    counts = collections.Counter((asked.epoch, asked.place) for asked in both if asked.epoch == 0)
+    assert [*counts.values()] == [1] * 50
+
+
+def test_a_picture_meets_the_same_noise_wherever_it_is_drawn(example, feeds):
+    (feed,) = feeds()
+    schedule = NoiseSchedule.sdxl().zero_terminal_snr()
+    objective = Objective(schedule, "v_prediction")
+    first, second = (example.feed.Drawn(feed.pictures, objective, 5) for _ in range(2))
+    asked = example.feed.Asked(3, 1, 3, 700, 0.25)
+    sample, latents = first[asked], feed.pictures.store[3].latent.double()
+    again, other = second[asked], first[asked._replace(epoch=2)]
+    assert torch.equal(sample["noise"], again["noise"]) and not torch.equal(sample["noise"], other["noise"])
+    alpha = math.sqrt(schedule.alphas_cumprod[700])
+    sigma = math.sqrt(1 - schedule.alphas_cumprod[700])
+    noise = sample["noise"].double()
+    torch.testing.assert_close(sample["noisy"].double(), alpha * latents + sigma * noise, rtol=0, atol=1e-6)
+    torch.testing.assert_close(sample["target"].double(), alpha * noise - sigma * latents, rtol=0, atol=1e-6)
+    batch = feed.pictures.collate([sample])
+    assert batch["ids"].shape == batch["ids_2"].shape == (1, 3, 77)  # as long as the planned batch's longest
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ((2048, 6, 4, 8), "--batch_size 4 does not divide --planned_batch 6"),
+        ((2048, 4, 4, 7), "7 process.*, 28"),
+    ],
+)
+def test_a_global_batch_that_cannot_be_shared_out_is_refused(example, flags, sentence):
+    assert example.feed.Shares(2048, 4, 4, 8).accumulation == 64
+    with pytest.raises(SystemExit, match=sentence):
+        example.feed.Shares(*flags)
+
+
+# ------------------------------------------------------------------ a step
+
+
+def test_the_learning_rate_is_a_cosine_over_samples(example):
+    args = SimpleNamespace(learning_rate=1e-4, warmup=100, samples=1100)
+    found = [example.train.rate(seen, args) for seen in (0, 50, 100, 350, 600, 1100, 2000)]
+    root = math.sqrt(0.5)
+    assert found == pytest.approx([0, 5e-5, 1e-4, 5e-5 * (1 + root), 5e-5, 0, 0], abs=1e-18)
+
+
+def test_a_step_is_the_mean_loss_of_its_pictures(example, training, feeds, tmp_path):
+    """Against diffusers' own encoding of prompts and its pipeline's U-Net, closed forms and autograd."""
+    from diffusers import StableDiffusionXLPipeline
+
+    found = training(tmp_path, *V, "--samples", 1, "--max_grad_norm", 1e9)
+    ((seen, row),) = found.items()
+    (feed,) = feeds(places=60)
+    (asked,) = dealt([feed], 1)
+    assert len(asked) == seen
+    pipe, total = StableDiffusionXLPipeline.from_pretrained(feed.pictures.folder.parent / "model"), 0.0
+    pipe.unet.requires_grad_(True)
+    schedule = NoiseSchedule.sdxl().zero_terminal_snr()
+    alphas = torch.tensor(schedule.alphas_cumprod)
+    for each in asked:
+        sample = feed.pictures[each.place, each.epoch]
+        noise = torch.randn(
+            1, *sample["latents"].shape, generator=example.feed.generator(0, 0, each.epoch, each.place)
+        )
+        alpha, sigma = float(alphas[each.row] ** 0.5), float((1 - alphas[each.row]) ** 0.5)
+        latents, snr = sample["latents"][None].float(), alpha**2 / max(sigma**2, 1e-300)
+        if each.chunks == 1:
+            context, _, pooled, _ = pipe.encode_prompt(sample["prompts"], do_classifier_free_guidance=False)
+        else:
+            sample["chunks"] = [ids + [[]] * (each.chunks - len(ids)) for ids in sample["chunks"]]
+            ids = feed.pictures.collate([sample])
+            with torch.no_grad():
+                context, pooled = encode(ids["ids"], ids["ids_2"], pipe.text_encoder, pipe.text_encoder_2)
+        told = {"text_embeds": pooled, "time_ids": sample["time_ids"][None]}
+        prediction = pipe.unet(
+            alpha * latents + sigma * noise, torch.tensor([each.row]), context, added_cond_kwargs=told
+        ).sample
+        weight = min(snr, 5) / (snr + 1)
+        total += weight * (prediction - (alpha * noise - sigma * latents)).square().mean() / len(asked)
+    total.backward()
+    norm = torch.stack([p.grad.norm() for p in pipe.unet.parameters()]).norm()
+    assert row["loss"] == pytest.approx(total.item(), rel=1e-5)
+    assert row["norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert any(each.chunks == 1 for each in asked)
+
+
+def test_a_killed_training_goes_on_bit_for_bit(training, killed, tmp_path):
+    flags = (*V, "--ip_noise_gamma", 0.1, "--heldout", 6, "--ema_decay", 0.9, "--checkpoint_every", 24)
+    flags = (*flags, "--samples", 56, "--train_text_encoder", "--evaluate_every", 10**6)
+    whole = training(tmp_path / "whole", *flags)
+    killed(5, tmp_path / "parts", *flags)
+    parts = training(tmp_path / "parts", *flags, "--resume")
+    assert [row["loss"] for row in parts.values()] == [row["loss"] for row in whole.values()]
+    found, wanted = weights(tmp_path / "parts"), weights(tmp_path / "whole")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    averages = [
+        torch.load(last(tmp_path / n) / "sdxl_fixes_ema.pt")["shadow_params"] for n in ("parts", "whole")
+    ]
+    assert all(map(torch.equal, *averages))
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_with_another_batch_size(training, killed, tmp_path):
+    flags = (*V, "--checkpoint_every", 24, "--samples", 72)
+    whole = training(tmp_path / "whole", *flags)
+    killed(5, tmp_path / "parts", *flags)
+    parts = training(tmp_path / "parts", *flags, "--resume", "--batch_size", 2)
+    close_to(parts, whole)
+
+
+# ------------------------------------------------------------------ what is saved and what is refused
+
+
+def test_a_checkpoint_is_a_pipeline_that_says_how_it_is_sampled(example, data, training, tmp_path):
+    from diffusers import StableDiffusionXLPipeline
+
+    (tmp_path / "prompts.txt").write_text("red circles\n\n" + "words " * 90)
+    flags = (
+        "--samples",
+        16,
+        "--train_text_encoder",
+        "--ema_decay",
+        0.5,
+        "--keep",
+        1,
+        "--stable",
+        3,
+        "--heldout",
+        2,
+    )
+    samples = ("--sample_prompts", tmp_path / "prompts.txt", "--sample_side", 64, "--sample_steps", 2)
+    training(tmp_path / "out", *V, *flags, *samples)
+    folder, trained = last(tmp_path / "out"), weights(tmp_path / "out")
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder / "model")
+    begun = StableDiffusionXLPipeline.from_pretrained(data[5])
+    for name, each in pipe.unet.state_dict().items():
+        assert torch.equal(each, trained[f"unet.{name}"])
+    assert any(
+        not torch.equal(a, b) for a, b in zip(pipe.unet.parameters(), begun.unet.parameters(), strict=True)
+    )
+    text = pipe.text_encoder.state_dict()
+    changed = {n for n, each in begun.text_encoder.state_dict().items() if not torch.equal(each, text[n])}
+    unused = {n for n in text if "layers.2." in n or "final_layer_norm" in n}  # of three layers
+    positions = {n for n in text if "position_ids" in n}
+    assert changed == text.keys() - unused - positions
+    for n, each in begun.text_encoder_2.state_dict().items():
+        assert torch.equal(each, pipe.text_encoder_2.state_dict()[n])
+    wanted = NoiseSchedule.sdxl().zero_terminal_snr()
+    assert NoiseSchedule.from_scheduler(pipe.scheduler) == wanted
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    sampling = read_sampling(folder / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert (sampling.schedule, sampling.prediction_type) == (wanted, "v_prediction")
+    # the average after two steps: the first is the weights, then d = min(decay, 2/11)
+    average = StableDiffusionXLPipeline.from_pretrained(folder / "model_ema").unet.state_dict()
+    assert any(not torch.equal(each, pipe.unet.state_dict()[n]) for n, each in average.items())
+    page = (tmp_path / "out" / "samples.html").read_text()
+    assert page.count("<img ") == 2 and "red circles" in page and "22 samples" in page
+    rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert {"heldout/loss", "heldout_ema/loss", "stable_loss/loss", "stable_loss_ema/loss"} <= rows[0].keys()
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint*")] == [folder.name]
+    for other, sentence in (
+        ((*V, "--seed", 1), "another seed"),
+        ((*V, "--heldout", 3), "another heldout"),
+        ((*V, "--prediction_type", "sample"), "another prediction_type"),
+        (V[:2], "another schedule than the flags of this run say"),
+    ):
+        with pytest.raises(SystemExit, match=sentence):
+            training(tmp_path / "out", *flags, "--resume", *other)
+    with pytest.raises(SystemExit, match="holds checkpoints: give --resume"):
+        training(tmp_path / "out", *V, *flags)
+
+
+def test_what_cannot_be_done_is_one_sentence(training, tmp_path):
+    for flags, sentence in (
+        (("--resume",), "holds no checkpoint-N: start without it"),
+        (("--log_with", "nobody"), "--log_with nobody: no tracker of that name is installed"),
+        (("--heldout", 60), "--heldout 60 and --stable 0: the store has 60 pictures"),
+        (("--precision", "bf16", "--fused_adamw"), "--fused_adamw is not for --precision bf16"),
+        (("--batch_size", 3), "--global_batch 8 is no multiple"),
+        (("--min_snr_floor",), "--min_snr_floor needs --min_snr_gamma"),
+    ):
+        with pytest.raises(SystemExit, match=sentence):
+            training(tmp_path, "--samples", 8, *flags)
+
+
+# ------------------------------------------------------------------ speed
+
+
+@pytest.mark.slow
+def test_what_makes_it_fast_changes_no_step(example, data, training, tmp_path, monkeypatch):
+    flags = (*V, "--samples", 24)
+    plain = training(tmp_path / "plain", *flags)
+    computed = collections.Counter()
+    from diffusers.models.attention import BasicTransformerBlock
+
+    original = BasicTransformerBlock.forward
+
+    def forward(self, *args, **kwargs):
+        computed[id(self)] += 1
+        return original(self, *args, **kwargs)
+
+    def same(name, *more, rel=1e-5):
+        found = training(tmp_path / name, *flags, *more)
+        assert found.keys() == plain.keys()
+        for seen, row in plain.items():
+            assert found[seen]["loss"] == pytest.approx(row["loss"], rel=rel), (name, seen)
+            assert found[seen]["norm"] == pytest.approx(row["norm"], rel=30 * rel), (name, seen)
+
+    same("adamw", "--fused_adamw")
+    same("last", "--channels_last")
+    same("compiled", "--compile_blocks", "--compile_backend", "eager")
+    monkeypatch.setattr(BasicTransformerBlock, "forward", forward)
+    same("none", "--channels_last")
+    once = computed.total()
+    for kept, again in ((0, 1), (1, None), (99, 0)):
+        computed.clear()
+        same(f"kept{kept}", "--checkpointing", "transformers", "--keep_activations", kept)
+        if again is None:
+            assert once < computed.total() < 2 * once
+        else:
+            assert computed.total() == (1 + again) * once
+    same("amp", "--precision", "amp", rel=0.02)
+
+
+@pytest.mark.slow
+def test_weights_in_bfloat16_move_as_far_as_in_float32(data, training, killed, tmp_path, monkeypatch):
+    pytest.importorskip("torchao", reason="torchao: needed for --precision bf16")
+    compiled = torch.compile  # its step, which takes a C++ compiler a minute
+    monkeypatch.setattr(
+        torch, "compile", lambda made, **options: compiled(made, **options | {"backend": "eager"})
+    )
+    flags = (*V, "--samples", 40, "--checkpoint_every", 24)
+    plain = training(tmp_path / "plain", *flags)
+    found = training(tmp_path / "bf16", *flags, "--precision", "bf16")
+    for seen, row in plain.items():
+        assert found[seen]["loss"] == pytest.approx(row["loss"], rel=0.02)
+    killed(5, tmp_path / "parts", *flags, "--precision", "bf16")
+    parts = training(tmp_path / "parts", *flags, "--precision", "bf16", "--resume")
+    assert [row["loss"] for row in parts.values()] == [row["loss"] for row in found.values()]
+    begun = {f"unet.{n}": each for n, each in unet_of(data).state_dict().items()}
+    exact, rounded = weights(tmp_path / "plain"), weights(tmp_path / "bf16")
+    assert {each.dtype for each in rounded.values()} == {torch.bfloat16}
+    moved = [(exact[n] - begun[n]).flatten() for n in begun]
+    also = [(rounded[n].float() - begun[n].bfloat16().float()).flatten() for n in begun]
+    moved, also = torch.cat(moved), torch.cat(also)
+    # rounding to nearest loses most of a step of 1e-4; stochastic rounding none of it on average
+    assert (moved @ also / (moved @ moved)).item() == pytest.approx(1, abs=0.05)
+
+
+def unet_of(data):
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel.from_pretrained(data[5], subfolder="unet")
+
+
+# ------------------------------------------------------------------ processes
+
+
+def started(data, folder, *flags, processes=1):
+    """The script in processes of its own."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
+    command = [sys.executable, *(launcher if processes > 1 else ()), str(EXAMPLE / "train.py")]
+    command += ["--output", str(folder), *data, *SMALL, *map(str, flags)]
+    quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(
+        command, env={**os.environ, **quiet}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def close_to(found, wanted):
+    assert found.keys() == wanted.keys()
+    for seen, row in wanted.items():
+        assert found[seen]["loss"] == pytest.approx(row["loss"], rel=1e-5)
+        assert found[seen]["norm"] == pytest.approx(row["norm"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_steps_of_one_and_go_on_with_its_state(data, training, killed, tmp_path):
+    flags = (*V, "--samples", 72, "--checkpoint_every", 24, "--ip_noise_gamma", 0.1, "--train_text_encoder")
+    flags = (*flags, "--heldout", 5, "--ema_decay", 0.9)
+    whole = training(tmp_path / "whole", *flags)
+    output, _ = (process := started(data, tmp_path / "two", *flags, processes=2)).communicate(timeout=900)
+    assert process.returncode == 0 and "2 processes x 4 x 1 accumulated" in output, output
+    assert (last(tmp_path / "two") / "random_states_1.pkl").exists()
+    close_to(logged(tmp_path / "two"), whole)
+    killed(5, tmp_path / "parts", *flags)
+    output, _ = (process := started(data, tmp_path / "parts", *flags, "--resume", processes=2)).communicate(
+        timeout=900
+    )
+    assert process.returncode == 0 and "2 processes" in output, output
+    close_to(logged(tmp_path / "parts"), whole)
+
+
+@pytest.mark.slow
+def test_kill_9_while_a_checkpoint_is_written(data, training, tmp_path):
+    flags = (*V, "--samples", 72, "--checkpoint_every", 16, "--ema_decay", 0.9, "--workers", 1)
+    whole = training(tmp_path / "whole", *flags)
+    parts, after = tmp_path / "parts", 0
+    for _ in range(2):
+        process = started(data, parts, *flags, *(["--resume"] if after else []))
+        while process.poll() is None and not (
+            found_new(parts, after) and (parts / "checkpoint.part").exists()
+        ):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        after = int(last(parts).name.split("-")[1])
+    found = training(parts, *flags, "--resume")
+    assert [row["loss"] for row in found.values()] == [row["loss"] for row in whole.values()]
+    one, other = weights(parts), weights(tmp_path / "whole")
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def found_new(folder, after):
+    """Whether there is a checkpoint of more than ``after`` samples."""
+    return any(int(path.name[11:]) > after for path in folder.glob("checkpoint-*"))
