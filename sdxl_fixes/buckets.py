@@ -452,7 +452,8 @@ def _codes(values: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
     least, span = int(values.min()), int(values.max()) - int(values.min()) + 1
     if span > _PIECE:
         names, codes = np.unique(values, return_inverse=True)
-        return codes.reshape(-1).astype(np.min_scalar_type(len(names) - 1))
+        small: NDArray[np.integer[Any]] = codes.reshape(-1).astype(np.min_scalar_type(len(names) - 1))
+        return small
     place = np.zeros(span, np.int64)
     for piece in _pieces(len(values)):
         place[np.subtract(values[piece], least, dtype=np.int64)] = 1
