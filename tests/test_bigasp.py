@@ -304,6 +304,19 @@ def test_kill_9_loses_nothing_and_repeats_nothing(module, tmp_path):
     assert code == 1 and "was begun with seed '0', now '1'" in output
 
 
+def test_rows_are_the_table_s_in_the_order_that_is_asked(module, tmp_path):
+    loader, file = module("loader", "pyarrow", "streaming"), tmp_path / "table.parquet"
+    rows = [{**ROW, "caption": f"{k}", "tags": ["a"] * k, "watermarks": [[0.0, 0, 1, 1]]} for k in range(7)]
+    parquet = loader.pyarrow.parquet
+    parquet.write_table(loader.pyarrow.Table.from_pylist(rows), file, row_group_size=2)
+    read = loader.Rows(parquet.read_table(file), np.array([5, 0, 5]))
+    assert list(read) == [rows[5], rows[0], rows[5]] and len(read) == 3
+    prompts = module("prompt").Prompts(3)
+    assert [prompts.draw(read[k], 1, k) for k in range(3)] == [
+        prompts.draw(rows[n], 1, k) for k, n in enumerate((5, 0, 5))
+    ]
+
+
 @pytest.mark.slow
 def test_the_whole_example_runs_from_one_command(module, tmp_path):
     module("latents", *PACKAGES)

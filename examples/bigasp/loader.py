@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
+import pyarrow.parquet
 import torch
 from latents import Latents
 from prompt import LIMIT, Prompts
@@ -26,6 +26,21 @@ from sdxl_fixes.prompts import layout, split_ids, token_ids
 COLUMNS = ("caption", "tags", "source", "watermarks", "score")
 
 
+class Rows(Sequence[dict[str, Any]]):
+    """Rows of a table, in the order of ``numbers``. They stay in Arrow's columns: as Python objects they take
+    several times the memory, and every process that reads them makes them its own by counting references."""
+
+    def __init__(self, table: Any, numbers: np.ndarray) -> None:
+        self.columns, self.numbers = dict(zip(table.column_names, table.columns, strict=True)), numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, place: Any) -> Any:
+        number = int(self.numbers[place])
+        return {name: column[number].as_py() for name, column in self.columns.items()}
+
+
 class Pictures(Dataset[dict[str, Any]]):
     """The store's pictures, asked for by (place, epoch): a worker process has no epoch of its own."""
 
@@ -34,17 +49,18 @@ class Pictures(Dataset[dict[str, Any]]):
         self.tokenizers = [
             AutoTokenizer.from_pretrained(model, subfolder=n) for n in ("tokenizer", "tokenizer_2")
         ]
-        found = pd.read_parquet(table)
-        missing = {*COLUMNS, "path"} - {*found.columns}
+        found = pyarrow.parquet.read_table(table)
+        missing = {*COLUMNS, "path"} - {*found.column_names}
         if missing:
             raise SystemExit(f"{table} lacks the column(s) {', '.join(sorted(missing))}: see prompt.py")
         samples = [self.store.facts(place) for place in range(len(self.store))]
-        rows = np.array([row for row, _, _ in samples])
+        rows = np.array([row for row, _, _ in samples], np.int64)
+        paths = found.column("path")
         if len(rows) and (
-            rows.max() >= len(found) or (found.path.to_numpy()[rows] != [p for _, p, _ in samples]).any()
+            rows.max() >= len(found) or any(paths[row].as_py() != path for row, path, _ in samples)
         ):
             raise SystemExit(f"{store} was encoded from another table than {table}: give that one")
-        self.rows: list[dict[str, Any]] = found.loc[rows, list(COLUMNS)].to_dict("records")
+        self.rows = Rows(found.select(COLUMNS), rows)
         self.sizes = np.array([size for _, _, size in samples])  # of the latents, [N, 2]
         self.buckets = np.unique(self.sizes, axis=0, return_inverse=True)[1].reshape(-1)
 

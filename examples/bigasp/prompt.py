@@ -111,8 +111,12 @@ class Prompts:
 
     def chunks(self, rows: Sequence[Mapping[str, Any]], tokenizer: Any, epoch: int) -> NDArray[np.int32]:
         """Of all prompts of an epoch, 1..3: what ``ChunkBucketBatchSampler`` asks for."""
-        drawn = [self.draw(row, epoch, index) for index, row in enumerate(rows)]
-        return np.minimum(count_chunks(tokenizer, drawn), LIMIT)
+        counts, part = np.zeros(len(rows), np.int32), 1 << 16  # no more prompts are held in memory
+        for first in range(0, len(rows), part):
+            places = range(first, min(first + part, len(rows)))
+            drawn = [self.draw(rows[place], epoch, place) for place in places]
+            counts[places.start : places.stop] = count_chunks(tokenizer, drawn)
+        return np.minimum(counts, LIMIT)
 
 
 def watermark(boxes: Sequence[Sequence[float]]) -> str:
