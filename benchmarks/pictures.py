@@ -126,9 +126,10 @@ class Truth:
     @torch.no_grad()
     def judge(self, latents: torch.Tensor, objects: torch.Tensor, places: torch.Tensor) -> dict[str, float]:
         """Of samples [B, CHANNELS, 8, 8] of captions: "slope" of the background's brightness got over asked,
-        its standard error over captions and starting noise ("slope_data", bootstrap); mean "night" background, "contrast"; the energy "distance" of pictures and of "features", where 0 is
-        right; the share whose "object" and "place" is the one asked for. Classifier and features see what a
-        screen shows, values in -1 to 1."""
+        and its standard error over captions and starting noise ("slope_data", bootstrap); mean "night"
+        background, "contrast"; the energy "distance" of pictures and of "features", where 0 is right; the
+        share whose "object" and "place" is the one asked for. Classifier and features see what a screen
+        shows, values in -1 to 1."""
         pictures = unfold(latents)
         got = background(pictures)
         features, of_objects, of_places = self.classifier(fold(pictures.clamp(-1, 1)))
