@@ -122,27 +122,28 @@ def in_short(runs: Sequence[Line]) -> list[str]:
     """All arms in one table: the paired changes of feature distance and slope, a pair of columns for each
     length; [] where nothing can be compared."""
     lengths = sorted({line["steps"] for line in runs if line["steps"]})
-    by_length = {steps: by_arm(runs, steps) for steps in lengths}
-    rows: dict[tuple[str, str], list[str]] = {}
-    for number, found in enumerate(by_length.values()):
+    rows: dict[tuple[str, str], dict[int, list[str]]] = {}
+    for steps in lengths:
+        found = by_arm(runs, steps)
         for (experiment, name), mine in found.items():
             wanted, theirs = reference(found, experiment, name)
             both = [seed for seed in mine if seed in theirs]
             if wanted == name or not both:
                 continue
-            row = rows.setdefault((name, wanted), [""] * 3 * len(lengths))
-            row[3 * number] = str(len(both))
-            for place, column in ((1, "features"), (2, "slope")):
+            cells = [str(len(both))]
+            for column in ("features", "slope"):
                 get, digits = SAMPLES[column]
-                row[3 * number + place] = changed([get(mine[k]) - get(theirs[k]) for k in both], digits)
+                cells.append(changed([get(mine[k]) - get(theirs[k]) for k in both], digits))
+            rows.setdefault((name, wanted), {})[steps] = cells
+    lengths = [steps for steps in lengths if any(steps in row for row in rows.values())]
     if not rows:
         return []
     heads = [f"seeds | features, {steps:,} steps | slope, {steps:,} steps" for steps in lengths]
-    return [
-        f"| arm | against | {' | '.join(heads)} |",
-        "|---|---|" + "---|---|---|" * len(lengths),
-        *(f"| {name} | {wanted} | {' | '.join(row)} |" for (name, wanted), row in rows.items()),
-    ]
+    lines = [f"| arm | against | {' | '.join(heads)} |", "|---|---|" + "---|---|---|" * len(lengths)]
+    for (name, wanted), row in rows.items():
+        cells = [cell for steps in lengths for cell in row.get(steps, ["", "", ""])]
+        lines.append(f"| {name} | {wanted} | {' | '.join(cells)} |")
+    return lines
 
 
 def _of_captions(runs: Sequence[Line]) -> str:
