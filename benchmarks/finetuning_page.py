@@ -10,6 +10,7 @@ import finetuning
 import lab
 import numpy as np
 import pairing
+import style
 
 from sdxl_fixes.atomic import replacing
 
@@ -117,6 +118,45 @@ def changes(found: Arms, experiment: str) -> list[str]:
     return lines if len(lines) > 2 else []
 
 
+def in_short(runs: Sequence[Line]) -> list[str]:
+    """All arms in one table: the paired changes of feature distance and slope, a pair of columns for each
+    length; [] where nothing can be compared."""
+    lengths = sorted({line["steps"] for line in runs if line["steps"]})
+    rows: dict[tuple[str, str], dict[int, list[str]]] = {}
+    for steps in lengths:
+        found = by_arm(runs, steps)
+        for (experiment, name), mine in found.items():
+            wanted, theirs = reference(found, experiment, name)
+            both = [seed for seed in mine if seed in theirs]
+            if wanted == name or not both:
+                continue
+            cells = [str(len(both))]
+            for column in ("features", "slope"):
+                get, digits = SAMPLES[column]
+                cells.append(changed([get(mine[k]) - get(theirs[k]) for k in both], digits))
+            rows.setdefault((name, wanted), {})[steps] = cells
+    lengths = [steps for steps in lengths if any(steps in row for row in rows.values())]
+    if not rows:
+        return []
+    heads = [f"seeds | features, {steps:,} steps | slope, {steps:,} steps" for steps in lengths]
+    lines = [f"| arm | against | {' | '.join(heads)} |", "|---|---|" + "---|---|---|" * len(lengths)]
+    for (name, wanted), row in rows.items():
+        cells = [cell for steps in lengths for cell in row.get(steps, ["", "", ""])]
+        lines.append(f"| {name} | {wanted} | {' | '.join(cells)} |")
+    return lines
+
+
+def _of_captions(runs: Sequence[Line]) -> str:
+    """How far a slope moves with other captions and other starting noise; "" where nobody measured it."""
+    errors = [line["dpmpp_2m"]["slope_data"] for line in runs if "slope_data" in line["dpmpp_2m"]]
+    return (
+        f"Other captions and other starting noise move a slope by a standard error of {np.median(errors):.3f} (bootstrap within "
+        f"a run, median of {len(errors)} runs; largest {max(errors):.3f})."
+        if errors
+        else ""
+    )
+
+
 def page(record: Sequence[Line]) -> str:
     """The whole page."""
     truth = next((line for line in record if line["experiment"] == "truth"), None)
@@ -152,6 +192,18 @@ def page(record: Sequence[Line]) -> str:
         "the input over the output; 1.1 follows its input, 1 is blind to how large it is. **gain**: the share of a shift of "
         "the mean brightness, one standard deviation of noise at the last timestep, that the network takes for noise.",
     ]
+    if summary := in_short(runs):
+        lines += [
+            "",
+            "## In short",
+            "",
+            "Each arm against the arm that differs in one thing, paired by seed. Distance of features: negative is nearer to "
+            "the world's pictures; slope: towards 1 is better. Bold: the interval excludes 0. Of one seed there is none.",
+            "",
+            *summary,
+        ]
+    if spread := _of_captions(runs):
+        lines += ["", spread]
     for experiment, title in SHOWN.items():
         if not any(line["experiment"] == experiment for line in runs):
             continue
@@ -203,54 +255,43 @@ def _closed_form(share: float, energy: float) -> list[str]:
 def plot(record: Sequence[Line], experiment: str) -> Any:
     """A row for each arm: slope and feature distance, a dot for each seed and a bar for their mean, in a
     colour for each length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     runs = [line for line in record if line["experiment"] != "truth"]
     lengths = sorted({line["steps"] for line in runs if line["experiment"] == experiment})
     names = list(
         dict.fromkeys(name for steps in lengths for name, _ in rows_of(by_arm(runs, steps), experiment))
     )
-    figure, axes = plt.subplots(1, 2, figsize=(10, 1.4 + 0.38 * len(names)), sharey=True)
-    panels = {"slope": "brightness got over asked (1 is right)", "features": "feature distance (0 is right)"}
+    figure, axes = style.figure(1.4 + 0.38 * len(names), columns=2, sharey=True)
+    panels = {"slope": "Brightness got over asked (1 is right)", "features": "Feature distance (0 is right)"}
     for axis, (column, title) in zip(axes, panels.items(), strict=True):
         get = SAMPLES[column][0]
+        axis.grid(axis="x")
+        axis.set_title(title)
+        axis.axvline(1 if column == "slope" else 0, color=style.SOFT, linewidth=1, linestyle=":")
         for offset, steps in enumerate(lengths):
+            colour = style.COLOURS[offset]
             for row, (name, seeds) in enumerate(rows_of(by_arm(runs, steps), experiment)):
                 values = np.array([get(line) for line in seeds.values()])
                 height = names.index(name) + 0.22 * (offset - (len(lengths) - 1) / 2)
                 shown = values if column == "features" else np.clip(values, *FRAME)
-                axis.plot(shown, [height] * len(shown), "o", color=f"C{offset}", markersize=3, alpha=0.5)
-                label = None if row else f"{steps} steps"
-                axis.plot(shown.mean(), height, "|", color=f"C{offset}", markersize=11, mew=2, label=label)
+                axis.plot(shown, [height] * len(shown), "o", color=colour, markersize=3, alpha=0.5)
+                label = None if row else f"{steps:,} steps"
+                axis.plot(shown.mean(), height, "|", color=colour, markersize=11, mew=2, label=label)
                 if values.mean() != shown.mean():
                     high = bool(values.mean() > 1)
                     text, side = f" {values.mean():.1f} ", "right" if high else "left"
                     axis.text(FRAME[high], height, text, ha=side, va="center", fontsize=8)
-        axis.set_xlabel(title)
-        axis.grid(axis="x", alpha=0.3)
-    axes[0].axvline(1, color="grey", linewidth=0.8)
     if experiment == "terminal":
         axes[1].set_xscale("symlog", linthresh=1)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=len(lengths), frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 / figure.get_figheight()))
+    style.above(figure)
     return figure
 
 
 def write(record: Sequence[Line]) -> None:
     """Page and plots into docs/evidence."""
-    import matplotlib.pyplot as plt
-
     with replacing(lab.DOCS / "finetuning.md") as file:
         file.write_text(page(record), encoding="utf-8")
     for experiment in SHOWN:
         if any(line["experiment"] == experiment for line in record):
-            figure = plot(record, experiment)
-            with replacing(lab.DOCS / f"finetuning-{_slug(experiment)}.png") as file:
-                figure.savefig(file, dpi=110, format="png")
-            plt.close(figure)
+            style.save(plot(record, experiment), lab.DOCS / f"finetuning-{_slug(experiment)}.png")

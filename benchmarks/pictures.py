@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import digits
+import numpy as np
 import torch
 from torch import nn
 
@@ -125,16 +126,20 @@ class Truth:
     @torch.no_grad()
     def judge(self, latents: torch.Tensor, objects: torch.Tensor, places: torch.Tensor) -> dict[str, float]:
         """Of samples [B, CHANNELS, 8, 8] of captions: "slope" of the background's brightness got over asked,
-        mean "night" background, "contrast"; the energy "distance" of pictures and of "features", where 0 is
-        right; the share whose "object" and "place" is the one asked for. Classifier and features see what a
-        screen shows, values in -1 to 1."""
+        and its standard error over captions and starting noise ("slope_data", bootstrap); mean "night"
+        background, "contrast"; the energy "distance" of pictures and of "features", where 0 is right; the
+        share whose "object" and "place" is the one asked for. Classifier and features see what a screen
+        shows, values in -1 to 1."""
         pictures = unfold(latents)
         got = background(pictures)
         features, of_objects, of_places = self.classifier(fold(pictures.clamp(-1, 1)))
         night = torch.isin(places, torch.tensor(NIGHT))
         looks = torch.tensor(LOOKS)[places]
+        again = torch.randint(len(got), (200, len(got)), generator=torch.Generator().manual_seed(1))
+        slopes = [slope(self.asked[places[sample]], got[sample]) for sample in again]
         return {
             "slope": slope(self.asked[places], got),
+            "slope_data": float(np.std(slopes, ddof=1)),
             "night": float(got[night].mean()),
             "contrast": contrast(pictures),
             "distance": digits.distance(latents, self.latents),

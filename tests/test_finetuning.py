@@ -253,8 +253,10 @@ def test_a_run_is_a_line_of_numbers_and_repeats_itself(monkeypatch):
     assert first.pop("seconds") > 0 and second.pop("seconds") > 0
     assert first == second == json.loads(json.dumps(first))
     assert [first[name] for name in ("experiment", "arm", "seed", "steps")] == ["terminal", arm.name, 1, 2]
-    assert {"slope", "features"} <= set(first["euler_a"]) and first["scale_last"] == pytest.approx(
-        1.21, rel=1e-3
+    assert (
+        0 < first["dpmpp_2m"]["slope_data"] < 1
+        and {"slope", "features"} <= set(first["euler_a"])
+        and first["scale_last"] == pytest.approx(1.21, rel=1e-3)
     )
     line = finetuning.truth_line(truth)
     assert line["dpmpp_2m"]["slope"] == pytest.approx(1, abs=0.15) and 0 < line["brightness_share"] < 1
@@ -292,14 +294,24 @@ def test_the_page_pairs_seeds_and_shows_what_there_is():
     assert "| v zero SNR | 1 | 1.00 | 1.00 | 1.000 |" in page  # 1600 steps, one seed: no interval
     assert f"| 25.0 % (this world) | 4.0 | {100 * pairing.leak(2, 0.25, 4.0):.1f} % |" in page
     assert "## Huber" not in page and "0.3 hours of one core" in page
+    # in short: no column for a length that has no pair
+    assert (
+        f"| v zero SNR | v 14.6 | 2 | {lab.change([0.58, 0.56], 2)} | {lab.change([0.58, 0.56], 2)} | "
+        in page
+    )
+    assert "| nearest of 64 | v zero SNR | 3 | **-0.50 ± 0.00** | **-0.50 ± 0.00** |\n" in page
+    assert "bootstrap" not in page and not finetuning_page.in_short(_lines()[-1:])
+    lines = _lines()
+    lines[1]["dpmpp_2m"]["slope_data"] = 0.0123
+    assert "a standard error of 0.012 (bootstrap within" in finetuning_page.page(lines).replace("\n", " ")
 
 
 def test_the_plot_shows_each_arm_once_and_a_mark_for_each_length():
     figure = finetuning_page.plot(_lines(), "terminal")
     left = figure.axes[0]
     assert [label.get_text() for label in left.get_yticklabels()] == ["v 14.6", "v zero SNR"]
-    assert len(left.lines) == 7 and left.lines[1].get_xdata() == pytest.approx(0.37)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["400 steps", "1600 steps"]
+    assert len(left.lines) == 7 and left.lines[2].get_xdata() == pytest.approx(0.37)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["400 steps", "1,600 steps"]
     assert left.get_legend() is None  # no legend lies over the data
 
 

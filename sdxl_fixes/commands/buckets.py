@@ -200,30 +200,45 @@ def plot(found: Report, file: Path) -> None:
     be written (nothing half-written stays behind)."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    ink, soft, accent, pale = "#22252b", "#6b707a", "#2f6fde", "#b9bec8"
+    figure = Figure(figsize=(11, 4), layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     order = np.argsort([w / h for w, h in found.resolutions])
-    left.bar(
-        [f"{found.resolutions[k][0]}x{found.resolutions[k][1]}" for k in order],
-        [found.sizes[k] for k in order],
-    )
-    left.tick_params(axis="x", rotation=90)
-    left.set(title="samples per aspect bucket", ylabel="samples per epoch")
+    names = ["{} x {}".format(*found.resolutions[k]) for k in order]
+    left.bar(names, [found.sizes[k] for k in order], width=min(0.8, 0.1 * len(order)), color=accent)
+    left.tick_params(axis="x", rotation=90, labelsize=9 if len(order) < 30 else 6)
+    left.set_xlim(-0.7, len(order) - 0.3)
     columns = {
         "padded to\nthe limit": found.padded,
         "aspect\nbuckets": found.aspect,
         "aspect x\nchunk": found.chunked,
     }
-    bars = right.bar(list(columns), [column["chunks"] for column in columns.values()])
-    right.bar_label(bars, fmt="%.2f")
-    right.axhline(
-        found.chunked["chunks"] * (1 - found.chunked["padding"]),
-        color="black",
-        linestyle=":",
-        label="the prompts themselves",
+    heights = [column["chunks"] for column in columns.values()]
+    bars = right.bar(list(columns), heights, width=0.6, color=(pale, pale, accent))
+    right.bar_label(bars, fmt="%.2f", padding=3, color=ink)
+    needed = found.chunked["chunks"] * (1 - found.chunked["padding"])
+    right.axhline(needed, color=ink, linewidth=1, linestyle=(0, (2, 2)))
+    right.annotate(
+        f"the prompts\nthemselves\n{needed:.2f}",
+        (1, needed),
+        (6, 0),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        va="center",
+        color=ink,
+        fontsize=9,
     )
-    right.set(title=f"chunks of {CHUNK} tokens per sample, batch {found.batch_size}")
-    right.legend()
+    right.set_ylim(0, 1.12 * max(*heights, needed))
+    for axis, title in (
+        (left, "Samples per epoch in each aspect bucket"),
+        (right, f"Chunks of {CHUNK} tokens per sample, batch {found.batch_size}"),
+    ):
+        axis.set_title(title, loc="left", fontsize=11, pad=12, color=ink)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.spines["bottom"].set_color(pale)
+        axis.grid(axis="y", color="#e6e8ec", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.tick_params(colors=soft, length=0)
     with replacing(file) as partial:
         figure.savefig(partial, format="png", dpi=120)
 
