@@ -212,7 +212,8 @@ def verdict(found: dict[str, list[Any]]) -> list[str]:
         "",
         f"Range: one network of {number:,} weights, {STEPS:,} steps, AdamW, one constant rate beside the",
         "control's, no clipping. What rounding to nearest loses hangs on the size of steps beside that of",
-        "weights; how much a finetune of SDXL loses by it was not measured.",
+        "weights; how much a finetune of SDXL loses by it was not measured. Settings that round",
+        "stochastically, and what each keeps in memory: [recipes](../recipes.md#in-kohya).",
     ]
 
 

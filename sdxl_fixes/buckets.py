@@ -451,9 +451,9 @@ def _codes(values: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
     where they lie close together, as buckets do."""
     least, span = int(values.min()), int(values.max()) - int(values.min()) + 1
     if span > _PIECE:
-        names, codes = np.unique(values, return_inverse=True)
-        small: NDArray[np.integer[Any]] = codes.reshape(-1).astype(np.min_scalar_type(len(names) - 1))
-        return small
+        names, places = np.unique(values, return_inverse=True)
+        codes: NDArray[np.integer[Any]] = places.reshape(-1).astype(np.min_scalar_type(len(names) - 1))
+        return codes
     place = np.zeros(span, np.int64)
     for piece in _pieces(len(values)):
         place[np.subtract(values[piece], least, dtype=np.int64)] = 1

@@ -122,7 +122,8 @@ class SampleTable:
     resumed run goes on in it.
 
     The file is a head, whose script arranges the table when a browser has read the page, and then a line for
-    every sample, the latest last: to add is to append. Killed at any moment, it shows the samples before.
+    every sample, the latest last: to add is to append. Killed at any moment, it shows the samples before. What
+    another process added meanwhile stays.
 
     Raises ValueError for an existing file of another kind.
     """
@@ -130,18 +131,10 @@ class SampleTable:
     def __init__(self, path: str | Path, title: str = "Samples") -> None:
         self.path, self.title = Path(path), title
         self.cells: dict[str, dict[str, str]] = {}  # checkpoint -> prompt -> PNG, base64
+        self._unwritten: dict[tuple[str, str], None] = {}  # cells that the file lacks, or has older
         self._size = self._samples = 0  # bytes and samples of the file, as long as it can be appended to
         if self.path.exists():
-            content = self.path.read_bytes()
-            page = content.decode("utf-8", errors="replace")
-            found = list(_SAMPLE.finditer(page))
-            # the last may have been cut off
-            if _MARK not in page or len(found) != page[: page.rfind(">") + 1].count("<img "):
-                raise ValueError(f"{self.path} exists and is not a table of samples: choose another file")
-            for checkpoint, prompt, png in (sample.groups() for sample in found):
-                self.cells.setdefault(html.unescape(checkpoint), {})[html.unescape(prompt)] = png
-            if content == "".join([self._head(), *(f"{sample[0]}\n" for sample in found)]).encode():
-                self._size, self._samples = len(content), len(found)
+            self._read()
 
     def add(self, checkpoint: str, prompt: str, image: Any) -> None:
         """Put ``image`` (a PIL image) into the table, in place of an older one, and write it to the file."""
@@ -149,23 +142,46 @@ class SampleTable:
 
     def update(self, samples: Iterable[tuple[str, str, Any]]) -> None:
         """Many at once: (checkpoint, prompt, image)."""
-        new: dict[tuple[str, str], None] = {}
         for checkpoint, prompt, image in samples:
             buffer = io.BytesIO()
             image.save(buffer, "PNG")
             # a browser reads and a file holds neither control characters nor half a surrogate
             cell = printable(str(checkpoint)), printable(str(prompt))
-            self.cells.setdefault(cell[0], {})[cell[1]] = base64.b64encode(buffer.getvalue()).decode()
-            new[cell] = None
-        self._write([self._sample(*cell) for cell in new])
+            rows, png = self.cells.setdefault(cell[0], {}), base64.b64encode(buffer.getvalue()).decode()
+            if rows.get(cell[1]) != png:
+                rows[cell[1]], self._unwritten[cell] = png, None
+        self._write()
 
-    def _write(self, new: list[str]) -> None:
+    def _read(self) -> None:
+        """Take what the file holds, but for cells that are newer here."""
+        content = self.path.read_bytes()
+        page = content.decode("utf-8", errors="replace")
+        found = list(_SAMPLE.finditer(page))
+        # the last may have been cut off
+        if _MARK not in page or len(found) != page[: page.rfind(">") + 1].count("<img "):
+            raise ValueError(f"{self.path} exists and is not a table of samples: choose another file")
+        ours, self.cells = self.cells, {}
+        for checkpoint, prompt, png in (sample.groups() for sample in found):
+            self.cells.setdefault(html.unescape(checkpoint), {})[html.unescape(prompt)] = png
+        for column, rows in ours.items():
+            theirs = self.cells.setdefault(column, {})
+            for row, png in rows.items():
+                if row not in theirs or (column, row) in self._unwritten:
+                    theirs[row] = png
+        if content == "".join([self._head(), *(f"{sample[0]}\n" for sample in found)]).encode():
+            self._size, self._samples = len(content), len(found)
+
+    def _write(self) -> None:
         """Append, if the file is as we left it, and would not be mostly older pictures of the same cells."""
+        exists = self.path.exists()
+        if exists and self.path.stat().st_size != self._size:
+            self._size = 0
+            self._read()  # what another process added
         size, self._size = self._size, 0  # until all is written
         cells = sum(map(len, self.cells.values()))
-        ours = size and self.path.exists() and self.path.stat().st_size == size
-        if ours and self._samples + len(new) <= 2 * cells:
-            content, self._samples = "".join(new).encode(), self._samples + len(new)
+        if exists and size and self._samples + len(self._unwritten) <= 2 * cells:
+            content = "".join(self._sample(*cell) for cell in self._unwritten).encode()
+            self._samples += len(self._unwritten)
             with self.path.open("ab") as file:
                 file.write(content)
         else:
@@ -176,6 +192,7 @@ class SampleTable:
             with replacing(self.path) as partial:
                 partial.write_bytes(content)
         self._size = size + len(content)
+        self._unwritten.clear()
 
     def _head(self) -> str:
         title = html.escape(printable(self.title))

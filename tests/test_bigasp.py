@@ -12,9 +12,9 @@ import sys
 import time
 from pathlib import Path
 
+import alphabet
 import numpy as np
 import pytest
-import tiny_assets
 import torch
 
 from sdxl_fixes.buckets import ChunkBucketBatchSampler
@@ -138,7 +138,7 @@ def test_the_captioner_is_asked_for_the_published_kinds_and_lengths(module):
 def test_batches_have_equal_chunks_of_the_prompts_that_are_drawn(module, tmp_path):
     from transformers import CLIPTokenizer
 
-    tiny_assets.tokenizer(tmp_path / "tokenizer")
+    alphabet.write(tmp_path / "tokenizer")
     tokenizer, prompts = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer"), module("prompt").Prompts(0)
     rows = [{**ROW, "caption": "words " * (k % 30), "score": k % 9 + 1} for k in range(300)]
     sampler = ChunkBucketBatchSampler(

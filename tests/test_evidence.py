@@ -34,6 +34,8 @@ PAGES["precision"] = "precision"
 def test_pages_are_generated_from_the_recorded_results(module):
     experiment, name = importlib.import_module(module), PAGES[module]
     assert list(lab.finished(name, experiment.KEYS)) == experiment.KEYS
+    # or a further seed would be refused
+    assert json.loads((lab.RESULTS / f"{name}.json").read_text())["settings"] == repr(lab.SETTINGS)
     assert (lab.DOCS / f"{name}.md").read_text(encoding="utf-8") == lab.text(
         name, experiment.KEYS, experiment.page
     )

@@ -256,8 +256,8 @@ def test_python_in_the_page_on_loading_runs_after_a_stamp(tmp_path, monkeypatch,
 
 def test_python_in_the_page_on_buckets_runs(tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
+    from alphabet import write as make_tokenizer
     from tiny_assets import text_config
-    from tiny_assets import tokenizer as make_tokenizer
     from torch.utils.data import DataLoader
 
     monkeypatch.chdir(tmp_path)

@@ -303,6 +303,39 @@ def test_a_picture_is_appended_and_a_table_does_not_fill_with_replaced_ones(tmp_
     assert shown(path) == [("0", [*range(0, 20, 2)]), ("1", [*range(40, 50)])]
 
 
+def test_two_runs_that_add_to_one_file_keep_each_other_s_pictures(tmp_path):
+    path = tmp_path / "samples.html"
+    first, second = SampleTable(path), SampleTable(path)  # neither finds a file
+    first.add("1", "a cat", picture(1))
+    second.add("2", "a cat", picture(2))
+    second.add("1", "a cat", picture(3))
+    first.add("1", "a dog", picture(4))  # of the first run the picture of the cat is the older one
+    second.add("2", "a dog", picture(5))
+    assert shown(path) == [("a cat", [3, 2]), ("a dog", [4, 5])]
+    path.write_text("<p>mine</p>")
+    with pytest.raises(ValueError, match="is not a table of samples"):
+        first.add("3", "a cat", picture(6))
+    assert path.read_text() == "<p>mine</p>"
+
+
+def test_a_picture_that_fails_takes_none_of_the_others_with_it(tmp_path):
+    path = tmp_path / "samples.html"
+    table = SampleTable(path)
+    table.add("1", "a cat", picture(1))
+    with pytest.raises(AttributeError):
+        table.update([("2", "a cat", picture(2)), ("3", "a cat", None)])
+    table.add("4", "a cat", picture(4))
+    assert shown(path) == [("a cat", [1, 2, 4])]
+
+
+def test_what_the_table_has_is_not_added_again(tmp_path):
+    path, samples = tmp_path / "samples.html", [(f"{k}", "a cat", picture(k)) for k in range(3)]
+    SampleTable(path).update(samples)
+    before = path.read_bytes()
+    SampleTable(path).update(samples)
+    assert path.read_bytes() == before
+
+
 def previews(folder, **greys):
     folder.mkdir(exist_ok=True)
     for name, grey in greys.items():

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from tiny_assets import tokenizer as write_tokenizer
+from alphabet import write as write_tokenizer
 
 from sdxl_fixes.diffusers import prompts
 from sdxl_fixes.diffusers.run import SESSION

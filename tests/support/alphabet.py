@@ -3,7 +3,7 @@
 import json
 
 
-def write(folder):
+def write(folder, pad_token="<|endoftext|>"):
     """Put its files into ``folder``, which is made; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -14,7 +14,7 @@ def write(folder):
         "bos_token": "<|startoftext|>",
         "eos_token": "<|endoftext|>",
         "unk_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
+        "pad_token": pad_token,
     }
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")

@@ -1,7 +1,6 @@
-"""What every test against a real trainer needs: a byte-level CLIP tokenizer, and real photographs with
-captions (scikit-image's)."""
+"""What every test against a real trainer needs: real photographs with captions (scikit-image's), and small
+text encoders."""
 
-import json
 from pathlib import Path
 
 PHOTOS = {
@@ -15,27 +14,6 @@ PHOTOS = {
     "hubble_deep_field.jpg": "galaxies on a black sky",
 }
 SIZES = [(128, 128), (160, 96), (96, 160)]
-
-
-def tokenizer(folder, pad_token="<|endoftext|>"):
-    """CLIP's own byte alphabet without merges (one token a character): enough for a trainer, and nobody's
-    download."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    characters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
-    vocabulary = {c: i for i, c in enumerate(characters + [c + "</w>" for c in characters])}
-    vocabulary |= {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
-    special = {
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>",
-        "unk_token": "<|endoftext|>",
-        "pad_token": pad_token,
-    }
-    folder.mkdir(parents=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "special_tokens_map.json").write_text(json.dumps(special))
 
 
 def photographs(folder):

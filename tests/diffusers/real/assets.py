@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "support"))
+import alphabet
 import tiny_assets
 
 SCHEDULER = {  # as SDXL base ships it
@@ -88,7 +89,7 @@ def pipeline(folder):
     adapter.save_pretrained(folder.parent / "adapter")
     pads = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}
     for name, pad in pads.items():
-        tiny_assets.tokenizer(folder.parent / "tokenizers" / name, pad)
+        alphabet.write(folder.parent / "tokenizers" / name, pad)
     loaded = [CLIPTokenizer.from_pretrained(folder.parent / "tokenizers" / name) for name in pads]
     StableDiffusionXLPipeline(
         vae, te1, te2, *loaded, unet, EulerDiscreteScheduler.from_config(SCHEDULER)

@@ -11,13 +11,14 @@ from pathlib import Path
 from PIL import Image, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "support"))
+import alphabet
 import checkouts
 import tiny_assets
 
 
 def tokenizers(folder):
     for name in ("openai_clip-vit-large-patch14", "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k"):
-        tiny_assets.tokenizer(folder / name)
+        alphabet.write(folder / name)
         file = folder / name / "vocab.json"  # in full size: textual inversion appends to it
         vocabulary = json.loads(file.read_text(encoding="utf-8"))
         unused = sorted({*range(49408)} - {*vocabulary.values()})

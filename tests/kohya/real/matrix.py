@@ -144,6 +144,9 @@ def check(script, folders, assets, steps=STEPS, jobs=1):
     sentences = [
         sentence for runs_of_one in of for sentence in _wrong(script, runs_of_one, script in launched())
     ]
+    for folder, runs_of_one in zip(folders, of, strict=True):
+        if "all" in runs_of_one:
+            sentences += _disagrees(script, folder, runs_of_one["all"])
     first, *others = [runs_of_one["all"] for runs_of_one in of if "all" in plan] or [None]
     sentences += [
         f"{other.script}, all fixes: {other.checkout} does not train as {first.checkout} does"

@@ -9,9 +9,9 @@ import sys
 import types
 from pathlib import Path
 
+import alphabet
 import checkouts
 import pytest
-import tiny_assets
 import torch
 from test_real_trainer import assets, pytestmark  # noqa: F401  (fixtures)
 
@@ -40,10 +40,10 @@ def vocabulary(request, assets, tmp_path_factory):  # noqa: F811
     merges = lines[1 : 49152 - 256 - 2 + 1]
     folder = tmp_path_factory.mktemp("clip")
     for name in FOLDERS:
-        tiny_assets.tokenizer(folder / name)
-        alphabet = list(json.loads((folder / name / "vocab.json").read_text(encoding="utf-8")))[:512]
+        alphabet.write(folder / name)
+        letters = list(json.loads((folder / name / "vocab.json").read_text(encoding="utf-8")))[:512]
         tokens = [
-            *alphabet,
+            *letters,
             *("".join(merge.split()) for merge in merges),
             "<|startoftext|>",
             "<|endoftext|>",
