@@ -145,7 +145,7 @@ def suit_engine(accelerator: Accelerator, args: argparse.Namespace, shares: feed
     if plugin.zero_stage != 2:
         raise SystemExit(
             f"DeepSpeed ZeRO-{plugin.zero_stage} has not been run with train.py: take ZeRO-2 "
-            "(configs/deepspeed_zero2.yaml), or FSDP2 (configs/fsdp.yaml), which deals out the weights as well"
+            "(configs/deepspeed_zero2.yaml), or FSDP2 (configs/fsdp.yaml), which also deals out the weights"
         )
     if args.precision == "bf16":
         raise SystemExit(
