@@ -133,9 +133,6 @@ def main() -> None:
     )
     torch.manual_seed(args.seed)
     unet = make_unet()
-    if accelerator.distributed_type == "DEEPSPEED":  # which asks for it where no DataLoader is prepared
-        deepspeed = accelerator.state.deepspeed_plugin.deepspeed_config
-        deepspeed["train_micro_batch_size_per_gpu"] = args.batch_size
     unet, optimizer = accelerator.prepare(unet, torch.optim.AdamW(unet.parameters(), lr=args.learning_rate))
     data = {name: tensor.to(accelerator.device) for name, tensor in make_data().items()}
     most = len(data["latents"]) // accelerator.num_processes

@@ -399,6 +399,76 @@ def test_what_cannot_be_done_is_one_sentence(training, tmp_path):
             training(tmp_path, "--samples", 8, *flags)
 
 
+def dealing(monkeypatch, example, engine, **plugin):
+    """accelerate says that ``engine`` trains, with what of its plugin train.py looks at."""
+    original, plugin = example.train.Accelerator, SimpleNamespace(**plugin) if plugin else None
+
+    def make(**options):
+        accelerator = original(**options)
+        accelerator.state.distributed_type = engine
+        state = type(accelerator.state)
+        monkeypatch.setattr(state, "deepspeed_plugin", property(lambda _: plugin), raising=False)
+        return accelerator
+
+    monkeypatch.setattr(example.train, "Accelerator", make)
+    return plugin
+
+
+@pytest.mark.parametrize(
+    ("engine", "plugin", "flags", "sentence"),
+    [
+        ("FSDP", {}, ("--ema_decay", 0.9), "--ema_decay needs the whole weights .* FSDP deals them out"),
+        ("DEEPSPEED", {"zero_stage": 2}, ("--ema_decay", 0.9), "DEEPSPEED deals them out: leave it out"),
+        ("FSDP", {}, ("--heldout", 2), "--heldout needs the whole U-Net"),
+        ("FSDP", {}, ("--stable", 2), "--stable needs the whole U-Net"),
+        ("DEEPSPEED", {"zero_stage": 2}, ("--precision", "bf16"), "take --precision amp or fp32"),
+        ("DEEPSPEED", {"zero_stage": 3}, (), r"ZeRO-3 has not been run with train.py: take ZeRO-2 \("),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused_before_it_trains(
+    example, training, monkeypatch, tmp_path, engine, plugin, flags, sentence
+):
+    dealing(monkeypatch, example, engine, **plugin)
+    monkeypatch.setattr(example.network, "load", lambda *_: pytest.fail("it begins"))
+    with pytest.raises(SystemExit, match=sentence):
+        training(tmp_path, "--samples", 8, *flags)
+
+
+def test_deepspeed_steps_with_the_rate_and_clips_by_the_flags(example, training, monkeypatch, tmp_path):
+    """DeepSpeed steps within accelerator.backward: what a step needs must stand before it."""
+    from accelerate import Accelerator
+
+    rates, original = [], Accelerator.backward
+
+    def backward(self, loss):
+        rates.append((self._optimizers[0].param_groups[0]["lr"], torch.initial_seed()))
+        original(self, loss)
+
+    monkeypatch.setattr(Accelerator, "backward", backward)
+    rows = training(tmp_path / "seen", "--samples", 24).values()
+    wanted = [(row["rate"], step) for step, row in enumerate(rows)]
+    assert len({rate for rate, _ in wanted}) == 3
+    assert rates == [each for each in wanted for _ in range(2)]  # of 8 pictures in batches of 4
+
+    plugin = dealing(monkeypatch, example, "DEEPSPEED", zero_stage=2, deepspeed_config={"kept": 1})
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    monkeypatch.setattr(example.network, "load", stop)
+    with pytest.raises(Stop):
+        training(tmp_path / "zero", "--samples", 24, "--max_grad_norm", 0.25, "--batch_size", 2)
+    assert plugin.deepspeed_config == {
+        "kept": 1,
+        "gradient_clipping": 0.25,
+        "gradient_accumulation_steps": 4,
+        "train_micro_batch_size_per_gpu": 2,
+    }
+
+
 # ------------------------------------------------------------------ speed
 
 

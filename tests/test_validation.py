@@ -2,6 +2,9 @@
 as it was."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -156,6 +159,78 @@ def test_training_goes_on_as_if_nothing_had_happened():
     with pytest.raises(RuntimeError, match="out of memory"):
         Validation(objective)(fails, LATENTS, models=(model,))
     assert model.training
+
+
+def test_gathered_parts_are_let_go_after_it_also_on_errors():
+    """FSDP2's modules have a method ``reshard``, which their backward pass calls: none comes here."""
+    calls = []
+
+    class Part(torch.nn.Conv2d):
+        def reshard(self):
+            calls.append(self.training)
+
+    model = torch.nn.Sequential(torch.nn.Dropout(0.5), Part(4, 4, 1))
+    validation = Validation(Objective(ZERO, "v_prediction"), points=2)
+
+    def predict(noisy, timesteps, images):
+        assert len(calls) == before
+        return model(noisy)
+
+    def fails(noisy, timesteps, images):
+        raise RuntimeError("out of memory")
+
+    before = len(calls)
+    validation(predict, LATENTS, models=(model,))
+    assert calls == [True]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        validation(fails, LATENTS, models=(model,))
+    assert calls == [True, True]
+
+
+SHARDED = """
+import torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from sdxl_fixes import NoiseSchedule, Objective
+from sdxl_fixes.validation import Validation
+
+torch.distributed.init_process_group("gloo")
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 1), torch.nn.Conv2d(8, 4, 1))
+whole = [p.detach().clone() for p in model.parameters()]
+mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+fully_shard(model[0], mesh=mesh)
+fully_shard(model, mesh=mesh)
+optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+validation = Validation(Objective(NoiseSchedule.sdxl(), "v_prediction"), points=3)
+share = (torch.distributed.get_rank(), 2)
+sums = validation.sums(lambda noisy, *_: model(noisy), latents, (model,), batch_size=2, share=share)
+torch.distributed.all_reduce(sums)
+alone = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 1), torch.nn.Conv2d(8, 4, 1))
+with torch.no_grad():
+    for p, value in zip(alone.parameters(), whole):
+        p.copy_(value)
+wanted = validation.sums(lambda noisy, *_: alone(noisy), latents, batch_size=2)
+torch.testing.assert_close(sums, wanted, rtol=1e-5, atol=0)
+assert all(isinstance(p, DTensor) for p in model.parameters()), "gathered parts were not let go"
+assert [*map(id, model.parameters())] == [*map(id, optimizer.param_groups[0]["params"])]
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_network_that_fsdp2_deals_out(tmp_path):
+    """Two gloo processes have the sums of a whole network, and then train the optimizer's parameters."""
+    if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
+        pytest.skip("this torch has no fully_shard")
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    command = [sys.executable, *launcher, str(tmp_path / "sharded.py")]
+    done = subprocess.run(
+        command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_impossible_numbers_of_points_are_refused():

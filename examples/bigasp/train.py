@@ -37,7 +37,7 @@ from sdxl_fixes.log import world_size
 from sdxl_fixes.objective import Objective
 from sdxl_fixes.sample_table import SampleTable
 from sdxl_fixes.trainers.checkpoints import checkpoint, checkpoints
-from sdxl_fixes.trainers.ema import Average
+from sdxl_fixes.trainers.ema import Average, check_average
 from sdxl_fixes.trainers.fixed_loss import Called, check_whole, fixed_loss
 from sdxl_fixes.validation import Validation
 
@@ -134,6 +134,31 @@ def set_rate(optimizer: Any, value: float) -> None:
             group["lr"] = value
 
 
+def suit_engine(accelerator: Accelerator, args: argparse.Namespace, shares: feed.Shares) -> None:
+    """Refuse what the engine that deals out the training cannot do, and tell DeepSpeed what it takes from a
+    config of its own."""
+    if args.ema_decay:
+        check_average(accelerator)
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is None:
+        return
+    if plugin.zero_stage != 2:
+        raise SystemExit(
+            f"DeepSpeed ZeRO-{plugin.zero_stage} has not been run with train.py: take ZeRO-2 "
+            "(configs/deepspeed_zero2.yaml), or FSDP2 (configs/fsdp.yaml), which also deals out the weights"
+        )
+    if args.precision == "bf16":
+        raise SystemExit(
+            "--precision bf16: DeepSpeed steps float32 copies of the weights, which are not rounded "
+            "stochastically: take --precision amp or fp32"
+        )
+    plugin.deepspeed_config |= {
+        "gradient_clipping": args.max_grad_norm,
+        "gradient_accumulation_steps": shares.accumulation,
+        "train_micro_batch_size_per_gpu": shares.alone,
+    }
+
+
 class Fixed:
     """A loss on some pictures that is the same whenever the network is: same prompts, noise and timesteps."""
 
@@ -172,6 +197,7 @@ class Training:
             log_with=args.log_with,
             project_dir=args.output,
         )
+        suit_engine(self.accelerator, args, self.shares)
         steps = args.global_batch // args.planned_batch
         self.objective = self.flags.objective(seed=args.seed, accumulation=steps)
         self.step = self.samples = 0
@@ -294,15 +320,13 @@ class Training:
                 # the mean over the step's pictures, whoever trains them: accelerate takes that of the
                 # batches and of the processes
                 loss = (self.objective.loss(prediction, step, reduction="none") * batch["weight"]).sum()
+                lr = rate(self.samples + min(count, self.args.samples - self.samples) / 2, self.args)
+                set_rate(self.optimizer, lr)  # before the backward pass, in which DeepSpeed steps
+                torch.manual_seed(self.args.seed + self.step)  # stochastic rounding is everywhere the same
                 accelerator.backward(loss * shares.accumulation * shares.world)
                 total += loss.detach()
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.network.parameters(), self.args.max_grad_norm)
-                    lr = rate(self.samples + min(count, self.args.samples - self.samples) / 2, self.args)
-                    set_rate(self.optimizer, lr)
-                    torch.manual_seed(
-                        self.args.seed + self.step
-                    )  # stochastic rounding is everywhere the same
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             if not accelerator.sync_gradients:

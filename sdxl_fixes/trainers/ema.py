@@ -108,12 +108,7 @@ class Average:
     def _begin(self, accelerator: Accelerator) -> None:
         from diffusers.training_utils import EMAModel
 
-        kind = dealt(accelerator)
-        if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
-            raise FixError(
-                f"--ema_decay needs the whole weights in every process, and {kind} deals them out: leave it "
-                "out"
-            )
+        check_average(accelerator)
         self.parameters = [
             parameter
             for optimizer in accelerator._optimizers
@@ -140,3 +135,12 @@ class Average:
             for tensor, p in zip(state["shadow_params"], self.parameters, strict=True)
         ]
         self._model.load_state_dict({**state, "decay": self.decay, "shadow_params": shadow})
+
+
+def check_average(accelerator: Accelerator) -> None:
+    """Raise FixError where a process lacks a part of the weights that are averaged."""
+    kind = dealt(accelerator)
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
+        raise FixError(
+            f"--ema_decay needs the whole weights in every process, and {kind} deals them out: leave it out"
+        )
