@@ -44,9 +44,9 @@ class Rates:
     shard: float = 67.1e6  # examples/bigasp/latents.py
     # one core of a CPU, a second
     loads: float = 9000.0  # [m] latents read at random and unpacked
-    prompts: float = 40_000.0  # [m] drawn, and their chunks counted
+    prompts: float = 31_000.0  # [m] drawn from the table's columns, and their chunks counted
     facts: float = 58_000.0  # [m] samples read at random, not unpacked: loader.py does it at its start
-    held_row: float = 1055.0  # [m] bytes of a row in loader.py's memory, in every process
+    held_row: float = 198.0  # [m] bytes of a made row in loader.py's columns; forked workers share them
 
 
 def amount(number: float) -> str:
@@ -133,7 +133,7 @@ def limits(rates: Rates, counts: list[float]) -> Iterator[str]:
         ("loader: from the store", *(f"{amount(need * rates.latent)}/s" for _ in counts)),
         ("prompts of an epoch, one core", *(duration(i / rates.prompts) for i in counts)),
         ("loader.py's start: facts of all samples", *(duration(i / rates.facts) for i in counts)),
-        ("loader.py's rows in memory, a process", *(amount(i * rates.held_row) for i in counts)),
+        ("loader.py's rows in memory, a GPU's processes", *(amount(i * rates.held_row) for i in counts)),
     ]
     yield from table(("a process", *(f"{images / MEGA:g} M" for images in counts)), rows)
 

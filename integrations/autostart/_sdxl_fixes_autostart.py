@@ -30,6 +30,7 @@ FLAGS = (  # what sdxl_fixes.kohya adds to upstream's own; tests/test_autostart.
         "flow_weighting",
         "keep_base",
         "stable_loss_steps",
+        "speed",
         "stable_loss_images",
         *("heldout_steps", "heldout_dir", "heldout_split", "ema_decay", "ema_evaluated"),
         "chunk_buckets",
