@@ -393,6 +393,7 @@ def test_what_cannot_be_done_is_one_sentence(training, tmp_path):
         (("--heldout", 60), "--heldout 60 and --stable 0: the store has 60 pictures"),
         (("--precision", "bf16", "--fused_adamw"), "--fused_adamw is not for --precision bf16"),
         (("--batch_size", 3), "--global_batch 8 is no multiple"),
+        (("--max_grad_norm", 0), "--max_grad_norm 0.0: expected more than 0"),
         (("--min_snr_floor",), "--min_snr_floor needs --min_snr_gamma"),
     ):
         with pytest.raises(SystemExit, match=sentence):

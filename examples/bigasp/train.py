@@ -113,6 +113,8 @@ def parse_args() -> argparse.Namespace:
     ):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: expected 1 or more")
+    if not args.max_grad_norm > 0:
+        raise SystemExit(f"--max_grad_norm {args.max_grad_norm}: expected more than 0; 1e9 clips nothing")
     if args.log_with and args.log_with not in {str(getattr(t, "value", t)) for t in get_available_trackers()}:
         raise SystemExit(f"--log_with {args.log_with}: no tracker of that name is installed: pip install it")
     return args
