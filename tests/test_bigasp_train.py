@@ -386,6 +386,19 @@ def test_a_checkpoint_is_a_pipeline_that_says_how_it_is_sampled(example, data, t
         training(tmp_path / "out", *V, *flags)
 
 
+def test_what_is_not_trained_is_saved_as_it_was(training, data, tmp_path):
+    from safetensors.torch import load_file
+
+    training(tmp_path, "--samples", 8, "--precision", "amp", "--checkpoint_every", 8)
+    for name in ("text_encoder", "text_encoder_2"):
+        before, after = (
+            load_file(folder / name / "model.safetensors")
+            for folder in (Path(data[data.index("--model") + 1]), tmp_path / "checkpoint-8" / "model")
+        )
+        assert all(torch.equal(before[key], after[key]) for key in before) and before.keys() == after.keys()
+        assert all(before[key].dtype == after[key].dtype for key in before)
+
+
 def test_what_cannot_be_done_is_one_sentence(training, tmp_path):
     for flags, sentence in (
         (("--resume",), "holds no checkpoint-N: start without it"),
@@ -393,11 +406,15 @@ def test_what_cannot_be_done_is_one_sentence(training, tmp_path):
         (("--heldout", 60), "--heldout 60 and --stable 0: the store has 60 pictures"),
         (("--precision", "bf16", "--fused_adamw"), "--fused_adamw is not for --precision bf16"),
         (("--batch_size", 3), "--global_batch 8 is no multiple"),
+        (("--sample_prompts", tmp_path / "gone.txt"), "gone.txt: there is no such file"),
+        (("--loss_type", "huber", "--huber_l2_gradient", "batch"), "is shared out: take sample"),
+        (("--precision", "bf16", "--global_batch", 512), "128 gradients would be summed in bfloat16"),
+        (("--learning_rate", 1e30, "--warmup", 0, "--max_grad_norm", 1e9), "gradients are not finite"),
         (("--max_grad_norm", 0), "--max_grad_norm 0.0: expected more than 0"),
         (("--min_snr_floor",), "--min_snr_floor needs --min_snr_gamma"),
     ):
         with pytest.raises(SystemExit, match=sentence):
-            training(tmp_path, "--samples", 8, *flags)
+            training(tmp_path, "--samples", 16, *flags)
 
 
 def dealing(monkeypatch, example, engine, **plugin):

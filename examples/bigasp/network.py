@@ -101,6 +101,8 @@ def speed(unet: UNet2DConditionModel, args: argparse.Namespace) -> None:
             raise SystemExit(
                 "--compile_blocks needs diffusers 0.35 or newer: update it, or leave the flag out"
             )
+        # two kinds of blocks, with and without gradients, at every size until torch takes sizes as they come
+        torch._dynamo.config.cache_size_limit = 64
         unet.compile_repeated_blocks(fullgraph=True, backend=args.compile_backend)
 
 
@@ -122,18 +124,20 @@ def optimizer(network: Network, args: argparse.Namespace) -> torch.optim.Optimiz
 
 
 def pipeline(
-    network: Network, state: Mapping[str, torch.Tensor], args: argparse.Namespace
+    network: Network, state: Mapping[str, torch.Tensor], args: argparse.Namespace, to_save: bool = False
 ) -> StableDiffusionXLPipeline:
     """Of the weights in ``state``, as accelerate's get_state_dict gives them: nothing is copied but text
-    encoder 1."""
+    encoder 1. ``to_save``: what is not trained is read again, as it was before it was rounded for the forward
+    pass."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(network.unet.config)
     unet.load_state_dict(_of(state, UNET), assign=True)
     first, second = network.frozen
+    parts = {} if to_save else {"text_encoder": first, "text_encoder_2": second}
     if network.text_encoder is not None:
-        first = CLIPTextModel(first.config)
-        first.load_state_dict(_of(state, TEXT))
-    parts = {"unet": unet.eval(), "text_encoder": first.eval(), "text_encoder_2": second}
+        parts["text_encoder"] = CLIPTextModel(first.config).eval()
+        parts["text_encoder"].load_state_dict(_of(state, TEXT))
+    parts["unet"] = unet.eval()
     made = StableDiffusionXLPipeline.from_pretrained(args.model, **parts)
     made.set_progress_bar_config(disable=True)
     return made

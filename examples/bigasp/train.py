@@ -18,6 +18,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from loader import Pictures
 from prompt import Prompts
 
@@ -115,6 +117,13 @@ def parse_args() -> argparse.Namespace:
             parser.error(f"--{name} {getattr(args, name)}: expected 1 or more")
     if not args.max_grad_norm > 0:
         raise SystemExit(f"--max_grad_norm {args.max_grad_norm}: expected more than 0; 1e9 clips nothing")
+    if args.huber_l2_gradient == "batch":
+        raise SystemExit(
+            "--huber_l2_gradient batch: its factor is of a process's batch, and a step must not depend on "
+            "how it is shared out: take sample"
+        )
+    if args.sample_prompts and not args.sample_prompts.is_file():
+        raise SystemExit(f"--sample_prompts {args.sample_prompts}: there is no such file")
     if args.log_with and args.log_with not in {str(getattr(t, "value", t)) for t in get_available_trackers()}:
         raise SystemExit(f"--log_with {args.log_with}: no tracker of that name is installed: pip install it")
     return args
@@ -193,7 +202,17 @@ class Training:
         self.state = json.loads((found[-1] / "progress.json").read_text()) if found else None
         args.planned_batch = args.planned_batch or (self.state or {}).get("planned_batch") or args.batch_size
         self.shares = feed.Shares(args.global_batch, args.planned_batch, args.batch_size, world_size())
+        if args.precision == "bf16" and self.shares.accumulation > 64:
+            raise SystemExit(
+                f"--precision bf16: {self.shares.accumulation} gradients would be summed in bfloat16, where "
+                "small ones are lost (64 at most): give a larger --batch_size, more processes, or "
+                "--precision amp"
+            )
         self.accelerator = Accelerator(
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(hours=3)),  # the others wait while one saves
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
             mixed_precision="bf16" if args.precision == "amp" else "no",
             gradient_accumulation_steps=self.shares.accumulation,
             log_with=args.log_with,
@@ -280,7 +299,7 @@ class Training:
     def _save_model(self, folder: Path) -> None:
         state = self.accelerator.get_state_dict(self.network)
         if self.accelerator.is_main_process:
-            network.save(network.pipeline(self.net, state, self.args), folder, self.objective)
+            network.save(network.pipeline(self.net, state, self.args, to_save=True), folder, self.objective)
 
     def draw_samples(self) -> None:
         """A column of the sample table."""
@@ -328,7 +347,14 @@ class Training:
                 accelerator.backward(loss * shares.accumulation * shares.world)
                 total += loss.detach()
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(self.network.parameters(), self.args.max_grad_norm)
+                    norm = float(
+                        accelerator.clip_grad_norm_(self.network.parameters(), self.args.max_grad_norm)
+                    )
+                    if not math.isfinite(norm):
+                        raise SystemExit(
+                            f"step {self.step + 1}: the gradients are not finite; nothing was saved since: "
+                            "go on from the last checkpoint (--resume) with a lower --learning_rate"
+                        )
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             if not accelerator.sync_gradients:
@@ -338,7 +364,7 @@ class Training:
             if self.ema:
                 self.ema.update(accelerator)
             mean, end = accelerator.reduce(total, "sum").item(), time.perf_counter()
-            yield {"loss": mean, "norm": float(norm), "rate": lr, "samples_per_second": count / (end - start)}
+            yield {"loss": mean, "norm": norm, "rate": lr, "samples_per_second": count / (end - start)}
             total.zero_()
             start = time.perf_counter()
 
@@ -366,10 +392,10 @@ def run(training: Training) -> None:
 
         if training.fixed and due(args.evaluate_every):
             log(training.evaluate())
-        if args.sample_prompts and due(args.sample_every):
-            training.draw_samples()
         if due(args.checkpoint_every):
             training.save()
+        if args.sample_prompts and due(args.sample_every):
+            training.draw_samples()
         before = training.samples
         if last:
             break
