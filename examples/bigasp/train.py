@@ -229,6 +229,11 @@ class Training:
         if found:
             self._resume(found[-1])
         self.accelerator.init_trackers("bigasp")
+        if args.warmup >= args.samples:
+            self.accelerator.print(
+                f"--warmup {args.warmup} is not below --samples {args.samples}: the learning rate ends at "
+                f"{rate(args.samples, args):.3g}, still rising"
+            )
         each, shares = "process" if self.shares.world == 1 else "processes", self.shares
         self.accelerator.print(
             f"{len(self.feed.places)} pictures; {shares.together} an optimizer step: {shares.world} {each} x "
@@ -277,7 +282,10 @@ class Training:
         self.accelerator.load_state(str(folder))
         self.accelerator.step = 0  # every process begins an optimizer step, however many batches it has
         self.step, self.samples = self.state["step"], self.state["samples"]
-        self.feed.load(self.step, self.state["feed"])
+        try:
+            self.feed.load(self.step, self.state["feed"])
+        except ValueError as error:
+            raise SystemExit(f"--resume: {folder} was trained on another table or store: {error}") from error
         if self.ema:
             self.ema.load(folder)
 
