@@ -89,3 +89,23 @@ def test_the_table_is_of_sdxl_s_u_net():
     text = PAGE.read_text(encoding="utf-8")
     assert "\n".join(table(FOUND)) in text
     assert f"{number:,} parameters" in text and f"{FOUND['average'] / 1e9:.2f} GB" in text
+
+
+def test_second_moments_in_bfloat16_hardly_fall():
+    """What docs/recipes.md says of AdamW with states in bfloat16, against float32's."""
+
+    def roots(dtype):
+        generator, weights = torch.Generator().manual_seed(1), torch.zeros(512, dtype=dtype)
+        parameter = torch.nn.Parameter(weights)
+        optimizer, found = torch.optim.AdamW([parameter], lr=0.0), []
+        for step in range(4000):
+            scale = 1.0 if step < 2000 else 0.2
+            parameter.grad = (scale * torch.randn(512, generator=generator)).to(dtype)
+            optimizer.step()
+            if step in (1999, 3999):
+                found.append(float(optimizer.state[parameter]["exp_avg_sq"].float().sqrt().mean()))
+        return found
+
+    half, single = roots(torch.bfloat16), roots(torch.float32)
+    ratios = [a / b for a, b in zip(half, single, strict=True)]
+    assert ratios == pytest.approx([1.2, 2.9], abs=0.06)
