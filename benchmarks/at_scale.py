@@ -46,7 +46,7 @@ class Rates:
     loads: float = 9000.0  # [m] latents read at random and unpacked
     prompts: float = 31_000.0  # [m] drawn from the table's columns, and their chunks counted
     facts: float = 58_000.0  # [m] samples read at random, not unpacked: loader.py does it at its start
-    held_row: float = 198.0  # [m] bytes of a made row in loader.py's columns; forked workers share them
+    held_row: float = 198.0  # [m] bytes of a made row in loader.py's columns
 
 
 def amount(number: float) -> str:
