@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from two_processes import TWO
 
 from sdxl_fixes import NoiseSchedule, Objective
 from sdxl_fixes.model_files.model_file import read_sampling
@@ -562,8 +563,7 @@ def unet_of(data):
 
 def started(data, folder, *flags, processes=1):
     """The script in processes of its own."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
-    command = [sys.executable, *(launcher if processes > 1 else ()), str(EXAMPLE / "train.py")]
+    command = [sys.executable, *(TWO if processes > 1 else ()), str(EXAMPLE / "train.py")]
     command += ["--output", str(folder), *data, *SMALL, *map(str, flags)]
     quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from two_processes import TWO
 
 from sdxl_fixes.buckets import ChunkBucketBatchSampler
 
@@ -164,8 +165,7 @@ print("OUT" + json.dumps(out) + "\\n", end="", flush=True)
 def prepared(folder, world_size, state="", steps=0):
     script = folder / "prepared.py"
     script.write_text(PREPARED)
-    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world_size}", "--standalone"]
-    words = launch if world_size > 1 else [sys.executable]
+    words = [sys.executable, *(TWO if world_size > 1 else ())]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

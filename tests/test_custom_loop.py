@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler
+from two_processes import TWO
 
 from sdxl_fixes import NoiseSchedule
 
@@ -164,9 +165,8 @@ def test_accumulated_batches_make_one_optimizer_step_and_resume(tmp_path, loop, 
 
 @pytest.mark.slow
 def test_two_processes_resume_bit_for_bit_and_share_the_strata(tmp_path, loop):
-    two = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     validating = ("--steps", "6", "--stable_loss_steps", "6")
-    whole = loop(tmp_path / "whole", *validating, launcher=two)
-    loop(tmp_path / "parts", "--steps", "3", launcher=two)
-    resumed = loop(tmp_path / "parts", *validating, "--resume", launcher=two)
+    whole = loop(tmp_path / "whole", *validating, launcher=TWO)
+    loop(tmp_path / "parts", "--steps", "3", launcher=TWO)
+    resumed = loop(tmp_path / "parts", *validating, "--resume", launcher=TWO)
     assert resumed["losses"] == whole["losses"][3:] and resumed["validation"] == whole["validation"]

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from two_processes import TWO
 
 from sdxl_fixes import InputPerturbation, MinSNR, NoiseSchedule, Objective, ScheduledHuber, TimestepSampler
 from sdxl_fixes.validation import Validation
@@ -225,8 +226,7 @@ def test_a_network_that_fsdp2_deals_out(tmp_path):
     if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
         pytest.skip("this torch has no fully_shard")
     (tmp_path / "sharded.py").write_text(SHARDED)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    command = [sys.executable, *launcher, str(tmp_path / "sharded.py")]
+    command = [sys.executable, *TWO, str(tmp_path / "sharded.py")]
     done = subprocess.run(
         command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=300
     )

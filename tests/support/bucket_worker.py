@@ -41,4 +41,5 @@ with open(folder / f"log-{run}-{rank}.jsonl", "w", buffering=1) as log:
             )
             os.replace(partial, folder / "state.json")
         time.sleep(0.002)
+dist.destroy_process_group()
 (folder / f"done-{run}-{rank}").touch()

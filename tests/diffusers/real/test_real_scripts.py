@@ -13,6 +13,7 @@ import torch
 from closed_form import alphas_cumprod, nearest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from two_processes import TWO
 
 from sdxl_fixes import NoiseSchedule, read_sampling
 from sdxl_fixes.checkpoint import Sampling
@@ -45,7 +46,6 @@ TERMINAL_ONLY = (
 PLAIN = {"lpl": ("--lpl_start", "1000000")}
 # it computes with images of large sigma in float32
 REL = {"adapter": 1e-3}
-TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
 @pytest.fixture(scope="session")

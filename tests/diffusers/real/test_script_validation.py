@@ -3,7 +3,8 @@ images. Set DIFFUSERS_EXAMPLES."""
 
 import pytest
 from stable_loss_output import logged, printed
-from test_real_scripts import FIXES, TWO, made, pytestmark, run  # noqa: F401  (fixtures)
+from test_real_scripts import FIXES, made, pytestmark, run  # noqa: F401  (fixtures)
+from two_processes import TWO
 
 MODES = {
     "plain": (),

@@ -15,6 +15,7 @@ from runs import _environment
 from safetensors.torch import load_file
 from stable_loss_output import logged
 from test_real_trainer import assets, pytestmark, train  # noqa: F401  (fixtures)
+from two_processes import TWO
 
 from sdxl_fixes import NoiseSchedule
 from sdxl_fixes.model_files.model_file import read_sampling
@@ -132,7 +133,7 @@ def test_two_processes_have_one_average_and_the_loss_of_one(train, held, tmp_pat
     own. (Upstream's network trainer does not start with two processes on the CPU.)"""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("TRACE_AVERAGE", "1")
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "module"]
+    two = [sys.executable, *TWO, "module"]
     flags = (
         *("--exact_resume", "--ema_decay", "0.25", "--optimizer_type", "SGD", "--learning_rate", "0.1"),
         *("--heldout_steps", "1", "--heldout_dir", str(held), "--ema_evaluated", "--max_grad_norm", "0"),

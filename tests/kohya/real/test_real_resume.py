@@ -9,6 +9,7 @@ import torch
 from stable_loss_output import logged
 from test_real_heldout import held  # noqa: F401  (a fixture)
 from test_real_trainer import assets, pytestmark, train  # noqa: F401  (fixtures)
+from two_processes import TWO
 
 EXACT = ("--exact_resume", "--save_state", "--save_every_n_steps", "2")
 SCRIPTS = ("sdxl_train.py", "sdxl_train_network.py")
@@ -161,7 +162,7 @@ def test_another_seed_and_other_data_are_refused(train, assets, tmp_path):  # no
 def test_two_processes_go_on_bit_for_bit_and_one_with_the_same_samples(train, tmp_path, monkeypatch):  # noqa: F811
     """sdxl_train.py alone: upstream's network trainer does not start with two processes on the CPU."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "module"]
+    two = [sys.executable, *TWO, "module"]
     flags = (*EXACT, "--stratified_timesteps")
     whole = train(two, "sdxl_train.py", *flags, "--ddp_timeout", "5", steps=4)[1]
     state = ("--resume", str(tmp_path / "out" / "out-step00000002-state"))

@@ -7,6 +7,7 @@ import sys
 import pytest
 from stable_loss_output import logged, printed
 from test_real_trainer import SCRIPTS, assets, pytestmark, train  # noqa: F401  (fixtures)
+from two_processes import TWO
 
 CACHES = ("--cache_latents",)
 STANDSTILL = ("--learning_rate", "1e-30")  # the network trainer takes no 0
@@ -126,7 +127,7 @@ def test_a_resumed_run_goes_on_with_the_images_of_the_first(train, tmp_path, scr
 def test_two_processes_share_the_images(train, monkeypatch):  # noqa: F811
     """sdxl_train.py alone: upstream's network trainer does not start with two processes on the CPU."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    two = [sys.executable, *TWO]
     flags = ("--ddp_timeout", "5", *CACHES)
     without = train([*two, "unpatched"], "sdxl_train.py", *flags)[1]
     process, trace = train(
