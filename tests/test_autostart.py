@@ -325,14 +325,22 @@ def test_on_windows_the_process_ends_as_its_child(environment, tmp_path, program
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
-def test_on_windows_an_interrupt_is_the_childs_to_answer(environment):
-    program = "import time; print('up', flush=True); time.sleep(1); raise SystemExit(5)"
+@pytest.mark.parametrize("early", [False, True], ids=["while it waits", "as the child starts"])
+def test_on_windows_an_interrupt_is_the_childs_to_answer(environment, early):
+    program = "print('up', flush=True); input(); raise SystemExit(5)"
+    starting = "import signal, subprocess\nclass Early(subprocess.Popen):\n    def __init__(self, command):\n"
+    starting += "        super().__init__(command)\n        signal.raise_signal(signal.SIGINT)\n"
+    starting += "subprocess.Popen = Early\n"
     with subprocess.Popen(
-        [str(environment.python), "-c", WINDOWS, program], stdout=subprocess.PIPE, env=ENVIRON
+        [str(environment.python), "-c", starting * early + WINDOWS, program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=ENVIRON,
     ) as process:
         process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 5
+        process.communicate(b"\n")
+        assert process.returncode == 5
 
 
 @pytest.mark.parametrize("editable", [False, True], ids=["wheel", "editable"])

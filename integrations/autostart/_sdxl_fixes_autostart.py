@@ -150,12 +150,9 @@ def _become(command: list[str]) -> None:
     as it ends."""
     if os.name != "nt":
         os.execv(command[0], command)
+    import signal
     import subprocess
 
-    process = subprocess.Popen(command)
-    while True:
-        try:
-            status = process.wait()
-        except KeyboardInterrupt:  # the child has it too, and ends as it sees fit
-            continue
-        os._exit(status if 0 <= status < 256 else 1)  # a crash there has a status too large for _exit
+    signal.signal(signal.SIGINT, lambda *_: None)  # the child has it too, and ends as it sees fit
+    status = subprocess.Popen(command).wait()
+    os._exit(status if 0 <= status < 256 else 1)  # a crash there has a status too large for _exit
