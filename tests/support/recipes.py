@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import stat
 import subprocess
 import sys
@@ -57,7 +58,8 @@ def command(recipe, folder, *flags, **environment):
     """What a shell recipe gives to ``accelerate launch``; it runs with a stand-in for accelerate, made in
     ``folder``."""
     stand_in = folder / "accelerate"
-    stand_in.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    program = "import json, sys; print(json.dumps(sys.argv[1:]))"
+    stand_in.write_text(f"#!/bin/sh\nexec {shlex.quote(sys.executable)} -c '{program}' \"$@\"\n")
     stand_in.chmod(stand_in.stat().st_mode | stat.S_IXUSR)
     environment = {**os.environ, **environment, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
     shell = subprocess.run(
