@@ -64,7 +64,7 @@ class Environment:
     def start(self, *words, cwd, **environ):
         command = [str(self.python), *map(str, words)]
         return subprocess.run(
-            command, capture_output=True, text=True, cwd=cwd, env={**ENVIRON, **environ}, timeout=60
+            command, capture_output=True, text=True, cwd=cwd, env={**ENVIRON, **environ}, timeout=600
         )
 
 
@@ -365,7 +365,7 @@ def test_an_installation_is_whole_and_guards_plain_starts_and_uninstalling_it_le
 
     def start(*words):
         return subprocess.run(
-            [str(python), *words], capture_output=True, text=True, cwd=checkout, env=ENVIRON, timeout=120
+            [str(python), *words], capture_output=True, text=True, cwd=checkout, env=ENVIRON, timeout=600
         )
 
     process = start("-u", "sdxl_train.py", "--config_file", "my.toml")  # as accelerate launch starts it

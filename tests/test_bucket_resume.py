@@ -175,7 +175,7 @@ def prepared(folder, world_size, state="", steps=0):
         [*words, str(script), state, str(steps)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=environment,
         cwd=folder,
     )

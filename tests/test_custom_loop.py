@@ -45,7 +45,7 @@ def loop(monkeypatch):
                 check=True,
                 capture_output=True,
                 env=environment,
-                timeout=300,
+                timeout=600,
             )
         return json.loads((folder / "losses.json").read_text())
 

@@ -193,7 +193,7 @@ def test_in_a_browser_headings_stay_and_a_picture_opens(tmp_path, size, dark, ce
     words += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,800"]
     words += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", (tmp_path / "frame.html").as_uri()]
     for _ in range(5):  # on a busy machine Chromium may print the page before the frame has answered
-        dumped = subprocess.run(words, capture_output=True, text=True, timeout=100, check=True).stdout
+        dumped = subprocess.run(words, capture_output=True, text=True, timeout=600, check=True).stdout
         if answer := re.search(r'{"scrolled".*}', html.unescape(dumped)):
             break
     found = json.loads(answer[0])

@@ -228,7 +228,7 @@ def test_a_network_that_fsdp2_deals_out(tmp_path):
     (tmp_path / "sharded.py").write_text(SHARDED)
     command = [sys.executable, *TWO, str(tmp_path / "sharded.py")]
     done = subprocess.run(
-        command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=300
+        command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
 

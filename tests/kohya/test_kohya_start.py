@@ -90,7 +90,7 @@ def launcher(*words, cwd):
         capture_output=True,
         text=True,
         cwd=cwd,
-        timeout=120,
+        timeout=600,
     )
 
 

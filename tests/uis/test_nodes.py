@@ -169,12 +169,15 @@ HOSTILE = {
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_record_is_one_sentence_at_once(reader, case, tmp_path):
-    path, started = write(tmp_path / "m.safetensors", {"x": [1]}, {RECORD_KEY: HOSTILE[case]}), time.time()
+    path, started = (
+        write(tmp_path / "m.safetensors", {"x": [1]}, {RECORD_KEY: HOSTILE[case]}),
+        time.process_time(),
+    )
     with warnings.catch_warnings(action="error") if sys.version_info >= (3, 11) else nullcontext():
         with pytest.raises(reader.RecordError) as error:
             reader.read_schedule(str(path))
     assert_one_sentence(reader.why(error.value))
-    assert time.time() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize("content", [DEEP, "{" + DEEP, f'{{"x": {"9" * 1_000_000}}}', '"\xff', "\x00" * 99])

@@ -71,7 +71,7 @@ def results(request, extension, tmp_path_factory):
         extension,
         *files,
     ]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=checkout, timeout=300)
+    process = subprocess.run(command, capture_output=True, text=True, cwd=checkout, timeout=600)
     assert process.returncode == 0, process.stderr[-3000:]
     made = json.loads(process.stdout.partition("RESULTS")[2])
     return ui, dict(zip([*CASES, *REFUSED, *BROKEN], made, strict=True)), folder
