@@ -17,7 +17,9 @@ settings.load_profile("no deadline")
 def built(tmp_path_factory):
     """A copy of the tracked files, and the wheel made from the sdist made from it: (copy, wheel, sdist)."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    files = call("git", "-C", ROOT, "ls-files", "--cached", "--others", "--exclude-standard")
+    files = call(
+        "git", "-c", "safe.directory=*", "-C", ROOT, "ls-files", "--cached", "--others", "--exclude-standard"
+    )
     for file in files:
         if (ROOT / file).is_file():
             (source / file).parent.mkdir(parents=True, exist_ok=True)
