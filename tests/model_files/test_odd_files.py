@@ -187,6 +187,7 @@ def test_a_read_only_file_is_refused_by_a_dry_run_too(tmp_path, capsys):
     config.write_text("{}\n\n")
     config.chmod(0o444)
     assert main(["stamp", str(path), *V]) == 0  # holds nothing to keep
+    config.chmod(0o644)
     config.write_text('{"mine": 1}')
     config.chmod(0o444)
     words = ["--prediction_type", "epsilon", "--force"]
