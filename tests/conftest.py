@@ -1,16 +1,19 @@
-"""For all tests: no test fails because the machine is busy, and the package is built once."""
+"""For all tests: no test fails because the machine is busy, a run repeats the one before (others' examples:
+``--hypothesis-seed=NUMBER``), and the package is built once."""
 
 import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from installing import call
 
 ROOT = Path(__file__).resolve().parent.parent
 
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
+settings.register_profile(
+    "steady", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("steady")
 
 
 @pytest.fixture(scope="session")

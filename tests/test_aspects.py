@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sdxl_fixes.aspects import assign, assign_without_upscaling, resolutions
@@ -58,7 +58,6 @@ def test_the_rules_differ_where_sides_are_no_multiples_of_the_step():
     assert (300, 1100) in kohya and (300, 1068) in novelai and (492, 1100) not in novelai
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from(["kohya", "novelai"]),
     st.integers(64, 1500),
@@ -98,7 +97,6 @@ def test_no_upscaling_cuts_small_images_and_shrinks_large_ones():
     assert names == [(448, 256), (1088, 832), None, (1024, 1024)]
 
 
-@settings(deadline=None)
 @given(st.integers(64, 8000), st.integers(64, 8000))
 def test_no_upscaling_never_enlarges_nor_exceeds_the_area(width, height):
     found = assign_without_upscaling([(width, height)])

@@ -8,14 +8,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import sdxl_fixes.buckets
 from sdxl_fixes.buckets import _PIECE, ChunkBucketBatchSampler, _argsort, _codes
-
-settings.register_profile("buckets", max_examples=60, deadline=None)
-settings.load_profile("buckets")
 
 
 def facts_model(samples, buckets=40, seed=0):

@@ -10,7 +10,7 @@ from pathlib import Path
 import alphabet
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
     CLIPTextConfig,
@@ -65,7 +65,6 @@ def test_recorded_cases_tell_the_layouts_apart():
     assert 0 in lengths and max(lengths) > 300 and len(differ) >= 3
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from([5, 6, 267]), max_size=400), st.sampled_from([None, 267]))
 def test_chunks_lose_nothing_and_hold_75_at_most(ids, comma):
     chunks = split_ids(ids, comma)

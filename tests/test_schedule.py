@@ -23,7 +23,7 @@ SDXL = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
 }
-STEADY = settings(derandomize=True, deadline=None, database=None, max_examples=60)
+STEADY = settings(max_examples=60)
 
 
 def strict_json(text):

@@ -169,7 +169,7 @@ def test_one_step_from_snr_0_is_what_the_network_says(sampler, prediction_type):
     assert torch.allclose(got, expected, atol=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     sampler=st.sampled_from(sorted(SAMPLERS)),
     name=st.sampled_from(sorted(SCHEDULES)),

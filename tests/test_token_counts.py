@@ -32,7 +32,7 @@ def test_counts_are_exact_at_the_borders(tokenizer):
     assert count_chunks(tokenizer, captions).tolist() == [1, 1, 1, 2, 2, 3, 134]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(
         st.text() | st.text(alphabet=" '\",._-aA1é猫\t\n\x1c\u2003İΣß\u2019s<|endoftext|>&;"), max_size=5

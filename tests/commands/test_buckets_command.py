@@ -469,7 +469,7 @@ def refused(path):
         return str(error)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(mutations(TOMLS), mutations(METADATA) | JSON, st.booleans())
 def test_any_toml_and_any_metadata_is_a_report_or_a_sentence(tmp_path, toml, metadata, good):
     (tmp_path / "m.json").write_text(json.dumps(METADATA[0] if good else metadata))
@@ -484,14 +484,14 @@ def test_any_toml_and_any_metadata_is_a_report_or_a_sentence(tmp_path, toml, met
         refused(tmp_path / "set.toml")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(mutations([ENTRY]) | JSON, max_size=3))
 def test_any_jsonl_is_a_report_or_a_sentence(tmp_path, entries):
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, entries)))
     refused(tmp_path / "m.jsonl")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.binary() | st.text().map(str.encode), st.sampled_from(["x.toml", "x.jsonl"]))
 def test_any_bytes_are_refused_in_a_sentence(tmp_path, content, name):
     (tmp_path / name).write_bytes(content)

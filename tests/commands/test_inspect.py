@@ -164,7 +164,7 @@ VALUES = st.text(st.characters(codec="utf-8"), max_size=40) | JSON.map(json.dump
 KEYS = st.sampled_from([RECORD_KEY, SAYS, "prediction_type", "modelspec.merged_from", "ss_zero_terminal_snr"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.dictionaries(KEYS, VALUES, max_size=4), st.sampled_from(["checkpoint", "lora"]))
 def test_any_metadata_is_one_sentence_or_a_short_text(entries, kind):
     out, error = io.StringIO(), io.StringIO()

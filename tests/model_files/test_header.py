@@ -226,7 +226,7 @@ def mutations():
     return st.lists(change, min_size=1, max_size=3).map(mutate)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, suppress_health_check=list(HealthCheck))
 @given(mutations())
 def test_fuzz_what_we_accept_the_reference_accepts(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "fuzz.safetensors"
@@ -239,7 +239,7 @@ def test_fuzz_what_we_accept_the_reference_accepts(tmp_path_factory, data):
     assert reference_accepts(path) and read.file_size == len(data)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
 @given(st.binary(max_size=200))
 def test_fuzz_any_bytes(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "fuzz.safetensors"

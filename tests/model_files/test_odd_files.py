@@ -312,7 +312,7 @@ def test_a_later_stamp_of_what_the_adapters_save_moves_nothing(kind, tmp_path):
 SAYS = ("modelspec.prediction_type", "ss_zero_terminal_snr", "modelspec.predict_key", RECORD_KEY)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, suppress_health_check=list(HealthCheck))
 @given(
     st.dictionaries(st.sampled_from(SAYS) | st.text(), st.text()), st.lists(st.text(max_size=8), max_size=3)
 )
