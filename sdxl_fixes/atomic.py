@@ -65,8 +65,8 @@ def _flush(path: str, mode: int) -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """No other process is in a block of ``folder`` meanwhile, where the system locks folders (flock); where it
-    does not, nothing is locked."""
+    """No other process is in a block of ``folder`` meanwhile, where the system locks folders; elsewhere
+    nothing is locked."""
     try:
         import fcntl
     except ImportError:  # Windows

@@ -23,7 +23,7 @@ from sdxl_fixes.prompts import encode
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "bigasp"
 PACKAGES = ("pandas", "streaming", "zstandard", "transformers")
-NAMES = ("prompt", "latents", "loader", "made", "feed", "network", "train")
+NAMES = ("prompt", "latents", "loader", "made", "feed", "network", "settings", "train")
 V = (
     "--prediction_type",
     "v_prediction",

@@ -50,8 +50,8 @@ def checkpoint(folder: Path, number: int, accelerator: Accelerator, keep: int) -
 
 
 def _remove(folder: Path) -> None:
-    """A folder and all in it, but for .nfs files: NFS keeps so what is removed while it is open, and removes it
-    by itself when it is closed."""
+    """A folder and all in it, but for .nfs files: NFS so keeps what is removed while it is open, and removes
+    it when it is closed."""
     shutil.rmtree(folder, ignore_errors=True)
     if any(not path.is_dir() and not path.name.startswith(".nfs") for path in folder.rglob("*")):
         shutil.rmtree(folder)  # raises what is in the way

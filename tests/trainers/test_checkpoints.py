@@ -63,7 +63,9 @@ def test_all_is_on_the_disk_before_it_has_its_name_and_the_name_before_others_go
     monkeypatch.setattr(os, "open", opened)
     monkeypatch.setattr(os, "fsync", recorded("sync", os.fsync, lambda _, file: (names[file],)))
     monkeypatch.setattr(os, "rename", recorded("rename", os.rename, lambda _, a, b: (str(a), str(b))))
-    monkeypatch.setattr(shutil, "rmtree", recorded("remove", shutil.rmtree, lambda _, path, **__: (str(path),)))
+    monkeypatch.setattr(
+        shutil, "rmtree", recorded("remove", shutil.rmtree, lambda _, path, **__: (str(path),))
+    )
     with checkpoint(tmp_path, 2, accelerator, keep=1) as folder:
         (folder / "model").mkdir()
         (folder / "model" / "weights").write_text("")
