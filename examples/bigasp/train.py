@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import time
+import uuid
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -25,12 +26,13 @@ from typing import Any
 import feed
 import network
 import numpy as np
+import state
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from loader import Pictures
 from prompt import Prompts
-from settings import parse_args
+from settings import parse_args, prompts
 
 from sdxl_fixes.errors import FixError, FlagError
 from sdxl_fixes.flags import TrainingFlags
@@ -41,9 +43,6 @@ from sdxl_fixes.trainers.checkpoints import checkpoint, checkpoints
 from sdxl_fixes.trainers.ema import Average, check_average
 from sdxl_fixes.trainers.fixed_loss import Called, check_whole, fixed_loss
 from sdxl_fixes.validation import Validation
-
-# a state that was trained otherwise in these is not gone on with; other flags may change
-FIXED = ("seed", "heldout", "train_text_encoder", "precision", "prediction_type", "schedule")
 
 
 def rate(seen: float, args: argparse.Namespace) -> float:
@@ -67,6 +66,9 @@ def suit_engine(accelerator: Accelerator, args: argparse.Namespace, shares: feed
     config of its own."""
     if args.ema_decay:
         check_average(accelerator)
+    for name in ("heldout", "stable"):
+        if getattr(args, name):
+            check_whole(accelerator, f"--{name}")
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is None:
         return
@@ -116,7 +118,7 @@ class Training:
             raise SystemExit(f"--resume: {args.output} holds no checkpoint-N: start without it")
         if found and not args.resume:
             raise SystemExit(f"{args.output} holds checkpoints: give --resume, or another --output")
-        self.state = json.loads((found[-1] / "progress.json").read_text()) if found else None
+        self.state = state.read(found[-1]) if found else None
         args.planned_batch = args.planned_batch or (self.state or {}).get("planned_batch") or args.batch_size
         self.shares = feed.Shares(args.global_batch, args.planned_batch, args.batch_size, world_size())
         if args.precision == "bf16" and self.shares.accumulation > 64:
@@ -138,6 +140,9 @@ class Training:
         suit_engine(self.accelerator, args, self.shares)
         steps = args.global_batch // args.planned_batch
         self.objective = self.flags.objective(seed=args.seed, accumulation=steps)
+        self.lasting = state.lasting(args, self.flags, self.objective, self.accelerator)
+        if self.state:
+            state.refuse_other(found[-1], self.state["lasting"], self.lasting)
         self.step = self.samples = 0
         self._read_pictures()
         net = network.load(args, self.accelerator.device)
@@ -145,7 +150,7 @@ class Training:
         self.ema = Average(self.flags.ema_decay) if self.flags.ema_decay else None
         if found:
             self._resume(found[-1])
-        self.accelerator.init_trackers("bigasp")
+        self._begin_logs()
         if args.warmup >= args.samples:
             self.accelerator.print(
                 f"--warmup {args.warmup} is not below --samples {args.samples}: the learning rate ends at "
@@ -162,10 +167,27 @@ class Training:
         found: network.Network = self.accelerator.unwrap_model(self.network)
         return found
 
-    def settings(self) -> dict[str, Any]:
-        said = {name: getattr(self.args, name) for name in FIXED if hasattr(self.args, name)}
-        record = self.objective.schedule.to_record()
-        return {**said, "prediction_type": self.objective.prediction_type, "schedule": record}
+    def _begin_logs(self) -> None:
+        """One line a step, also after a kill, and the tracker's own run where it can go on: wandb by the
+        run's id in the state, tensorboard in its folder."""
+        args, accelerator, before = self.args, self.accelerator, self.state
+        self.run = before["run"] if before else uuid.uuid4().hex
+        if accelerator.is_main_process:
+            if before is None:
+                aside = state.set_aside(args.output, bool(args.sample_prompts))
+                if aside:
+                    print(f"a training that was not saved left its log or samples: now {', '.join(aside)}")
+            elif again := state.cut_log(args.output, self.samples):
+                print(f"{state.LOG}: {again} line(s) after the checkpoint are trained again")
+        if before and (other := state.changed(before["flags"], state.plain_flags(args))):
+            accelerator.print(f"goes on with {other}")
+        if before and args.log_with not in (None, "wandb", "tensorboard"):
+            accelerator.print(f"--log_with {args.log_with}: going on is a new run there")
+        options = {
+            "wandb": {"id": self.run, "resume": "allow"},
+            "tensorboard": {"purge_step": self.samples + 1 if before else None},
+        }
+        accelerator.init_trackers("bigasp", config=state.plain_flags(args), init_kwargs=options)
 
     def _read_pictures(self) -> None:
         args = self.args
@@ -184,25 +206,22 @@ class Training:
         self.fixed = {
             n: Fixed(pictures, p, self.objective, self.accelerator) for n, p in sets.items() if len(p)
         }
-        for name in self.fixed:
-            check_whole(self.accelerator, f"--{name.removesuffix('_loss')}")
 
     def _resume(self, folder: Path) -> None:
         assert self.state is not None
-        before, now = self.state["settings"], self.settings()
-        other = [name for name in FIXED if before[name] != now[name]]
-        if other:
-            raise SystemExit(
-                f"--resume: {folder} was trained with another {', '.join(other)} than the flags of this run "
-                "say: give what it was started with"
-            )
         self.accelerator.load_state(str(folder))
+        for group in self.optimizer.param_groups:  # a state's are the old flags'
+            group["weight_decay"] = self.args.weight_decay
+            if "fused" in group:
+                group["fused"] = self.args.fused_adamw
         self.accelerator.step = 0  # every process begins an optimizer step, however many batches it has
         self.step, self.samples = self.state["step"], self.state["samples"]
         try:
             self.feed.load(self.step, self.state["feed"])
         except ValueError as error:
-            raise SystemExit(f"--resume: {folder} was trained on another table or store: {error}") from error
+            raise SystemExit(
+                f"--resume: {folder} was trained on another --table or --latents: {error}"
+            ) from error
         if self.ema:
             self.ema.load(folder)
 
@@ -215,27 +234,30 @@ class Training:
                 with self.ema.applied():
                     self._save_model(folder / "model_ema")
             if self.accelerator.is_main_process:
-                progress = {"step": self.step, "samples": self.samples, "planned_batch": self.shares.planned}
-                text = json.dumps(
-                    {**progress, "feed": self.feed.states[self.step], "settings": self.settings()}
-                )
-                (folder / "progress.json").write_text(text)
+                progress = {
+                    "step": self.step,
+                    "samples": self.samples,
+                    "planned_batch": self.shares.planned,
+                    "feed": self.feed.states[self.step],
+                    "run": self.run,
+                    "lasting": self.lasting,
+                    "flags": state.plain_flags(self.args),
+                }
+                (folder / state.FILE).write_text(json.dumps(progress))
 
     def _save_model(self, folder: Path) -> None:
-        state = self.accelerator.get_state_dict(self.network)
+        weights = self.accelerator.get_state_dict(self.network)
         if self.accelerator.is_main_process:
-            network.save(network.pipeline(self.net, state, self.args, to_save=True), folder, self.objective)
+            network.save(network.pipeline(self.net, weights, self.args, to_save=True), folder, self.objective)
 
     def draw_samples(self) -> None:
         """A column of the sample table."""
-        state = self.accelerator.get_state_dict(self.network)
+        weights = self.accelerator.get_state_dict(self.network)
         if self.accelerator.is_main_process:
-            prompts = [
-                line for line in self.args.sample_prompts.read_text("utf-8").splitlines() if line.strip()
-            ]
-            pipe = network.pipeline(self.net, state, self.args)
+            lines = prompts(self.args.sample_prompts)
+            pipe = network.pipeline(self.net, weights, self.args)
             with self.accelerator.autocast():
-                drawn = network.samples(pipe, prompts, self.objective, self.args, self.accelerator.device)
+                drawn = network.samples(pipe, lines, self.objective, self.args, self.accelerator.device)
                 table = SampleTable(self.args.output / "samples.html", str(self.args.output))
                 table.update((f"{self.samples} samples", *each) for each in drawn)
         self.accelerator.wait_for_everyone()
@@ -299,13 +321,14 @@ def run(training: Training) -> None:
 
     def log(numbers: dict[str, float]) -> None:
         accelerator.log(numbers, step=training.samples)
-        args.output.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:
-            with open(args.output / "log.jsonl", "a") as out:
+            with open(args.output / state.LOG, "a") as out:
                 out.write(json.dumps({"step": training.step, "samples": training.samples, **numbers}) + "\n")
 
     if training.step == 0 and training.fixed:
         log(training.evaluate())
+    if training.step == 0 and args.sample_prompts:
+        training.draw_samples()  # what it begins with; what cannot be drawn is found out now
     before = training.samples
     steps = training.steps() if before < args.samples else ()
     for numbers in steps:
