@@ -108,9 +108,9 @@ def optimizer(network: Network, args: argparse.Namespace) -> torch.optim.Optimiz
     options = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     if args.precision != "bf16":
         return torch.optim.AdamW(trained, fused=args.fused_adamw, **options)
-    from torchao.optim import _AdamW
+    from sdxl_fixes.trainers.adamw import AdamW  # torchao's
 
-    return _AdamW(trained, bf16_stochastic_round=True, **options)
+    return AdamW(trained, **options)
 
 
 def pipeline(
