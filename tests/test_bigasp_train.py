@@ -431,6 +431,12 @@ def test_a_state_goes_on_with_what_it_was_trained_with_or_not_at_all(
     with pytest.raises(SystemExit, match="--logit_mean needs --timestep_density logit_normal"):
         training(tmp_path / "out", "--resume", *flags, *said)
     training(tmp_path / "out", "--resume", *flags, *said[:4], "--model", tmp_path / "moved")
+    table = tmp_path / "table.parquet"
+    rows = example.loader.pyarrow.parquet.read_table(data[data.index("--table") + 1]).to_pylist()
+    rows = [{**row, "caption": row["caption"] + 40 * " words"} for row in rows]
+    example.loader.pyarrow.parquet.write_table(example.loader.pyarrow.Table.from_pylist(rows), table)
+    with pytest.raises(SystemExit, match=r"was trained on another --table \(or --latents\): "):
+        training(tmp_path / "out", "--resume", *flags, "--table", table)
     (last(tmp_path / "out") / "progress.json").write_text("{}")
     with pytest.raises(SystemExit, match="has no progress.json of this train.py"):
         training(tmp_path / "out", "--resume", *flags)
