@@ -145,6 +145,8 @@ class Training:
             state.refuse_other(found[-1], self.state["lasting"], self.lasting)
         self.step = self.samples = 0
         self._read_pictures()
+        if found:
+            self._find_place(found[-1])
         net = network.load(args, self.accelerator.device)
         self.network, self.optimizer = self.accelerator.prepare(net, network.optimizer(net, args))
         self.ema = Average(self.flags.ema_decay) if self.flags.ema_decay else None
@@ -207,6 +209,16 @@ class Training:
             n: Fixed(pictures, p, self.objective, self.accelerator) for n, p in sets.items() if len(p)
         }
 
+    def _find_place(self, folder: Path) -> None:
+        assert self.state is not None
+        self.step, self.samples = self.state["step"], self.state["samples"]
+        try:
+            self.feed.load(self.step, self.state["feed"])
+        except ValueError as error:
+            raise SystemExit(
+                f"--resume: {folder} was trained on another --table or --latents: {error}"
+            ) from error
+
     def _resume(self, folder: Path) -> None:
         assert self.state is not None
         self.accelerator.load_state(str(folder))
@@ -215,13 +227,6 @@ class Training:
             if "fused" in group:
                 group["fused"] = self.args.fused_adamw
         self.accelerator.step = 0  # every process begins an optimizer step, however many batches it has
-        self.step, self.samples = self.state["step"], self.state["samples"]
-        try:
-            self.feed.load(self.step, self.state["feed"])
-        except ValueError as error:
-            raise SystemExit(
-                f"--resume: {folder} was trained on another --table or --latents: {error}"
-            ) from error
         if self.ema:
             self.ema.load(folder)
 
