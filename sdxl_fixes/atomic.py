@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -31,6 +32,53 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def flush(folder: Path) -> None:
+    """Wait until all that is in ``folder``, and its names, are on the disk: without it a move may outlast a
+    power cut that the moved files' contents do not. What another process removes meanwhile is passed over."""
+    for path, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            with contextlib.suppress(FileNotFoundError):
+                _flush(os.path.join(path, name), os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+        flush_names(Path(path))
+
+
+def flush_names(folder: Path) -> None:
+    """Wait until the names in ``folder`` are on the disk, where a file system can."""
+    if os.name == "nt":  # which opens no folder
+        return
+    try:
+        _flush(os.fspath(folder), os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # what network file systems say
+            raise
+
+
+def _flush(path: str, mode: int) -> None:
+    file = os.open(path, mode)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """No other process is in a block of ``folder`` meanwhile, where the system locks folders; elsewhere
+    nothing is locked."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a network file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)  # which also unlocks
 
 
 def real(path: Path) -> Path:

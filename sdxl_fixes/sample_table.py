@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sdxl_fixes.atomic import replacing
+from sdxl_fixes.atomic import alone, real, replacing
 from sdxl_fixes.errors import printable
 
 _MARK = '<meta name="generator" content="sdxl-fixes samples">'
@@ -150,7 +150,10 @@ class SampleTable:
             rows, png = self.cells.setdefault(cell[0], {}), base64.b64encode(buffer.getvalue()).decode()
             if rows.get(cell[1]) != png:
                 rows[cell[1]], self._unwritten[cell] = png, None
-        self._write()
+        folder = real(self.path).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone(folder):
+            self._write()
 
     def _read(self) -> None:
         """Take what the file holds, but for cells that are newer here."""
@@ -188,7 +191,6 @@ class SampleTable:
             size, self._samples = 0, cells
             samples = (self._sample(column, row) for column in self.cells for row in self.cells[column])
             content = "".join([self._head(), *samples]).encode()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self.path) as partial:
                 partial.write_bytes(content)
         self._size = size + len(content)

@@ -1,6 +1,8 @@
 """docs/at-scale.md says what benchmarks/at_scale.py computes, and that agrees with what two runs are known to
 have cost."""
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,3 +33,25 @@ def test_bytes_are_those_of_the_tensors():
     assert sizes["latents"] == pytest.approx(1e6 * 109e3) and sizes["pictures"] == 1e12
     # weights, two moments and the average in float32; two folders of U-Net and both text encoders
     assert sizes["checkpoints that are kept"] == 4 * (4 * 2.567e9 + 2 * (2.567e9 + 0.82e9))
+
+
+def test_the_bucket_plan_s_row_is_of_a_whole_epoch(monkeypatch, capsys):
+    """A state is of the page's bytes at any size but for digits, and what is read is every rank's share."""
+    pytest.importorskip("resource", reason="POSIX")
+    import buckets_at_scale
+
+    read, islice = [], buckets_at_scale.itertools.islice
+    monkeypatch.setattr(
+        buckets_at_scale.itertools,
+        "islice",
+        lambda batches, n: read.append(list(islice(batches, n))) or read[0],
+    )
+    monkeypatch.setattr(sys, "argv", ["buckets_at_scale.py", "5e3"])
+    buckets_at_scale.main()
+    row = json.loads(capsys.readouterr().out)
+    assert row.pop("samples") == 5000 and all(value >= 0 for value in row.values())
+    assert row["peak_gb"] >= row["given_gb"] > 0 and 200 <= row["state_bytes"] <= 221
+    assert "221 bytes" in PAGE.read_text(encoding="utf-8")
+    batch, ranks = buckets_at_scale.BATCH, buckets_at_scale.RANKS
+    assert sum(map(len, read[0])) == pytest.approx(5000 / ranks, rel=0.1)  # but for the first batch
+    assert {len(each) for each in read[0]} <= {*range(1, batch + 1)}

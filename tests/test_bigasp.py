@@ -40,7 +40,7 @@ def module(monkeypatch):
         return __import__(name)
 
     yield load
-    for name in ("prompt", "rank", "latents", "encode", "loader", "made"):
+    for name in ("prompt", "rank", "latents", "encode", "loader", "made", "formats"):
         sys.modules.pop(name, None)
 
 
@@ -177,6 +177,37 @@ def test_the_arena_recovers_a_known_order(module):
     assert {*found.tolist()} == {*range(10)} and found[quality.argmax()] >= 8 and found[quality.argmin()] <= 1
     edges = np.linspace(ratings.min(), ratings.max(), 11)
     assert (found == np.clip(np.digitize(ratings, edges) - 1, 0, 9)).all()
+
+
+def test_what_another_run_left_is_not_gone_on_with_or_removed(module, tmp_path, monkeypatch):
+    pandas = pytest.importorskip("pandas", reason="pandas: see examples/bigasp/requirements.txt")
+    rank, made = module("rank", *PACKAGES, "transformers"), module("made", *PACKAGES)
+    encode, formats = module("encode", *PACKAGES), module("formats", *PACKAGES)
+    for script, name in ((rank, "Eye"), (encode, "plan"), (made, "pictures")):
+        monkeypatch.setattr(script, name, lambda *_: pytest.fail("it begins"))
+    pairs, table, out = tmp_path / "pairs", tmp_path / "table", tmp_path / "out"
+    pandas.DataFrame({"winner": ["a"], "loser": ["b"]}).to_parquet(pairs)
+    pandas.DataFrame({"path": ["a"]}).to_parquet(table)
+    (out / "pictures").mkdir(parents=True), (out / "mds").mkdir(), (out / "bins.html").write_text("")
+    ranked = ("--pairs", pairs, "--table", table, "--output", out, "--vision", "none")
+    encoded = ("--table", table, "--output", out, "--model", "none")
+    for script, flags, sentence in (
+        (rank, ranked, "out holds bins.html of another run"),
+        (rank, (*ranked, "--pairs", table), "--pairs .*table lacks the column.* loser, winner"),
+        (rank, (*ranked, "--table", tmp_path / "gone"), "--table .*gone: there is no such file"),
+        (rank, (*ranked, "--rounds", 0), "--rounds 0: expected 1 or more"),
+        (encode, (*encoded, "--part", 0), "--part 0: expected 1 or more"),
+        (encode, (*encoded, "--table", pairs), "--table .*pairs lacks the column path"),
+        (encode, (*encoded, "--table", out), "--table .*out: there is no such file"),
+        (made, ("--folder", out), "out holds pictures of another run"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, flags)])
+        with pytest.raises(SystemExit, match=sentence):
+            script.main()
+    monkeypatch.setattr(formats, "plain_files", formats.mds)
+    with pytest.raises(SystemExit, match="mds exists, and is removed in the end"):
+        formats.stores(out, 1)
+    assert (out / "mds").exists()
 
 
 def test_a_game_moves_elo_as_the_formula_says(module):

@@ -5,6 +5,7 @@ import collections
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from sdxl_fixes.prompts import encode
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "bigasp"
 PACKAGES = ("pandas", "streaming", "zstandard", "transformers")
-NAMES = ("prompt", "latents", "loader", "made", "feed", "network", "train")
+NAMES = ("prompt", "latents", "loader", "made", "feed", "network", "settings", "state", "train")
 V = (
     "--prediction_type",
     "v_prediction",
@@ -371,20 +372,135 @@ def test_a_checkpoint_is_a_pipeline_that_says_how_it_is_sampled(example, data, t
     average = StableDiffusionXLPipeline.from_pretrained(folder / "model_ema").unet.state_dict()
     assert any(not torch.equal(each, pipe.unet.state_dict()[n]) for n, each in average.items())
     page = (tmp_path / "out" / "samples.html").read_text()
-    assert page.count("<img ") == 2 and "red circles" in page and "22 samples" in page
+    assert page.count("<img ") == 4 and "red circles" in page
+    assert all(f'data-c="{column}"' in page for column in ("0 samples", "22 samples"))
     rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert {"heldout/loss", "heldout_ema/loss", "stable_loss/loss", "stable_loss_ema/loss"} <= rows[0].keys()
     assert [path.name for path in (tmp_path / "out").glob("checkpoint*")] == [folder.name]
-    for other, sentence in (
-        ((*V, "--seed", 1), "another seed"),
-        ((*V, "--heldout", 3), "another heldout"),
-        ((*V, "--prediction_type", "sample"), "another prediction_type"),
-        (V[:2], "another schedule than the flags of this run say"),
-    ):
-        with pytest.raises(SystemExit, match=sentence):
-            training(tmp_path / "out", *flags, "--resume", *other)
     with pytest.raises(SystemExit, match="holds checkpoints: give --resume"):
         training(tmp_path / "out", *V, *flags)
+
+
+def flags_without(flags, *names):
+    """``flags`` without some of one value."""
+    places = {flags.index(name) + k for name in names for k in (0, 1)}
+    return tuple(flag for k, flag in enumerate(flags) if k not in places)
+
+
+def test_a_state_goes_on_with_what_it_was_trained_with_or_not_at_all(
+    example, data, training, tmp_path, monkeypatch
+):
+    flags = (*V, "--samples", 8, "--heldout", 2, "--ema_decay", 0.5)
+    training(tmp_path / "out", *flags)
+    model, other = Path(data[data.index("--model") + 1]), tmp_path / "other"
+    shutil.copytree(model, other)
+    file = other / "vae" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    store = tmp_path / "store"
+    shutil.copytree(data[data.index("--latents") + 1], store)
+    (store / "index.json").write_text((store / "index.json").read_text() + " ")
+    with monkeypatch.context() as patch:
+        patch.setattr(example.train, "Pictures", lambda *_: pytest.fail("it begins"))
+        for changed, sentence in (
+            ((*flags, "--seed", 1), r"--seed 0 \(this run: 1\)"),
+            ((*flags, "--heldout", 3), r"--heldout 2 \(this run: 3\)"),
+            ((*flags, "--prediction_type", "sample"), r"--prediction_type v_prediction \(this run: sample\)"),
+            (
+                ("--terminal_sigma", 99, *flags_without(flags[:2] + flags[3:])),
+                r"the schedule --zero_terminal_snr \(",
+            ),
+            ((*flags, "--min_snr_gamma", 1), r"--min_snr_gamma 5.0 \(this run: 1.0\)"),
+            (flags_without(flags, "--min_snr_gamma"), r"--min_snr_gamma 5.0 \(this run: 0\)"),
+            (flags_without(flags, "--ema_decay"), r"--ema_decay 0.5 \(this run: 0\)"),
+            ((*flags, "--train_text_encoder"), r"--train_text_encoder False \(this run: True\)"),
+            ((*flags, "--loss_type", "huber"), r"--loss_type l2 \(this run: huber\)"),
+            ((*flags, "--precision", "amp"), r"--precision fp32 \(this run: amp\)"),
+            ((*flags, "--model", other), rf"--model {model} \(this run: {other}\)"),
+            ((*flags, "--latents", store), r"--latents .* \(this run: .*store\)"),
+        ):
+            with pytest.raises(SystemExit, match=sentence):
+                training(tmp_path / "out", "--resume", *changed)
+        dealing(patch, example, "FSDP")
+        with pytest.raises(SystemExit, match=r"the engine DDP, or one process \(this run: FSDP\)"):
+            training(tmp_path / "out", "--resume", *V, "--samples", 8)
+    # the same in other words, and elsewhere
+    shutil.copytree(model, tmp_path / "moved")
+    said = ("--min_snr_gamma", 5, "--ema_decay", "0.50", "--logit_mean", 0)
+    with pytest.raises(SystemExit, match="--logit_mean needs --timestep_density logit_normal"):
+        training(tmp_path / "out", "--resume", *flags, *said)
+    training(tmp_path / "out", "--resume", *flags, *said[:4], "--model", tmp_path / "moved")
+    table = tmp_path / "table.parquet"
+    rows = example.loader.pyarrow.parquet.read_table(data[data.index("--table") + 1]).to_pylist()
+    rows = [{**row, "caption": row["caption"] + 40 * " words"} for row in rows]
+    example.loader.pyarrow.parquet.write_table(example.loader.pyarrow.Table.from_pylist(rows), table)
+    with monkeypatch.context() as patch:
+        patch.setattr(example.network, "load", lambda *_: pytest.fail("it begins"))
+        with pytest.raises(SystemExit, match="was trained on another --table or --latents: the state"):
+            training(tmp_path / "out", "--resume", *flags, "--table", table)
+    (last(tmp_path / "out") / "progress.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"has no progress\.json of this train\.py"):
+        training(tmp_path / "out", "--resume", *flags)
+
+
+class Wandb(SimpleNamespace):
+    """What accelerate calls of wandb, recorded."""
+
+    def __init__(self):
+        super().__init__(begun=[], logged=[], config=SimpleNamespace(update=self.configured), told=[])
+
+    def init(self, **options):
+        self.begun.append(options)
+        return SimpleNamespace(log=lambda values, step, **_: self.logged.append(step), finish=lambda: None)
+
+    def configured(self, values, **_):
+        self.told.append(values)
+
+
+@pytest.mark.parametrize("tracker", ["wandb", pytest.param("tensorboard", marks=pytest.mark.slow)])
+def test_a_killed_training_has_one_log_and_one_run(training, killed, tmp_path, monkeypatch, capsys, tracker):
+    import accelerate.tracking
+    import accelerate.utils
+    from accelerate import Accelerator
+
+    if tracker == "tensorboard":
+        reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setitem(sys.modules, "wandb", wandb := Wandb())
+    kinds = accelerate.utils.LoggerType
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [kinds.TENSORBOARD, kinds.WANDB])
+    decays, original = [], Accelerator.backward
+
+    def backward(self, loss):
+        decays.append(self._optimizers[0].param_groups[0]["weight_decay"])
+        original(self, loss)
+
+    monkeypatch.setattr(Accelerator, "backward", backward)
+    flags, log = (
+        (*V, "--samples", 40, "--checkpoint_every", 20, "--log_with", tracker),
+        tmp_path / "log.jsonl",
+    )
+    log.write_text('{"step": 1, "samples": 8, "loss": 7, "norm": 7}\n')  # of one that saved nothing
+    killed(5, tmp_path, *flags)
+    before = log.read_text()
+    assert before.count("\n") == 4 and (tmp_path / "log.old.jsonl").exists()
+    log.write_text(before + '{"step": 5, "sam')
+    training(tmp_path, *flags, "--resume", "--weight_decay", 0.5)
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    steps = len(rows)
+    assert [row["step"] for row in rows] == [*range(1, steps + 1)] and steps >= 5
+    assert log.read_text().startswith("\n".join(before.splitlines()[:3]))
+    assert {*decays[:8]} == {0.1} and {*decays[-4:]} == {0.5}  # a state's would be 0.1
+    said = capsys.readouterr().out
+    assert "goes on with --weight_decay 0.5 (was 0.1)" in said and "2 line(s) after the checkpoint" in said
+    if tracker == "tensorboard":
+        events = reader.EventAccumulator(str(tmp_path / "bigasp"))
+        events.Reload()
+        assert [event.step for event in events.Scalars("loss")] == [row["samples"] for row in rows]
+        return
+    first, second = wandb.begun
+    assert first["id"] == second["id"] and second["resume"] == "allow" and len(first["id"]) == 32
+    assert wandb.told[0]["min_snr_gamma"] == 5 and wandb.told[1]["weight_decay"] == 0.5
 
 
 def test_what_is_not_trained_is_saved_as_it_was(training, data, tmp_path):
@@ -403,19 +519,81 @@ def test_what_is_not_trained_is_saved_as_it_was(training, data, tmp_path):
 def test_what_cannot_be_done_is_one_sentence(training, tmp_path):
     for flags, sentence in (
         (("--resume",), "holds no checkpoint-N: start without it"),
-        (("--log_with", "nobody"), "--log_with nobody: no tracker of that name is installed"),
         (("--heldout", 60), "--heldout 60 and --stable 0: the store has 60 pictures"),
-        (("--precision", "bf16", "--fused_adamw"), "--fused_adamw is not for --precision bf16"),
         (("--batch_size", 3), "--global_batch 8 is no multiple"),
-        (("--sample_prompts", tmp_path / "gone.txt"), "gone.txt: there is no such file"),
-        (("--loss_type", "huber", "--huber_l2_gradient", "batch"), "is shared out: take sample"),
         (("--precision", "bf16", "--global_batch", 512), "128 gradients would be summed in bfloat16"),
         (("--learning_rate", 1e30, "--warmup", 0, "--max_grad_norm", 1e9), "gradients are not finite"),
-        (("--max_grad_norm", 0), "--max_grad_norm 0.0: expected more than 0"),
         (("--min_snr_floor",), "--min_snr_floor needs --min_snr_gamma"),
     ):
         with pytest.raises(SystemExit, match=sentence):
             training(tmp_path, "--samples", 16, *flags)
+
+
+def test_what_would_be_found_late_is_told_before_anything_is_loaded(
+    example, data, training, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(example.train, "Training", lambda *_: pytest.fail("it begins"))
+    model = Path(data[data.index("--model") + 1])
+    for name in ("single", "half", "variant", "foreign"):
+        shutil.copytree(model, tmp_path / name)
+    (tmp_path / "single" / "model_index.json").unlink()
+    shutil.rmtree(tmp_path / "half" / "vae")
+    weights = tmp_path / "variant" / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".fp16.safetensors"))
+    lines, empty, latin = (tmp_path / f"{name}.txt" for name in ("lines", "empty", "latin"))
+    lines.write_text("a cat"), empty.write_text("\n \n"), latin.write_bytes("ä".encode("latin-1"))
+    (tmp_path / "foreign" / "samples.html").write_text("<p>mine</p>")
+    drawn = ("--sample_prompts", lines)
+    monkeypatch.setattr(example.settings, "UNet2DConditionModel", object)
+    monkeypatch.setattr(
+        example.settings.importlib.util, "find_spec", lambda name: None if name == "torchao" else name
+    )
+    for flags, sentence in (
+        (("--log_with", "nobody"), "--log_with nobody: no tracker of that name is installed"),
+        (("--precision", "bf16", "--fused_adamw"), "--fused_adamw is not for --precision bf16"),
+        (("--precision", "bf16"), "by torchao: pip install torchao"),
+        (("--compile_blocks",), "--compile_blocks needs diffusers 0.35 or newer"),
+        (("--loss_type", "huber", "--huber_l2_gradient", "batch"), "is shared out: take sample"),
+        (("--max_grad_norm", 0), "--max_grad_norm 0.0: expected more than 0"),
+        (("--learning_rate", "nan"), "--learning_rate nan: expected more than 0"),
+        (("--seed", -1), "--seed -1: expected 0 or more"),
+        (("--workers", -1), "--workers -1: expected 0 or more"),
+        (("--planned_batch", 0), "--planned_batch 0: expected 1 or more"),
+        (("--stable", -2), "--stable -2: expected 0 or more"),
+        (("--weight_decay", "inf"), "--weight_decay inf: expected 0 or more"),
+        (("--keep_activations", 3), "--keep_activations does nothing without --checkpointing transformers"),
+        (("--compile_backend", "inductor"), "--compile_backend does nothing without --compile_blocks"),
+        (("--sample_side", 1024), "--sample_side does nothing without --sample_prompts"),
+        (("--evaluate_every", 8), "--evaluate_every does nothing without --heldout or --stable"),
+        (("--huber_c", 0.1), "--huber_c does nothing without --loss_type huber or smooth_l1"),
+        (("--ip_noise_gamma_random_strength",), "does nothing without --ip_noise_gamma"),
+        (("--sample_prompts", tmp_path / "gone.txt"), "gone.txt: there is no such file"),
+        (("--sample_prompts", empty), "empty.txt: it is empty"),
+        (("--sample_prompts", latin), "latin.txt: it is not in UTF-8"),
+        ((*drawn, "--sample_side", 100), "--sample_side 100: expected a multiple of 8"),
+        ((*drawn, "--output", tmp_path / "foreign"), "samples.html exists and is not a table of samples"),
+        (("--output", lines), "lines.txt: nothing can be written there"),
+        (("--table", tmp_path / "gone"), "--table .*gone: there is no such file"),
+        (("--model", tmp_path / "single"), r"single: it is no pipeline's folder \(no model_index.json\)"),
+        (("--model", tmp_path / "half"), "half: it lacks vae"),
+        (("--model", tmp_path / "variant"), "variant: vae has no weights that are read without a variant"),
+    ):
+        with pytest.raises(SystemExit, match=sentence):
+            training(tmp_path / "out", "--samples", 16, *flags)
+
+
+def test_a_name_is_downloaded_once_at_the_start(example, data, monkeypatch):
+    folder = data[data.index("--model") + 1]
+    pipeline = example.settings.StableDiffusionXLPipeline
+    monkeypatch.setattr(pipeline, "download", lambda name: folder)
+    assert example.settings.pipeline_folder("somebody/model") == Path(folder)
+
+    def fails(name):
+        raise OSError(f"{name} is no model\nand more")
+
+    monkeypatch.setattr(pipeline, "download", fails)
+    with pytest.raises(SystemExit, match=r"no such name was downloaded \(somebody/model is no model\)"):
+        example.settings.pipeline_folder("somebody/model")
 
 
 def dealing(monkeypatch, example, engine, **plugin):

@@ -109,3 +109,39 @@ def test_second_moments_in_bfloat16_hardly_fall():
     half, single = roots(torch.bfloat16), roots(torch.float32)
     ratios = [a / b for a, b in zip(half, single, strict=True)]
     assert ratios == pytest.approx([1.2, 2.9], abs=0.06)
+
+
+def test_second_moments_in_float32_fall_and_come_back_from_a_state(eager):
+    """Of weights in bfloat16, against torch's own of the same gradients and weights in float32."""
+    from torchao.optim import _AdamW
+
+    from sdxl_fixes.trainers.adamw import AdamW
+
+    def made(kind, dtype, **options):
+        weights = torch.linspace(-1, 1, 512).to(dtype)
+        return kind([torch.nn.Parameter(weights)], lr=1e-4, weight_decay=0.0, **options)
+
+    def step(optimizer, seed):
+        (parameter,) = optimizer.param_groups[0]["params"]
+        gradient = torch.randn(512, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        parameter.grad = (gradient if seed < 200 else gradient / 64).to(parameter.dtype)
+        optimizer.step()
+        return optimizer.state[parameter]
+
+    single, ours = made(torch.optim.AdamW, torch.float32), made(AdamW, torch.bfloat16)
+    for seed in range(400):
+        if seed == 300:
+            again = made(AdamW, torch.bfloat16)
+            again.load_state_dict(ours.state_dict())
+            again.param_groups[0]["params"][0].data.copy_(ours.param_groups[0]["params"][0].data)
+            ours = again
+        wanted = step(single, seed)
+        found = step(ours, seed)
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert found[name].dtype == torch.float32
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-9)
+    assert found["step"] == wanted["step"] == 400
+    theirs = made(_AdamW, torch.bfloat16)
+    for seed in range(400):
+        kept = step(theirs, seed)
+    assert kept["exp_avg_sq"].float().mean() > 1.1 * wanted["exp_avg_sq"].mean()

@@ -8,11 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
 from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
 
+from sdxl_fixes import sample_table
 from sdxl_fixes.cli import main
 from sdxl_fixes.sample_table import SampleTable
 
@@ -316,6 +319,28 @@ def test_two_runs_that_add_to_one_file_keep_each_other_s_pictures(tmp_path):
     with pytest.raises(ValueError, match="is not a table of samples"):
         first.add("3", "a cat", picture(6))
     assert path.read_text() == "<p>mine</p>"
+
+
+def test_what_is_added_while_another_run_writes_the_table_anew_stays(tmp_path, monkeypatch):
+    pytest.importorskip("fcntl")
+    path, original = tmp_path / "samples.html", sample_table.replacing
+    first, second = SampleTable(path), SampleTable(path)
+    thread = threading.Thread(target=lambda: second.add("2", "a cat", picture(9)))
+
+    @contextmanager
+    def meanwhile(asked):
+        with original(asked) as partial:
+            yield partial
+            monkeypatch.setattr(sample_table, "replacing", original)
+            thread.start()
+            thread.join(0.2)
+
+    first.add("1", "a cat", picture(1))
+    first.add("1", "a cat", picture(2))
+    monkeypatch.setattr(sample_table, "replacing", meanwhile)
+    first.add("1", "a cat", picture(3))  # of three pictures of one cell two are dropped
+    thread.join()
+    assert shown(path) == [("a cat", [3, 9])]
 
 
 def test_a_picture_that_fails_takes_none_of_the_others_with_it(tmp_path):

@@ -33,6 +33,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from sdxl_fixes import aspects
+from sdxl_fixes.atomic import flush, flush_names
 from sdxl_fixes.log import rank, world_size
 
 
@@ -52,7 +53,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--min_side", type=int, default=512)
     parser.add_argument("--max_side", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name, least in {"part": 1, "batch_size": 1, "readers": 1, "seed": 0}.items():
+        if getattr(args, name) < least:
+            raise SystemExit(f"--{name} {getattr(args, name)}: expected {least} or more")
+    if not args.table.is_file():
+        raise SystemExit(f"--table {args.table}: there is no such file")
+    return args
 
 
 def cropped(
@@ -150,6 +157,8 @@ def plan(args: argparse.Namespace, rows: list[int], paths: list[str]) -> None:
 def main() -> None:
     args = parse_args()
     table = pd.read_parquet(args.table)
+    if "path" not in table:
+        raise SystemExit(f"--table {args.table} lacks the column path")
     rows = np.flatnonzero(table.score > 0).tolist() if "score" in table else list(range(len(table)))
     args.output.mkdir(parents=True, exist_ok=True)
     paths = table.path.tolist()
@@ -171,7 +180,9 @@ def main() -> None:
         part = Part(rows[k * args.part : (k + 1) * args.part], paths, args, buckets)
         count += latents.write(partial, part.encoded(vae), args.dtype)
         (partial / "broken.json").write_text(json.dumps(part.broken, indent=1))
+        flush(partial)  # a power cut leaves no whole name without what is in it
         partial.rename(parts[k])
+        flush_names(args.output)
         speed = count / (time.perf_counter() - start)
         print(
             f"{parts[k].name} of {len(parts)}: {speed:.1f} pictures/s, {len(part.broken)} broken", flush=True

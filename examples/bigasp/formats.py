@@ -147,7 +147,10 @@ def stores(folder: Path, count: int) -> None:
     print("|---|---:|---:|---:|---:|---:|")
     for write in (plain_files, mds, litdata, webdataset):
         place = folder / write.__name__
-        shutil.rmtree(place, ignore_errors=True)
+        if place.exists():
+            raise SystemExit(
+                f"{place} exists, and is removed in the end: remove it, or give another --folder"
+            )
         place.mkdir(parents=True)
         start = time.process_time()
         read = write(place, packed)

@@ -112,14 +112,18 @@ def join(folder: Path, parts: list[Path]) -> None:
     partial.rmdir()
 
 
+def index(folder: Path) -> Path:
+    """The file that says what a store is made of. Raises SystemExit where there is none."""
+    if not (found := folder / "index.json").is_file():
+        raise SystemExit(f"{folder} is no finished store (no index.json): run encode.py until it says done")
+    return found
+
+
 class Latents:
     """A store, for reading at random: a data set of :class:`Encoded`, in the order of the shards."""
 
     def __init__(self, folder: Path) -> None:
-        if not (folder / "index.json").is_file():
-            raise SystemExit(
-                f"{folder} is no finished store (no index.json): run encode.py until it says done"
-            )
+        index(folder)
         self._shards = LocalDataset(str(folder))
 
     def __len__(self) -> int:

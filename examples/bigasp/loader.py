@@ -49,7 +49,10 @@ class Pictures(Dataset[dict[str, Any]]):
         self.tokenizers = [
             AutoTokenizer.from_pretrained(model, subfolder=n) for n in ("tokenizer", "tokenizer_2")
         ]
-        found = pyarrow.parquet.read_table(table)
+        try:
+            found = pyarrow.parquet.read_table(table)
+        except (OSError, ValueError) as error:  # Arrow's
+            raise SystemExit(f"--table {table}: it is no parquet file that can be read ({error})") from error
         missing = {*COLUMNS, "path"} - {*found.column_names}
         if missing:
             raise SystemExit(f"{table} lacks the column(s) {', '.join(sorted(missing))}: see prompt.py")

@@ -182,6 +182,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--count", type=int, default=600)
     args = parser.parse_args()
+    if (args.folder / "pictures").exists():
+        raise SystemExit(f"--folder {args.folder} holds pictures of another run: give another, or remove it")
     table = pictures(args.folder, args.count)
     pairs(table, 4 * args.count).to_parquet(args.folder / "pairs.parquet")
     vision(args.folder / "vision")

@@ -97,10 +97,6 @@ def speed(unet: UNet2DConditionModel, args: argparse.Namespace) -> None:
         for each in deep[: args.keep_activations]:
             each.gradient_checkpointing = False
     if args.compile_blocks:
-        if not hasattr(unet, "compile_repeated_blocks"):
-            raise SystemExit(
-                "--compile_blocks needs diffusers 0.35 or newer: update it, or leave the flag out"
-            )
         # two kinds of blocks, with and without gradients, at every size until torch takes sizes as they come
         torch._dynamo.config.cache_size_limit = 64
         unet.compile_repeated_blocks(fullgraph=True, backend=args.compile_backend)
@@ -112,15 +108,9 @@ def optimizer(network: Network, args: argparse.Namespace) -> torch.optim.Optimiz
     options = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     if args.precision != "bf16":
         return torch.optim.AdamW(trained, fused=args.fused_adamw, **options)
-    if args.fused_adamw:
-        raise SystemExit("--fused_adamw is not for --precision bf16, whose AdamW is torchao's: leave it out")
-    try:
-        from torchao.optim import _AdamW
-    except ImportError as error:
-        raise SystemExit(
-            f"--precision bf16 rounds weights stochastically by torchao ({error}): pip install torchao"
-        ) from error
-    return _AdamW(trained, bf16_stochastic_round=True, **options)
+    from sdxl_fixes.trainers.adamw import AdamW  # torchao's
+
+    return AdamW(trained, **options)
 
 
 def pipeline(

@@ -34,6 +34,7 @@ from transformers import AutoImageProcessor, AutoModel
 from sdxl_fixes.sample_table import SampleTable
 
 BINS = 10
+WRITTEN = ("scored.parquet", "bins.html", "report.json")
 
 
 class Eye:
@@ -157,6 +158,28 @@ def judged(args: argparse.Namespace, eye: Eye) -> tuple[Classifier, dict[str, fl
     return classifier, {"pairs": people, "corrupted": copies, "both": both, "of": count}, scale
 
 
+def check(args: argparse.Namespace) -> pd.DataFrame:
+    """The table. Raises SystemExit, before anything is loaded, for settings that lead nowhere and for an
+    ``output`` of another run: ``bins.html`` would mix both."""
+    for name, least in {"arena_pictures": BINS, "rounds": 1, "steps": 1, "batch_size": 1, "seed": 0}.items():
+        if getattr(args, name) < least:
+            raise SystemExit(f"--{name} {getattr(args, name)}: expected {least} or more")
+    for name, columns in {"pairs": {"winner", "loser"}, "table": {"path"}}.items():
+        file = getattr(args, name)
+        if not file.is_file():
+            raise SystemExit(f"--{name} {file}: there is no such file")
+        found = pd.read_parquet(file)
+        if lacking := columns - {*found.columns}:
+            raise SystemExit(f"--{name} {file} lacks the column(s) {', '.join(sorted(lacking))}")
+    args.output.mkdir(parents=True, exist_ok=True)
+    if old := [name for name in WRITTEN if (args.output / name).exists()]:
+        raise SystemExit(
+            f"--output {args.output} holds {', '.join(old)} of another run: remove it, or give another "
+            "--output"
+        )
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--table", type=Path, required=True)
@@ -170,11 +193,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
+    table = check(args)
     torch.manual_seed(args.seed)
 
     eye = Eye(args.vision, args.device, args.batch_size)
-    table = pd.read_parquet(args.table)
     classifier, accuracy, (mean, spread) = judged(args, eye)
     chosen = np.random.default_rng(args.seed).permutation(len(table))[: args.arena_pictures]
     embeddings = (eye(table.path.to_numpy()[chosen].tolist()) - mean) / spread
@@ -201,9 +223,9 @@ def main() -> None:
             rows = rest[first : first + 1024]
             part = (eye(table.path.to_numpy()[rows].tolist()) - mean) / spread
             table.loc[rows, "score"] = ranker(part).argmax(1).numpy()
-    table.to_parquet(args.output / "scored.parquet")
+    table.to_parquet(args.output / WRITTEN[0])
 
-    page = SampleTable(args.output / "bins.html", "Ten pictures of every score")
+    page = SampleTable(args.output / WRITTEN[1], "Ten pictures of every score")
     random, shown = np.random.default_rng(args.seed), []
     for score in range(BINS):
         rows = random.permutation(np.flatnonzero(table.score == score))[:10]
@@ -222,7 +244,7 @@ def main() -> None:
             "rating": spearman(ratings, quality[chosen]),
             "score": spearman(table.score.to_numpy(), quality),
         }
-    (args.output / "report.json").write_text(json.dumps(report, indent=1))
+    (args.output / WRITTEN[2]).write_text(json.dumps(report, indent=1))
     print(json.dumps(report))
 
 

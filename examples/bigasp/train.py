@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import time
+import uuid
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -25,16 +26,16 @@ from typing import Any
 import feed
 import network
 import numpy as np
+import state
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from loader import Pictures
 from prompt import Prompts
+from settings import parse_args, prompts
 
-from sdxl_fixes.command_line import add_flags
 from sdxl_fixes.errors import FixError, FlagError
-from sdxl_fixes.flags import FLAGS, TrainingFlags, grouped
+from sdxl_fixes.flags import TrainingFlags
 from sdxl_fixes.log import world_size
 from sdxl_fixes.objective import Objective
 from sdxl_fixes.sample_table import SampleTable
@@ -42,91 +43,6 @@ from sdxl_fixes.trainers.checkpoints import checkpoint, checkpoints
 from sdxl_fixes.trainers.ema import Average, check_average
 from sdxl_fixes.trainers.fixed_loss import Called, check_whole, fixed_loss
 from sdxl_fixes.validation import Validation
-
-OURS = {
-    **grouped("prediction", "schedule", "loss", "weighting", "noise", "timesteps"),
-    "ema_decay": FLAGS["ema_decay"],
-}
-# a state that was trained otherwise in these is not gone on with; other flags may change
-FIXED = ("seed", "heldout", "train_text_encoder", "precision", "prediction_type", "schedule")
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--table", type=Path, required=True, help="parquet: see prompt.py")
-    add("--latents", type=Path, required=True, help="the store that encode.py made of it")
-    add("--model", required=True, help="a pipeline's folder or name, where training begins")
-    add("--output", type=Path, required=True)
-    add("--resume", action="store_true", help="go on from the last checkpoint in --output")
-    add("--samples", type=int, required=True, help="to be seen; the learning rate falls to 0 over them")
-    add("--global_batch", type=int, default=2048, help="samples of an optimizer step")
-    add("--batch_size", type=int, default=4, help="samples that a process trains at a time")
-    add(
-        "--planned_batch",
-        type=int,
-        help="of one size and chunk count (default: --batch_size; on resuming, as it was)",
-    )
-    add("--learning_rate", type=float, default=1e-4)
-    add("--warmup", type=int, default=100_000, help="samples over which the learning rate rises")
-    add("--weight_decay", type=float, default=0.1)
-    add("--max_grad_norm", type=float, default=1.0)
-    add("--train_text_encoder", action="store_true", help="train text encoder 1 as well")
-    add("--seed", type=int, default=0)
-    add("--workers", type=int, default=4, help="processes that read latents and draw noise, for each GPU")
-    add("--checkpoint_every", type=int, default=500_000, help="samples")
-    add("--keep", type=int, default=2, help="checkpoints, the last ones")
-    add("--evaluate_every", type=int, default=100_000, help="samples between held-out and stable losses")
-    add("--heldout", type=int, default=0, help="pictures of the store that are not trained on")
-    add("--stable", type=int, default=0, help="pictures of the stable training loss")
-    add("--log_with", help="tensorboard, wandb, ...: a tracker that accelerate knows")
-    add("--sample_prompts", type=Path, help="a text file, a prompt a line, for OUTPUT/samples.html")
-    add("--sample_every", type=int, default=500_000, help="samples between its columns")
-    add("--sample_side", type=int, default=1024, help="pixels")
-    add("--sample_steps", type=int, default=25)
-    add("--sample_guidance", type=float, default=5.0)
-    fast = parser.add_argument_group("speed")
-    fast.add_argument(
-        "--precision", choices=("fp32", "amp", "bf16"), default="amp",
-        help="amp: float32, bfloat16 by autocast; bf16: weights, too, rounded stochastically by torchao",
-    )  # fmt: skip
-    fast.add_argument("--fused_adamw", action="store_true")
-    fast.add_argument("--channels_last", action="store_true")
-    fast.add_argument("--compile_blocks", action="store_true", help="torch.compile of each transformer block")
-    fast.add_argument("--compile_backend", default="inductor")
-    fast.add_argument(
-        "--checkpointing", choices=("none", "transformers", "all"), default="none",
-        help="what computes its activations twice to save memory",
-    )  # fmt: skip
-    fast.add_argument(
-        "--keep_activations", type=int, default=0,
-        help="so many of the deepest (SDXL: 6 of 11) keep theirs under --checkpointing transformers",
-    )  # fmt: skip
-    add_flags(parser, OURS)
-    args = parser.parse_args()
-    for name in (
-        "samples",
-        "global_batch",
-        "batch_size",
-        "checkpoint_every",
-        "keep",
-        "evaluate_every",
-        "sample_every",
-    ):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: expected 1 or more")
-    if not args.max_grad_norm > 0:
-        raise SystemExit(f"--max_grad_norm {args.max_grad_norm}: expected more than 0; 1e9 clips nothing")
-    if args.huber_l2_gradient == "batch":
-        raise SystemExit(
-            "--huber_l2_gradient batch: its factor is of a process's batch, and a step must not depend on "
-            "how it is shared out: take sample"
-        )
-    if args.sample_prompts and not args.sample_prompts.is_file():
-        raise SystemExit(f"--sample_prompts {args.sample_prompts}: there is no such file")
-    if args.log_with and args.log_with not in {str(getattr(t, "value", t)) for t in get_available_trackers()}:
-        raise SystemExit(f"--log_with {args.log_with}: no tracker of that name is installed: pip install it")
-    return args
 
 
 def rate(seen: float, args: argparse.Namespace) -> float:
@@ -150,6 +66,9 @@ def suit_engine(accelerator: Accelerator, args: argparse.Namespace, shares: feed
     config of its own."""
     if args.ema_decay:
         check_average(accelerator)
+    for name in ("heldout", "stable"):
+        if getattr(args, name):
+            check_whole(accelerator, f"--{name}")
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is None:
         return
@@ -199,7 +118,7 @@ class Training:
             raise SystemExit(f"--resume: {args.output} holds no checkpoint-N: start without it")
         if found and not args.resume:
             raise SystemExit(f"{args.output} holds checkpoints: give --resume, or another --output")
-        self.state = json.loads((found[-1] / "progress.json").read_text()) if found else None
+        self.state = state.read(found[-1]) if found else None
         args.planned_batch = args.planned_batch or (self.state or {}).get("planned_batch") or args.batch_size
         self.shares = feed.Shares(args.global_batch, args.planned_batch, args.batch_size, world_size())
         if args.precision == "bf16" and self.shares.accumulation > 64:
@@ -221,14 +140,19 @@ class Training:
         suit_engine(self.accelerator, args, self.shares)
         steps = args.global_batch // args.planned_batch
         self.objective = self.flags.objective(seed=args.seed, accumulation=steps)
+        self.lasting = state.lasting(args, self.flags, self.objective, self.accelerator)
+        if self.state:
+            state.refuse_other(found[-1], self.state["lasting"], self.lasting)
         self.step = self.samples = 0
         self._read_pictures()
+        if found:
+            self._find_place(found[-1])
         net = network.load(args, self.accelerator.device)
         self.network, self.optimizer = self.accelerator.prepare(net, network.optimizer(net, args))
         self.ema = Average(self.flags.ema_decay) if self.flags.ema_decay else None
         if found:
             self._resume(found[-1])
-        self.accelerator.init_trackers("bigasp")
+        self._begin_logs()
         if args.warmup >= args.samples:
             self.accelerator.print(
                 f"--warmup {args.warmup} is not below --samples {args.samples}: the learning rate ends at "
@@ -245,10 +169,27 @@ class Training:
         found: network.Network = self.accelerator.unwrap_model(self.network)
         return found
 
-    def settings(self) -> dict[str, Any]:
-        said = {name: getattr(self.args, name) for name in FIXED if hasattr(self.args, name)}
-        record = self.objective.schedule.to_record()
-        return {**said, "prediction_type": self.objective.prediction_type, "schedule": record}
+    def _begin_logs(self) -> None:
+        """One line a step, also after a kill, and the tracker's own run where it can go on: wandb by the
+        run's id in the state, tensorboard in its folder."""
+        args, accelerator, before = self.args, self.accelerator, self.state
+        self.run = before["run"] if before else uuid.uuid4().hex
+        if accelerator.is_main_process:
+            if before is None:
+                aside = state.set_aside(args.output, bool(args.sample_prompts))
+                if aside:
+                    print(f"a training that was not saved left its log or samples: now {', '.join(aside)}")
+            elif again := state.cut_log(args.output, self.samples):
+                print(f"{state.LOG}: {again} line(s) after the checkpoint are trained again")
+        if before and (other := state.changed(before["flags"], state.plain_flags(args))):
+            accelerator.print(f"goes on with {other}")
+        if before and args.log_with not in (None, "wandb", "tensorboard"):
+            accelerator.print(f"--log_with {args.log_with}: going on is a new run there")
+        options = {
+            "wandb": {"id": self.run, "resume": "allow"},
+            "tensorboard": {"purge_step": self.samples + 1 if before else None},
+        }
+        accelerator.init_trackers("bigasp", config=state.plain_flags(args), init_kwargs=options)
 
     def _read_pictures(self) -> None:
         args = self.args
@@ -267,25 +208,25 @@ class Training:
         self.fixed = {
             n: Fixed(pictures, p, self.objective, self.accelerator) for n, p in sets.items() if len(p)
         }
-        for name in self.fixed:
-            check_whole(self.accelerator, f"--{name.removesuffix('_loss')}")
 
-    def _resume(self, folder: Path) -> None:
+    def _find_place(self, folder: Path) -> None:
         assert self.state is not None
-        before, now = self.state["settings"], self.settings()
-        other = [name for name in FIXED if before[name] != now[name]]
-        if other:
-            raise SystemExit(
-                f"--resume: {folder} was trained with another {', '.join(other)} than the flags of this run "
-                "say: give what it was started with"
-            )
-        self.accelerator.load_state(str(folder))
-        self.accelerator.step = 0  # every process begins an optimizer step, however many batches it has
         self.step, self.samples = self.state["step"], self.state["samples"]
         try:
             self.feed.load(self.step, self.state["feed"])
         except ValueError as error:
-            raise SystemExit(f"--resume: {folder} was trained on another table or store: {error}") from error
+            raise SystemExit(
+                f"--resume: {folder} was trained on another --table or --latents: {error}"
+            ) from error
+
+    def _resume(self, folder: Path) -> None:
+        assert self.state is not None
+        self.accelerator.load_state(str(folder))
+        for group in self.optimizer.param_groups:  # a state's are the old flags'
+            group["weight_decay"] = self.args.weight_decay
+            if "fused" in group:
+                group["fused"] = self.args.fused_adamw
+        self.accelerator.step = 0  # every process begins an optimizer step, however many batches it has
         if self.ema:
             self.ema.load(folder)
 
@@ -298,27 +239,30 @@ class Training:
                 with self.ema.applied():
                     self._save_model(folder / "model_ema")
             if self.accelerator.is_main_process:
-                progress = {"step": self.step, "samples": self.samples, "planned_batch": self.shares.planned}
-                text = json.dumps(
-                    {**progress, "feed": self.feed.states[self.step], "settings": self.settings()}
-                )
-                (folder / "progress.json").write_text(text)
+                progress = {
+                    "step": self.step,
+                    "samples": self.samples,
+                    "planned_batch": self.shares.planned,
+                    "feed": self.feed.states[self.step],
+                    "run": self.run,
+                    "lasting": self.lasting,
+                    "flags": state.plain_flags(self.args),
+                }
+                (folder / state.FILE).write_text(json.dumps(progress))
 
     def _save_model(self, folder: Path) -> None:
-        state = self.accelerator.get_state_dict(self.network)
+        weights = self.accelerator.get_state_dict(self.network)
         if self.accelerator.is_main_process:
-            network.save(network.pipeline(self.net, state, self.args, to_save=True), folder, self.objective)
+            network.save(network.pipeline(self.net, weights, self.args, to_save=True), folder, self.objective)
 
     def draw_samples(self) -> None:
         """A column of the sample table."""
-        state = self.accelerator.get_state_dict(self.network)
+        weights = self.accelerator.get_state_dict(self.network)
         if self.accelerator.is_main_process:
-            prompts = [
-                line for line in self.args.sample_prompts.read_text("utf-8").splitlines() if line.strip()
-            ]
-            pipe = network.pipeline(self.net, state, self.args)
+            lines = prompts(self.args.sample_prompts)
+            pipe = network.pipeline(self.net, weights, self.args)
             with self.accelerator.autocast():
-                drawn = network.samples(pipe, prompts, self.objective, self.args, self.accelerator.device)
+                drawn = network.samples(pipe, lines, self.objective, self.args, self.accelerator.device)
                 table = SampleTable(self.args.output / "samples.html", str(self.args.output))
                 table.update((f"{self.samples} samples", *each) for each in drawn)
         self.accelerator.wait_for_everyone()
@@ -382,13 +326,14 @@ def run(training: Training) -> None:
 
     def log(numbers: dict[str, float]) -> None:
         accelerator.log(numbers, step=training.samples)
-        args.output.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:
-            with open(args.output / "log.jsonl", "a") as out:
+            with open(args.output / state.LOG, "a") as out:
                 out.write(json.dumps({"step": training.step, "samples": training.samples, **numbers}) + "\n")
 
     if training.step == 0 and training.fixed:
         log(training.evaluate())
+    if training.step == 0 and args.sample_prompts:
+        training.draw_samples()  # what it begins with; what cannot be drawn is found out now
     before = training.samples
     steps = training.steps() if before < args.samples else ()
     for numbers in steps:

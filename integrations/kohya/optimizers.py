@@ -32,6 +32,7 @@ _TORCHAO = "torchao.optim."
 KNOWN = (
     "torch.optim.AdamW",
     *(f"{_TORCHAO}{name}" for name in ("AdamW8bit", "AdamW4bit", "AdamWFp8", "_AdamW")),
+    "sdxl_fixes.trainers.adamw.AdamW",
 )
 # kohya's names of optimizers that round weights to nearest, with steps of about the learning rate
 _TO_NEAREST = (
