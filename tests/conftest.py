@@ -1,6 +1,7 @@
 """For all tests: no test fails because the machine is busy, a run repeats the one before (others' examples:
 ``--hypothesis-seed=NUMBER``), and the package is built once."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from hypothesis import HealthCheck, settings
 from installing import call
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ["COLUMNS"] = "80"  # argparse folds its help there, whatever terminal it is
 
 settings.register_profile(
     "steady", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]

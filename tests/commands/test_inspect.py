@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 import tempfile
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -95,7 +96,7 @@ MERGED = {
 def test_what_merging_lost_is_noticed(case, tmp_path, capsys):
     path = write(tmp_path / "l.safetensors", LORA, MERGED[case])
     text = inspected(path, capsys)
-    assert "That may be lost: " in text and f"sdxl-fixes stamp {path}" in text
+    assert "That may be lost: " in text and f"sdxl-fixes stamp {shlex.quote(str(path))}" in text
     trained = {"ss_network_module": "networks.lora", "ss_steps": "9", SAYS: "epsilon"}
     assert "may be lost" not in inspected(write(tmp_path / "l.safetensors", LORA, trained), capsys)
     known = write(tmp_path / "l.safetensors", LORA, {**MERGED[case], SAYS: "v"})

@@ -173,9 +173,11 @@ def test_noise_timesteps_and_perturbation_are_kohyas_for_the_same_seed():
     torch.manual_seed(3)
     latents = torch.randn(3, 4, 2, 2)
     step = Objective(SDXL, "v_prediction", perturbation=InputPerturbation(0.1)).draw(latents)
-    assert torch.equal(step.noise, recorded["noise"]) and torch.equal(step.index, recorded["timesteps"])
-    torch.testing.assert_close(step.noisy, recorded["noisy"], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(step.target, recorded["velocity"], rtol=1e-5, atol=1e-6)
+    assert torch.equal(step.index, recorded["timesteps"])
+    # a processor without AVX2 draws normal numbers that differ in the last bits
+    torch.testing.assert_close(step.noise, recorded["noise"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(step.noisy, recorded["noisy"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(step.target, recorded["velocity"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("last", ["prepare", "rescale"])
