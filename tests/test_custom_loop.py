@@ -97,7 +97,7 @@ class Killed(Exception):
 )
 def test_a_run_killed_inside_a_checkpoint_goes_on_from_the_one_before(tmp_path, loop, monkeypatch, place):
     whole = loop(tmp_path / "whole", "--steps", "7")
-    owner = Path if place == "rename" else Accelerator if place == "save_model" else accelerate.accelerator
+    owner = os if place == "rename" else Accelerator if place == "save_model" else accelerate.accelerator
     name, calls = {"save_model": "save_state"}.get(place, place), []
     original = getattr(owner, name)
 
