@@ -142,6 +142,19 @@ def test_a_training_that_is_broken_off_has_said_all_that_upstream_has(loop, scri
     assert found[0] == found[1] and [step for step, _ in found[0]] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("script", [FT, NETWORK])
+def test_a_loss_that_is_not_a_number_is_told_of_its_step_and_all_later_ones(loop, script):
+    """As upstream, which neither stops nor skips; with accumulation, and the last step of an epoch short."""
+    file, loss = LOOPS[script], "accelerator.backward(loss)"
+    edit(loop, file, (loss, f"loss = loss * (math.nan if global_step == 3 else 1); {loss}"))
+    found = []
+    for flags in ((), ("--speed", "syncs")):
+        go(loop, script, "--gradient_accumulation_steps", "2", *flags)
+        found.append((loop / "out" / "tracked.jsonl").read_text())
+    lines = found[0].splitlines()
+    assert found[0] == found[1] and "NaN" not in lines[4] and all("NaN" in line for line in lines[6:])
+
+
 def test_validation_says_its_numbers_after_those_of_the_step_and_every_nan(loop, capsys):
     """As upstream's network trainer has it, every step and after the last."""
     made = "{space}self.process_batch({{'latents': latents * math.nan}}, accelerator, is_train=False)\n"
