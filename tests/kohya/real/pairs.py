@@ -3,7 +3,8 @@ trainers of the checkout that SD_SCRIPTS names.
 
 Each case is trained without --speed and with its parts. With syncs, and with blocks that torch traces and
 runs as they are, all must be the same to the bit: losses, timesteps, what the trackers are told and in which
-order, what is printed, previews, and the tensors of every file and state; with fused all but rounding. Prints
+order, the plugin's lines, previews, and the tensors of every file and state; with fused all but rounding. The
+progress bar is not looked at, so a wrong average is seen in the network trainer alone, which logs it. Prints
 a sentence for everything that is not so, and ends with status 1 if there is any. An argument takes the cases
 whose names hold it. Each run is a fork of this process, which has imported the trainer's libraries.
 """
