@@ -56,10 +56,14 @@ def block(original: Callable[..., Any], self: torch.nn.Module, *args: Any, **kwa
     reached("compile")
     if original not in _compiled:
         _compiled[original] = _compile(original)
+    known = torch._dynamo.exc.TorchDynamoException
     try:
         return _compiled[original](self, *args, **kwargs)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    # the second: of more kinds than that, in newer versions
+    except (known, getattr(torch._dynamo.exc, "FailOnRecompileLimitHit", known)) as error:
+        first = f"they are of more than {_COMPILED_AT_MOST} kinds"
+        if isinstance(error, known):
+            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise FixError(
             f"--speed compile: torch cannot compile a transformer block here ({first}): leave compile out"
         ) from error

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import argparse
 import ast
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,6 +98,18 @@ class Waits:
             self._left.pop(0)()
 
     # ------------------------------------------------------------------ what the edited loop calls
+
+    @contextlib.contextmanager
+    def said(self) -> Iterator[None]:
+        """An epoch's steps, after which nothing is left to say, also where an error or Ctrl-C ends them; but
+        for what a GPU that failed cannot tell."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self.catch_up()
+            raise
+        self.catch_up()
 
     def recorder(self, made: Any) -> Recorder:
         """Upstream's recorder; the loop is about to begin. Raises FixError if its data were not prepared."""
@@ -215,10 +228,16 @@ def sampled(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def batch(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The network trainer's batch, whose latents are checked."""
-    if _on() and original not in _BATCHES:
+    """The network trainer's batch, whose latents are checked. Validation waits for every batch, and what it
+    says comes after what is left of the step before it."""
+    if not _on():
+        return original(self, *args, **kwargs)
+    if not kwargs.get("is_train", True):
+        WAITS.catch_up()
+        return original(self, *args, **kwargs)
+    if original not in _BATCHES:
         _BATCHES[original] = changed(original, [LATENTS])
-    return _BATCHES.get(original, original)(self, *args, **kwargs)
+    return _BATCHES[original](self, *args, **kwargs)
 
 
 _BATCHES: dict[Callable[..., Any], Callable[..., Any]] = {}
@@ -248,7 +267,7 @@ def _edit(function: ast.FunctionDef) -> dict[str, int]:
             elif isinstance(statement, ast.For) and _over_batches(statement):
                 counts["for step, batch in enumerate(... train_dataloader)"] += 1
                 _edit_steps(statement, counts)
-                body.insert(place + 1, ast.Expr(call(_HERE, "catch_up")))
+                body[place] = ast.With([ast.withitem(call(_HERE, "said"))], [statement])
     if function.args.args[0].arg != "self":  # else its batches are a method
         counts |= _edit_latents(function)
     return counts

@@ -24,7 +24,7 @@ CHECK = """                if torch.any(torch.isnan(latents)):
                     latents = torch.nan_to_num(latents, 0, out=latents)
 """
 BATCH = """
-    def process_batch(self, batch, accelerator):
+    def process_batch(self, batch, accelerator, is_train=True):
         latents = batch["latents"].to(accelerator.device)
         if torch.any(torch.isnan(latents)):
             accelerator.print("NaN found in latents, replacing with zeros")
@@ -127,6 +127,48 @@ def test_nan_in_latents_is_mended_and_said_without_looking(loop, capsys):
     assert found[0] == found[1] and found[0][1] >= 1
 
 
+def tracked(root):
+    return [json.loads(line) for line in (root / "out" / "tracked.jsonl").open()]
+
+
+@pytest.mark.parametrize("script", [FT, NETWORK])
+def test_a_training_that_is_broken_off_has_said_all_that_upstream_has(loop, script):
+    """Ctrl-C after the third step."""
+    found = []
+    for flags in ((), ("--speed", "syncs")):
+        with pytest.raises(KeyboardInterrupt):
+            go(loop, script, "--stop_at", "3", *flags)
+        found.append(tracked(loop))
+    assert found[0] == found[1] and [step for step, _ in found[0]] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("script", [FT, NETWORK])
+def test_a_loss_that_is_not_a_number_is_told_of_its_step_and_all_later_ones(loop, script):
+    """As upstream, which neither stops nor skips; with accumulation, and the last step of an epoch short."""
+    file, loss = LOOPS[script], "accelerator.backward(loss)"
+    edit(loop, file, (loss, f"loss = loss * (math.nan if global_step == 3 else 1); {loss}"))
+    found = []
+    for flags in ((), ("--speed", "syncs")):
+        go(loop, script, "--gradient_accumulation_steps", "2", *flags)
+        found.append((loop / "out" / "tracked.jsonl").read_text())
+    lines = found[0].splitlines()
+    assert found[0] == found[1] and "NaN" not in lines[4] and all("NaN" in line for line in lines[6:])
+
+
+def test_validation_says_its_numbers_after_those_of_the_step_and_every_nan(loop, capsys):
+    """As upstream's network trainer has it, every step and after the last."""
+    made = "{space}self.process_batch({{'latents': latents * math.nan}}, accelerator, is_train=False)\n"
+    made += "{space}accelerator.log({{'validation': 0.0}}, step=global_step)\n"
+    each, last = " " * 16 + "if args.stop_at", " " * 8 + "sdxl_model_util.save_stable"
+    for place, space in ((each, " " * 16), (last, " " * 8)):
+        edit(loop, "train_network.py", (place, made.format(space=space) + place))
+    found = []
+    for flags in ((), ("--speed", "syncs")):
+        go(loop, NETWORK, *flags)
+        found.append((tracked(loop), capsys.readouterr().out.count("NaN found")))
+    assert found[0] == found[1] and found[0][1] == 9
+
+
 @pytest.mark.parametrize(
     ("file", "change"),
     [
@@ -219,4 +261,21 @@ def test_blocks_are_compiled_and_what_cannot_be_is_refused(loop, monkeypatch):
     edit(loop, file, ("return hidden_states + hidden_states.square()", broken))
     made_up_trainer.forget()
     with pytest.raises(SystemExit, match="--speed compile: torch cannot compile a transformer block here"):
+        go(loop, FT, "--speed", "compile")
+
+
+def test_blocks_of_too_many_kinds_are_refused_in_the_same_words(loop, monkeypatch):
+    """As those of a LoRA that is another in every block would be: torch gives up on making code for them."""
+    monkeypatch.setattr(speed, "BACKEND", "eager")
+    monkeypatch.setattr(speed, "_COMPILED_AT_MOST", 1)
+    file, plain = "library/sdxl_original_unet.py", "        return hidden_states\n"
+    edit(loop, file, (plain, "        return hidden_states + 1 if self.odd else hidden_states\n"))
+    edit(
+        loop,
+        file,
+        ("return self.forward_body(", "self.odd = not self.odd\n        return self.forward_body("),
+    )
+    edit(loop, file, ("    def forward_body(self", "    odd = False\n\n    def forward_body(self"))
+    sentence = r"compile: torch cannot compile a transformer block here \(they are of more than 1 kinds"
+    with torch._dynamo.config.patch(cache_size_limit=8), pytest.raises(SystemExit, match=sentence):
         go(loop, FT, "--speed", "compile")

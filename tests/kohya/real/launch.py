@@ -3,8 +3,9 @@
 HOW is unpatched, install (sdxl_fixes.kohya.install(), then the script) or module (what ``python -m
 sdxl_fixes.kohya`` does). TRACE.json receives the losses given to the backward pass, the timesteps and the
 contexts' sizes [B, length] given to the U-Net, the prompts that were encoded, and the scheduler's tables (of
-rank 0, if there are several processes); with TRACE_TENSORS in the environment also every step's latents,
-noise and prediction (and with TRACE_TENSORS=base what the U-Net that the training began with says of them);
+rank 0, if there are several processes; the others have TRACE.json.RANK); with TRACE_TENSORS in the
+environment also every step's latents, noise and prediction (and with TRACE_TENSORS=base what the U-Net that
+the training began with says of them);
 with TRACE_EVALUATED what the U-Net is given without gradients, with COUNT_WAITS where a step would wait for
 a GPU (tests/support/played_device.py). With TRACE_AVERAGE every process leaves the average of the weights in
 TRACE.json.RANK.pt.
@@ -182,8 +183,8 @@ if __name__ == "__main__":
         counting.close()
         if played is not None:
             record["waits"] = played.per_cycle()
-        if os.environ.get("RANK", "0") == "0":
-            Path(out).write_text(json.dumps(record))
+        rank = os.environ.get("RANK", "0")
+        Path(out if rank == "0" else f"{out}.{rank}").write_text(json.dumps(record))
         if "TRACE_AVERAGE" in os.environ:
             from sdxl_fixes.kohya.run import SESSION
 

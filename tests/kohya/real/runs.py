@@ -55,16 +55,8 @@ def _environment(checkout):
     return {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "", **chosen}
 
 
-def run(how, script, *flags, assets, folder, steps, checkout=None, tensors=False):
-    """(process, trace) of a run in ``folder``, whose model is folder/out/out.safetensors; trace is None if it
-    did not come to trace.
-
-    ``how`` is launch.py's, or a whole command to put before it. ``{assets}`` in a flag stands for that
-    folder. With ``tensors`` the trace holds what ``expected`` computes from, with "base"
-    what the frozen base says, too.
-    """
-    trace = folder / "trace.json"
-    trace.unlink(missing_ok=True)
+def arguments(script, flags, assets, folder, steps):
+    """What ``script`` is given."""
     common = {
         "pretrained_model_name_or_path": "{assets}/model.safetensors",
         "tokenizer_cache_dir": "{assets}/tokenizers",
@@ -78,15 +70,24 @@ def run(how, script, *flags, assets, folder, steps, checkout=None, tensors=False
         "max_data_loader_n_workers": 0,
         "optimizer_type": "AdamW",
     }
-    arguments = [
-        *(str(x) for name, value in common.items() for x in (f"--{name}", value)),
-        *SCRIPTS[script],
-        *flags,
-    ]
+    given = [str(x) for name, value in common.items() for x in (f"--{name}", value)]
+    return [word.replace("{assets}", str(assets)) for word in (*given, *SCRIPTS[script], *flags)]
+
+
+def run(how, script, *flags, assets, folder, steps, checkout=None, tensors=False):
+    """(process, trace) of a run in ``folder``, whose model is folder/out/out.safetensors; trace is None if it
+    did not come to trace.
+
+    ``how`` is launch.py's, or a whole command to put before it. ``{assets}`` in a flag stands for that
+    folder. With ``tensors`` the trace holds what ``expected`` computes from, with "base"
+    what the frozen base says, too.
+    """
+    trace = folder / "trace.json"
+    trace.unlink(missing_ok=True)
     before = [sys.executable] if isinstance(how, str) else how[:-1]
     command = [*before, str(HERE / "launch.py"), how if isinstance(how, str) else how[-1], str(trace), script]
     process = subprocess.run(
-        [*command, *(argument.replace("{assets}", str(assets)) for argument in arguments)],
+        [*command, *arguments(script, flags, assets, folder, steps)],
         capture_output=True,
         text=True,
         env={**_environment(checkout), **({"TRACE_TENSORS": str(tensors)} if tensors else {})},

@@ -1,12 +1,17 @@
 """--speed in the real trainers: what is waited for is counted, and the numbers stay. Set SD_SCRIPTS to run
 these."""
 
+import json
+import shutil
 import sys
 
 import checkouts
 import pytest
 import torch
+from safetensors.torch import load_file
+from stable_loss_output import logged
 from test_real_trainer import assets, pytestmark, train  # noqa: F401  (fixtures)
+from two_processes import TWO
 
 CACHED = ("--cache_latents", "--cache_text_encoder_outputs")
 CASES = {
@@ -38,6 +43,30 @@ def test_with_other_fixes_the_losses_are_theirs(train, script):  # noqa: F811
     flags += ("--network_train_unet_only", "--validation_seed", "1") if "network" in script else ()
     plain, fast = (train("module", script, *flags, *more)[1] for more in ((), ("--speed", "syncs")))
     assert fast["losses"] == plain["losses"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_log_as_without(train, tmp_path, monkeypatch):  # noqa: F811
+    """Each rank its own losses, the main one upstream's log; with fused but rounding. sdxl_train.py alone:
+    upstream's network trainer does not start with two processes on the CPU."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    logs, found = tmp_path / "logs", {}
+    flags = ("--logging_dir", str(logs), "--log_with", "tensorboard", "--ddp_timeout", "5")
+    for speed in ((), ("--speed", "syncs"), ("--speed", "syncs,fused")):
+        main = train([sys.executable, *TWO, "module"], "sdxl_train.py", *flags, *speed, steps=4)[1]
+        other = json.loads((tmp_path / "trace.json.1").read_text())
+        weights = load_file(tmp_path / "out" / "out.safetensors")
+        found[speed] = [trace["losses"] for trace in (main, other)], logged(logs), weights
+        shutil.rmtree(logs)
+    (losses, log, weights), fast, fused = found.values()
+    assert len(losses[0]) == 4 and losses[0] != losses[1]
+    assert list(log["loss"].values()) == pytest.approx(losses[0], rel=1e-6)
+    assert fast[:2] == (losses, log)
+    for name, tensor in weights.items():
+        assert torch.equal(fast[2][name], tensor) and torch.allclose(fused[2][name], tensor, atol=2e-5)
+    for mine, theirs in zip(fused[0], losses, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    assert fused[1]["loss"] == pytest.approx(log["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("lora", [False, True])
