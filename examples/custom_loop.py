@@ -4,8 +4,9 @@ U-Net.
     python examples/custom_loop.py --output_dir out --zero_terminal_snr --min_snr_gamma 5 --min_snr_floor
     python examples/custom_loop.py --output_dir out --steps 12 --resume ...      goes on where it stopped
     python examples/custom_loop.py --output_dir logged --stable_loss_steps 2 --log_with tensorboard ...
-    accelerate launch --num_processes 2 examples/custom_loop.py --output_dir two ...
-    accelerate launch --gradient_accumulation_steps 2 examples/custom_loop.py --output_dir more ...
+    python examples/custom_loop.py --output_dir more --gradient_accumulation_steps 2 ...
+    accelerate launch --num_processes 2 examples/custom_loop.py --output_dir two ...    (on two GPUs)
+    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/custom_loop.py --output_dir two ...
 
 Everything random is a function of (seed, step, process), so a resumed run repeats the uninterrupted one: on
 the CPU to the last bit; on a GPU, where two identical runs differ by 1e-5 (measured on an H100), as nearly.
@@ -38,6 +39,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps")
     parser.add_argument("--checkpoint_every", type=int, default=4)
     parser.add_argument("--batch_size", type=int, default=4, help="of one process")
+    # accelerate launch has a flag of the name, which is for DeepSpeed alone
+    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -120,8 +123,11 @@ def predict(
 
 def main() -> None:
     args = parse_args()
-    # accelerate launch --gradient_accumulation_steps tells it
-    accelerator = Accelerator(log_with=args.log_with, project_dir=args.output_dir)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=args.log_with,
+        project_dir=args.output_dir,
+    )
     accelerator.init_trackers("custom_loop")
     flags = TrainingFlags.from_args(args)
     batches = accelerator.gradient_accumulation_steps  # of one optimizer step

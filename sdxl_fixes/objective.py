@@ -170,7 +170,7 @@ class Objective:
                 )
 
     def _check(self, latents: torch.Tensor) -> None:
-        if latents.ndim == 3 or not latents.is_floating_point():
+        if latents.ndim in (0, 1, 3) or not latents.is_floating_point():
             raise ValueError(
                 f"latents must be floating point of shape [B, C, H, W], got {latents.dtype} of shape "
                 f"{list(latents.shape)}: add the batch's dimension, and scale what the VAE encoded"

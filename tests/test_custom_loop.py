@@ -147,7 +147,7 @@ def test_a_batch_larger_than_the_data_is_one_sentence(tmp_path, loop):
 
 
 def test_accumulated_batches_make_one_optimizer_step_and_resume(tmp_path, loop, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")  # what accelerate launch sets
+    accumulated = ("--gradient_accumulation_steps", "2")
     steps, original = [], torch.optim.AdamW.step
 
     def step(self, *args, **kwargs):
@@ -155,11 +155,11 @@ def test_accumulated_batches_make_one_optimizer_step_and_resume(tmp_path, loop, 
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    whole = loop(tmp_path / "whole", "--steps", "5")
+    whole = loop(tmp_path / "whole", "--steps", "5", *accumulated)
     assert len(steps) == 5 == len(whole["losses"])
-    loop(tmp_path / "parts", "--steps", "4")
-    assert loop(tmp_path / "parts", "--steps", "5", "--resume")["losses"] == whole["losses"][3:]
-    monkeypatch.delenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    loop(tmp_path / "parts", "--steps", "4", *accumulated)
+    resumed = loop(tmp_path / "parts", "--steps", "5", "--resume", *accumulated)
+    assert resumed["losses"] == whole["losses"][3:]
     assert loop(tmp_path / "plain", "--steps", "5")["losses"] != whole["losses"]
 
 

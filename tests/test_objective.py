@@ -192,7 +192,9 @@ def test_half_precision_latents_keep_their_dtype_and_lose_no_noise_level(kind, d
 
 
 @pytest.mark.parametrize(
-    "wrong", [torch.ones(2, 4, 8, 8, dtype=torch.int64), torch.ones(4, 8, 8)], ids=["int", "3d"]
+    "wrong",
+    [torch.ones(2, 4, 8, 8, dtype=torch.int64), torch.ones(4, 8, 8), torch.ones(4), torch.ones(())],
+    ids=["int", "3d", "1d", "0d"],
 )
 def test_integers_and_an_image_without_its_batch_are_refused(wrong):
     with pytest.raises(ValueError, match=r"must be floating point of shape \[B, C, H, W\], got torch"):

@@ -21,7 +21,7 @@ def mse_loss(
     run, step = SESSION.run, SESSION.step
     if run is None or step.timesteps is None or not SESSION.called_by_script():
         return original(input, target, *args, **kwargs)
-    timesteps = step.of(input)
+    timesteps, step.noised = step.of(input), False
     if step.answer is not None and run.keep is not None:
         target = run.keep.target(step, input, target)
         SESSION.reached("keep")

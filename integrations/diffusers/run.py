@@ -72,7 +72,7 @@ FIXES = {
     "schedule": Fix(
         {"zero_terminal_snr": None, "terminal_sigma": None, "prediction_type": None, "match_base": None},
         options=("terminal_sigma_method", "terminal_sigma_start", "flow_shift"),
-        parts={"trains_flow": "UNet2DConditionModel.forward"},
+        parts={"trains_flow": "UNet2DConditionModel.forward", "trains_velocity": "get_velocity"},
         wanted=departs,
     ),
     "loss": Fix(
@@ -82,6 +82,7 @@ FIXES = {
     "weighting": Fix(
         dict.fromkeys(("snr_gamma", "soft_min_snr_gamma", "debiased_estimation_loss", "flow_weighting")),
         options=("min_snr_floor",),
+        parts={"trains_velocity": "get_velocity"},
     ),
     "noise": Fix(
         {"ip_noise_gamma": None, "float32_noising": None}, options=("ip_noise_gamma_random_strength",)
@@ -103,6 +104,8 @@ FIXES = {
     "saving": Fix(due="later", wanted=worth_saying),
 }
 TRAINS = ("epsilon", "v_prediction", FLOW)
+# fixes that look up at each sample's timestep
+BY_TIMESTEP = frozenset(("loss", "weighting", "timesteps", "keep"))
 # fixes that have no place in EDM-style training
 TRAINING = ("loss", "weighting", "noise", "timesteps", "keep", "validation", "heldout")
 DIFFUSERS = Trainer(
@@ -173,9 +176,12 @@ def start(
             f"{args.pretrained_model_name_or_path} is an EDM model with sigmas of its own: "
             f"leave out {FIXES['schedule'].text}"
         )
-    if edm or getattr(args, "do_edm_style_training", False):
+    by_sigma = edm or getattr(args, "do_edm_style_training", False)
+    if by_sigma:
         refuse_edm(on)
     trained = flags.sampling(base if decides is None else decides.sampling)
+    # by sigma the scripts make the target of v by themselves
+    known.trains_velocity = trained.prediction_type in ("v_prediction", FLOW) and not by_sigma
     _check(known, on, trained.prediction_type)
     if sigma_space and ("schedule" in on or decides is not None):
         _check_sigma_space(trained)

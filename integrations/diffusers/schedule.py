@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sdxl_fixes.checkpoint import TIMESTEP_CLASSES
-from sdxl_fixes.errors import FlagError
+from sdxl_fixes.errors import FixError, FlagError
 from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.trainers.run import Run
 
 from . import previews
-from .run import SESSION, refuse_edm
+from .run import BY_TIMESTEP, SESSION, refuse_edm
 from .timesteps import check_size
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _for_training(scheduler: SchedulerMixin, run: Run) -> SchedulerMixin:
     def add_noise(
         original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
-        SESSION.step.timesteps = timesteps  # for the loss, which is not told
+        _remember(timesteps, run)
         check_size(original_samples)
         if run.stable_loss is not None:
             run.stable_loss.noised(original_samples)
@@ -76,10 +76,26 @@ def _for_training(scheduler: SchedulerMixin, run: Run) -> SchedulerMixin:
             else upstream(original_samples, noise, timesteps)
         )
 
-    scheduler.add_noise = add_noise
-    if ours:
-        scheduler.get_velocity = noising.get_velocity
+    target = noising.get_velocity if ours else scheduler.get_velocity
+
+    def get_velocity(sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        SESSION.reached("get_velocity")
+        return target(sample, noise, timesteps)
+
+    scheduler.add_noise, scheduler.get_velocity = add_noise, get_velocity
     return scheduler
+
+
+def _remember(timesteps: torch.Tensor, run: Run) -> None:
+    """For the loss, which is not told. Raises FixError where latents were noised twice before it."""
+    step, training = SESSION.step, torch.is_grad_enabled()
+    if training and step.noised and run.on & BY_TIMESTEP:
+        fixes = ",".join(f"-{fix}" for fix in sorted(run.on & BY_TIMESTEP))
+        raise FixError(
+            "latents were noised twice before a loss was computed, so whose timesteps it is of is not known: "
+            f"give --fixes all,{fixes}"
+        )
+    step.timesteps, step.noised = timesteps, training
 
 
 def _following(scheduler: SchedulerMixin, run: Run) -> SchedulerMixin:

@@ -15,7 +15,12 @@ def add_command(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command; status 1 if a fix does not fit."""
+    """The command; status 1 if a fix does not fit. Raises ValueError for a path that leads nowhere."""
+    if not args.path.exists():
+        raise ValueError(
+            f"there is no {args.path}: give the folder of sd-scripts, or a training script of it or of "
+            "diffusers' examples"
+        )
     from sdxl_fixes.diffusers import doctor as diffusers
     from sdxl_fixes.kohya import doctor as kohya
 

@@ -109,6 +109,7 @@ class StepState:
     """What the patches of a trainer hand on to each other within one training step."""
 
     timesteps: torch.Tensor | None = None  # [B], of the latents that were noised
+    noised: bool = False  # whether that was in training, and no loss was computed since
     sampled: bool = False  # whether the run's sampler drew them
     size: tuple[int, int] | None = None  # height and width of the latents that the timesteps are drawn for
     later: torch.Tensor | None = None  # [B], weights that the trainer applies itself

@@ -240,6 +240,13 @@ def test_a_console_without_the_letters_prints_their_numbers(tmp_path):
     assert b"caf\xe9-\\u6a21\\u578b" in done.stdout
 
 
+def test_doctor_of_a_path_that_leads_nowhere_asks_for_either_trainer(capsys):
+    assert main(["doctor", "train_text_to_image_sdxl.py"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("sdxl-fixes doctor: there is no train_text_to_image_sdxl.py: give")
+    assert "sd-scripts" in said and "diffusers" in said and said.count("\n") == 1
+
+
 def test_a_fix_that_cannot_work_is_a_sentence(monkeypatch, capsys):
     def refuse(args):
         raise FixError("the fix 'x' is out of reach")

@@ -32,6 +32,9 @@ def parse_args(input_args=None):
     parser.add_argument("--resume_from_checkpoint", default=None)
     parser.add_argument("--fixed_timestep", type=int, default=None)
     parser.add_argument("--no_loss", action="store_true")
+    parser.add_argument("--no_velocity", action="store_true")
+    parser.add_argument("--noise_again", type=int, default=None)
+    parser.add_argument("--skipped_step", type=int, default=None)
     parser.add_argument("--unet", action="store_true")
     parser.add_argument("--save_nothing", action="store_true")
     return parser.parse_args(input_args)
@@ -75,7 +78,7 @@ def main(args):
     if args.resume_from_checkpoint:
         accelerator.load_state(args.resume_from_checkpoint)
     steps = []
-    for _ in range(args.max_train_steps):
+    for number in range(args.max_train_steps):
         model_input = torch.randn(args.train_batch_size, 4, 8, 8).to(weight_dtype)
         noise = torch.randn_like(model_input)
         timesteps = torch.randint(
@@ -84,11 +87,14 @@ def main(args):
         if args.fixed_timestep is not None:
             timesteps = torch.full_like(timesteps, args.fixed_timestep)
         noisy = noise_scheduler.add_noise(model_input, noise, timesteps)
+        if args.noise_again is not None:
+            again = torch.full_like(timesteps, args.noise_again)
+            noise_scheduler.add_noise(model_input, noise, again)
         if args.unet:
             model_pred = unet(noisy.float(), timesteps, torch.zeros(len(noisy), 1, 8))[0]
         else:
             model_pred = unet(noisy.float())
-        if noise_scheduler.config.prediction_type == "v_prediction":
+        if noise_scheduler.config.prediction_type == "v_prediction" and not args.no_velocity:
             target = noise_scheduler.get_velocity(model_input, noise, timesteps)
         else:
             target = noise
@@ -117,6 +123,8 @@ def main(args):
                 F.mse_loss(model_pred.float(), target.float(), reduction="none").mean([1, 2, 3]) * weights
             ).mean()
         loss = loss + prior_loss
+        if number == args.skipped_step:
+            continue
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()

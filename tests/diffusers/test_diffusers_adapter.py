@@ -279,6 +279,38 @@ def test_a_fix_that_is_never_reached_ends_the_run_in_its_first_step(train, tmp_p
     assert not (tmp_path / "out" / "steps.pt").exists()
 
 
+@pytest.mark.parametrize("flags", [V, ("--prediction_type", "flow_prediction", "--unet")])
+def test_a_target_that_is_not_the_prediction_asked_for_stops_the_first_step(train, flags, tmp_path):
+    message = refusal(train, *flags, "--no_velocity")
+    assert "schedule asked for but not reached" in message and "(get_velocity)" in message
+    assert not (tmp_path / "out" / "steps.pt").exists()
+
+
+def test_a_weighted_target_of_v_is_one_where_the_base_alone_says_v(train, base):
+    flags = ("--snr_gamma", "5", "--no_velocity")
+    message = refusal(train, *flags, model=base(prediction_type="v_prediction"))
+    assert "weighting asked for but not reached" in message and "(get_velocity)" in message
+
+
+@pytest.mark.parametrize(
+    "flags", [("--snr_gamma", "5"), ("--loss_type", "huber"), ("--stratified_timesteps",)]
+)
+def test_a_loss_of_latents_that_were_noised_twice_is_of_no_timesteps(train, flags):
+    assert "latents were noised twice before a loss was computed" in refusal(
+        train, *flags, "--noise_again", "0"
+    )
+
+
+def test_a_step_that_the_script_skips_after_its_loss_leaves_the_others_as_they_are(train):
+    skipped, whole = (train("--loss_type", "huber", *skip) for skip in (("--skipped_step", "0"), ()))
+    assert len(skipped) == 1 and torch.equal(skipped[0]["timesteps"], whole[1]["timesteps"])
+
+
+def test_noise_alone_is_added_as_often_as_the_script_likes(train):
+    twice, once = (train("--float32_noising", *again) for again in (("--noise_again", "0"), ()))
+    assert same(twice, once)
+
+
 def test_a_run_that_saved_no_record_says_so_at_its_end(train):
     assert "no model file that was saved carries its schedule" in refusal(
         train, "--terminal_sigma", "300", *V, "--save_nothing"
