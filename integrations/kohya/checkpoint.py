@@ -48,11 +48,15 @@ def save_file(
 
 
 def save_and_remove(original: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any) -> Any:
-    """A save between, after which upstream may remove an older file: its config goes with it."""
-    if SESSION.on("saving") is None:
+    """A save between, after which upstream may remove an older file: its config goes with it, and so do its
+    average and the average's."""
+    run = SESSION.on("saving")
+    if run is None:
         return original(args, *rest, **kwargs)
     before = set(Path(args.output_dir).glob("*.safetensors"))
     result = original(args, *rest, **kwargs)
+    if run.ema is not None:
+        run.ema.tidy()
     for gone in before - set(Path(args.output_dir).glob("*.safetensors")):
         _config_of(gone).unlink(missing_ok=True)
     return result

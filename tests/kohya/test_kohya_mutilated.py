@@ -383,6 +383,13 @@ def test_a_config_goes_with_every_file_that_is_saved_uploaded_and_removed(traine
     assert all(src == f"{trainer / 'out'}{suffix}" for src, suffix, _ in uploaded)
 
 
+def test_an_average_and_its_config_go_with_the_model_that_is_removed(trainer):
+    run(trainer, FT, *ALL, "--save_every_n_steps", "1", "--ema_decay", "0.9")
+    names = {f"{name}{end}" for name in ("step00000002", "step00000003", "model") for end in ("", "-ema")}
+    found = {file.name.partition(".")[0] for file in (trainer / "out").glob("*.*") if "pt" not in file.suffix}
+    assert found == names
+
+
 def test_without_saving_nothing_is_beside_a_file(trainer):
     run(trainer, FT, "--save_every_n_steps", "1", "--zero_terminal_snr", "--fixes", "all,-saving")
     assert not list((trainer / "out").glob("*.json")) and (trainer / "out" / "model.safetensors").exists()
