@@ -67,6 +67,7 @@ _WEIGHTS = {
     "scale_v_pred_loss_like_noise_pred": "scale_v_prediction_loss_like_noise_prediction",
     "v_pred_like_loss": "add_v_prediction_like_loss",
 }
+_AFTER_STEPS = ("sample_images_common",)  # called before the first step, too
 FIXES = {
     "schedule": Fix(
         {"zero_terminal_snr": None, "terminal_sigma": None, "prediction_type": (FLOW,), "match_base": None},
@@ -90,9 +91,9 @@ FIXES = {
     ),
     "buckets": Fix({"chunk_buckets": None}, options=("chunk_layout",), due="start"),
     "keep": Fix({"keep_base": None}),
-    "validation": Fix({"stable_loss_steps": None}, options=("stable_loss_images",)),
-    "heldout": Fix({"heldout_steps": None}, options=("heldout_dir", "heldout_split")),
-    "ema": Fix({"ema_decay": None}, options=("ema_evaluated",), due="later"),
+    "validation": Fix({"stable_loss_steps": None}, options=("stable_loss_images",), first=_AFTER_STEPS),
+    "heldout": Fix({"heldout_steps": None}, options=("heldout_dir", "heldout_split"), first=_AFTER_STEPS),
+    "ema": Fix({"ema_decay": None}, options=("ema_evaluated",), due="later", first=_AFTER_STEPS),
     "resume": Fix({"exact_resume": None}, due="start"),
     "speed": Fix({"speed": None}, due="start", parts={f"speed_{part}": part for part in PARTS}),
     "previews": Fix(due="later", wanted=changes_schedule),
@@ -348,9 +349,12 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
             warn(f"{flag}: text embeddings stay as first seen, though the text encoder is trained")
     can_resume = "resume" not in SCRIPTS.get(SESSION.script_name() or "", {"resume": ""})
     if given(args, "resume") and "resume" not in run.on and can_resume:
+        counted = (
+            "whole epochs that are done are left out" if hasattr(args, "network_module") else "so are epochs"
+        )
         warn(
-            "--resume continues weights, optimizer and learning rate; steps and epochs are counted from 0 "
-            "again and the data is dealt anew: states saved with --exact_resume go on exactly with it"
+            "--resume continues weights, optimizer and learning rate; steps are counted from 0 again, "
+            f"{counted}, and the data is dealt anew: states saved with --exact_resume go on exactly with it"
         )
     if pickled:
         warn(f"{pickled}, which carries neither record nor markers: take --save_model_as safetensors")

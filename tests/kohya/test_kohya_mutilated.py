@@ -207,6 +207,16 @@ def held_in_a_table(root):
     edit(root, FT, ("loss_util.conditional_loss", "config_util.library.registry.LOSSES['all']"))
 
 
+SAMPLING = "library/sampling.py"
+
+
+def sampled_elsewhere(root):
+    """What is called after every step is another function, and the one that we know stays behind."""
+    text = (root / SAMPLING).read_text()
+    (root / SAMPLING).write_text(text + text[text.index("def sample_im") :].replace("_common", "_of_2027"))
+    edit(root, FT, ("sampling.sample_images_common", "sampling.sample_images_of_2027"))
+
+
 SNR = "loss * noise_scheduler.all_snr[timesteps].clamp(max=5) / (noise_scheduler.all_snr[timesteps] + 1)"
 STOPPED = {
     "renamed": (renamed("conditional_loss", LOSS), r"the fix '(loss|timesteps|weighting)'.*conditional_loss: expected a function"),
@@ -253,6 +263,11 @@ STOPPED = {
                  ("        custom_train_functions.fix_noise_scheduler_betas_for_zero_terminal_snr(noise_scheduler)\n", "        pass\n"))
         ],
         r"schedule asked for but not reached",
+    ),
+    "sampled elsewhere": (sampled_elsewhere, r"validation asked for but not reached in this training step.*sample_images_common"),
+    "another scheduler for previews": (
+        inlined('[get_my_scheduler(sample_sampler="ddim", v_parameterization=args.v_parameterization)]', "[DDIMScheduler()]", SAMPLING),
+        "does not make the scheduler of its previews where we look for it",
     ),
     "arguments never shown": (never_verified, r"has not shown its arguments where we look for them.*nothing was trained"),
     "nor accelerate's backward": (never_verified_nor_backward, r"has not shown its arguments where we look for them"),
@@ -388,6 +403,15 @@ def test_an_average_and_its_config_go_with_the_model_that_is_removed(trainer):
     names = {f"{name}{end}" for name in ("step00000002", "step00000003", "model") for end in ("", "-ema")}
     found = {file.name.partition(".")[0] for file in (trainer / "out").glob("*.*") if "pt" not in file.suffix}
     assert found == names
+
+
+def test_weights_that_no_step_averaged_are_not_saved_as_an_average(trainer):
+    edit(trainer, FT, ("sampling.sample_images_common(None, accelerator, args, None, number + 1)", "pass"))
+    with pytest.raises(
+        SystemExit, match=r"model\.safetensors is saved, and no optimizer step was seen before"
+    ):
+        run(trainer, FT, "--ema_decay", "0.9")
+    assert {file.name for file in (trainer / "out").glob("*.safetensors")} == {"model.safetensors"}
 
 
 def test_without_saving_nothing_is_beside_a_file(trainer):

@@ -205,7 +205,7 @@ def test_without_the_flag_upstream_s_way_goes_on_and_says_what_does_not(trainer,
     capsys.readouterr()
     run(trainer, FT, "--max_train_steps", "3", "--pictures", "5", "--resume", state, "--loss_type", "huber")
     said = " ".join(capsys.readouterr().err.split())
-    assert "steps and epochs are counted from 0 again" in said
+    assert "steps are counted from 0 again, so are epochs, and the data is dealt anew" in said
     assert (
         "was trained with no --loss_type, --stratified_timesteps, and this run is with --loss_type huber"
         in said
