@@ -242,6 +242,10 @@ STOPPED = {
         ),
         r"a loss was computed before any latents were noised|asked for but not reached",
     ),
+    "noising gives more": (
+        inlined("latents, seen, timesteps), timesteps", "latents, seen, timesteps), timesteps, None", LOSS),
+        "get_noise_noisy_latents_and_timesteps: expected noise, noisy latents and timesteps from it, found 4",
+    ),
     "noise added inline": (
         inlined("noise_scheduler.add_noise(latents, seen, timesteps)",
                 "(lambda a: a**0.5 * latents + (1 - a) ** 0.5 * seen)(noise_scheduler.alphas_cumprod[timesteps].view(4, 1, 1, 1))", LOSS),
@@ -283,6 +287,7 @@ RUNTIME = (
     "arguments shown late",
     "nor accelerate's backward",
     "noise added inline",
+    "noising gives more",
     "loss changed before its mask",
 )  # not in the names
 
@@ -365,6 +370,15 @@ def test_a_file_that_was_saved_past_us_ends_the_run_with_the_command_that_mends_
     ):
         run(trainer, FT, *ALL)
     assert (trainer / "out" / "model.safetensors").exists()
+
+
+def test_a_full_model_that_was_written_past_us_has_its_record_alone_which_is_said(trainer):
+    """Another writer takes the metadata, and neither markers nor the config beside the file."""
+    file = "library/sdxl_model_util.py"
+    edit(trainer, file, ("    save_file(", "    __import__('safetensors.torch').torch.save_file("))
+    with pytest.raises(SystemExit, match="no model file that was saved carries its schedule"):
+        run(trainer, FT, *ALL)
+    assert not list((trainer / "out").glob("*.json"))
 
 
 def test_fixes_that_are_not_asked_for_may_be_out_of_reach(trainer):

@@ -1,6 +1,7 @@
 """--exact_resume on the made-up trainer, in this process: every state of a run, resumed, gives its rest,
 bit for bit; what cannot be gone on from is one sentence."""
 
+import argparse
 import json
 import textwrap
 from collections import Counter
@@ -13,6 +14,7 @@ from closed_form import average as closed_form
 from made_up_trainer import build, edit, forget, run
 from safetensors.torch import load_file
 
+from sdxl_fixes.kohya import run as kohya_run
 from sdxl_fixes.kohya.doctor import problems
 from sdxl_fixes.kohya.order import DATA, Item, Order, seed_everything
 from sdxl_fixes.trainers.ema import FILE
@@ -196,6 +198,19 @@ def test_from_two_ranks_one_trains_the_rest_of_the_epoch_and_every_step_that_was
         *((1, k, 3 + k) for k in range(5)),
     ]
     assert [rate for *_, rate, _ in rest] == pytest.approx([0.01 / (4 + k) for k in range(6)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({}, "steps are counted from 0 again, so are epochs"),
+        ({"network_module": "networks.lora"}, "from 0 again, whole epochs that are done are left out"),
+        ({"network_module": "x", "skip_until_initial_step": True}, "as many batches are skipped"),
+    ],
+)
+def test_what_upstream_s_resuming_does_is_said_of_each_script(flags, said):
+    """train_network.py leaves out the epochs that train_state.json has whole; seen in the real one."""
+    assert said in kohya_run.resumed(argparse.Namespace(**flags))
 
 
 def test_without_the_flag_upstream_s_way_goes_on_and_says_what_does_not(trainer, capsys):
