@@ -372,6 +372,21 @@ def test_a_file_that_was_saved_past_us_ends_the_run_with_the_command_that_mends_
     assert (trainer / "out" / "model.safetensors").exists()
 
 
+def test_a_flag_that_the_trainer_has_itself_is_refused_where_it_is_given(trainer, right, capsys):
+    """Its own average and ours would both be kept."""
+    add = "    custom_train_functions.add_custom_train_arguments(parser)\n"
+    edit(trainer, "training.py", (add, f'    parser.add_argument("--ema_decay", type=float)\n{add}'))
+    with pytest.raises(SystemExit):
+        run(trainer, FT, *ALL, "--ema_decay", "0.9")
+    assert "--ema_decay is a flag of this sd-scripts, too, and both would act" in capsys.readouterr().err
+    forget()
+    run(trainer, FT, "--ema_decay", "0.9", "--fixes", "none")
+    assert not list((trainer / "out").glob("*-ema*"))
+    forget()
+    run(trainer, FT, *ALL)
+    assert losses(trainer) == right[FT]
+
+
 def test_a_full_model_that_was_written_past_us_has_its_record_alone_which_is_said(trainer):
     """Another writer takes the metadata, and neither markers nor the config beside the file."""
     file = "library/sdxl_model_util.py"
