@@ -16,7 +16,7 @@ from sdxl_fixes.model_files.stamp import write_scheduler_config
 from sdxl_fixes.trainers import states
 
 from .resume import RESUME
-from .run import SESSION
+from .run import SESSION, pickled, saves_full
 
 
 def model_spec(original: Callable[..., dict[str, str]], *args: Any, **kwargs: Any) -> dict[str, str]:
@@ -24,7 +24,8 @@ def model_spec(original: Callable[..., dict[str, str]], *args: Any, **kwargs: An
     for a later stamp."""
     spec = original(*args, **kwargs)
     if run := SESSION.on("saving"):
-        SESSION.reached("saving")
+        if not saves_full(run.args) or pickled(run.args):  # else the file is due, and not just what it says
+            SESSION.reached("saving")
         for key, value in metadata(run.schedule, run.prediction_type).items():
             if value is None:
                 spec.pop(key, None)
@@ -44,15 +45,20 @@ def save_file(
     tensors = {**tensors, **{name: torch.empty(0) for name in markers(run.schedule, run.prediction_type)}}
     result = original(tensors, filename, *args, **kwargs)
     write_scheduler_config(_config_of(filename), Sampling(run.schedule, run.prediction_type))
+    SESSION.reached("saving")
     return result
 
 
 def save_and_remove(original: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any) -> Any:
-    """A save between, after which upstream may remove an older file: its config goes with it."""
-    if SESSION.on("saving") is None:
+    """A save between, after which upstream may remove an older file: its config goes with it, and so do its
+    average and the average's."""
+    run = SESSION.on("saving")
+    if run is None:
         return original(args, *rest, **kwargs)
     before = set(Path(args.output_dir).glob("*.safetensors"))
     result = original(args, *rest, **kwargs)
+    if run.ema is not None:
+        run.ema.tidy()
     for gone in before - set(Path(args.output_dir).glob("*.safetensors")):
         _config_of(gone).unlink(missing_ok=True)
     return result

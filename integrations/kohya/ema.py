@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from sdxl_fixes.errors import FixError
+
 from .run import SESSION
 
 if TYPE_CHECKING:
@@ -13,9 +15,15 @@ if TYPE_CHECKING:
 
 
 def save(original: Callable[..., Any], output: str, *args: Any, **kwargs: Any) -> Any:
-    """A full model's file or folder, or a network's file, and beside it the average's."""
+    """A full model's file or folder, or a network's file, and beside it the average's. Raises FixError, when
+    the model is saved, for an average that no step has reached."""
     result = original(output, *args, **kwargs)
     if (run := SESSION.on("ema")) and run.ema is not None:
+        if not run.ema.begun:
+            raise FixError(
+                f"--ema_decay: {output} is saved, and no optimizer step was seen before, so there is no "
+                "average: leave the flag out"
+            )
         file = run.ema.beside(output)
         with run.ema.applied():
             original(str(file), *args, **kwargs)

@@ -15,7 +15,7 @@ from sdxl_fixes.errors import FlagError
 from sdxl_fixes.flags import FLAGS, grouped
 from sdxl_fixes.log import warn
 from sdxl_fixes.names import FLOW
-from sdxl_fixes.trainers.fixes import fixes_flag
+from sdxl_fixes.trainers.fixes import fixes_flag, given
 
 from . import edits, loop
 from .chunk_flags import CHUNK_FLAGS
@@ -61,10 +61,12 @@ READ = (  # kohya's own that we read with them
     *("torch_compile", "use_safetensors", "controlnet_model_name_or_path", "weights"),
     *("optimizer_type", "learning_rate", "max_grad_norm", "full_bf16", "full_fp16", "mixed_precision"),
     *("fused_backward_pass", "fused_optimizer_groups", "use_8bit_adam", "deepspeed"),
-    *("max_train_steps", "max_train_epochs", "validation_split", "validation_seed"),
+    *("max_train_steps", "max_train_epochs", "skip_until_initial_step"),
+    *("validation_split", "validation_seed"),
 )
 # difflib's ratio; noise_offset_type, which kohya_ss writes and sd-scripts ignores, has 0.83 with noise_offset
 ALIKE = 0.85
+_theirs: list[str] = []  # flags of ours that this sd-scripts has itself
 
 
 def add_arguments(
@@ -73,6 +75,7 @@ def add_arguments(
     """Upstream's arguments, then ours; a TOML --config_file is read with the same parser, so it knows them
     too."""
     result = original(parser, *args, **kwargs)
+    _theirs[:] = [name for name in OURS if f"--{name}" in parser._option_string_actions]
     add_flags(parser, OURS)
     return result
 
@@ -135,6 +138,7 @@ def _warn_of_misspelt(file: str, args: argparse.Namespace, parser: argparse.Argu
 
 def verify(original: Callable[..., Any], args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
     """The first call of every trainer's train(): nothing is loaded yet."""
+    _check_theirs(args)
     loop.check(edits.asked(args))
     check_optimizer(args)
     run = start(args, OURS)
@@ -146,3 +150,13 @@ def verify(original: Callable[..., Any], args: argparse.Namespace, *rest: Any, *
     for line in cannot_learn(args) if args.fixes != "none" else ():
         warn(line)
     return original(args, *rest, **kwargs)
+
+
+def _check_theirs(args: argparse.Namespace) -> None:
+    """Raise FlagError for a flag that both have: it would act twice."""
+    for name in _theirs if args.fixes != "none" else ():
+        if given(args, name):
+            raise FlagError(
+                f"--{name} is a flag of this sd-scripts, too, and both would act: update sdxl-fixes, leave "
+                "it out, or give --fixes none for the trainer's own"
+            )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sdxl_fixes.errors import FixError
 from sdxl_fixes.noise import InputPerturbation
 
 from .run import SESSION
@@ -42,7 +43,13 @@ def noised(
         args = argparse.Namespace(**{**vars(args), "ip_noise_gamma": None})
         if getattr(noise_scheduler.add_noise, "run", None) is not run:  # else its own add_noise perturbs
             noise_scheduler = _Perturbing(noise_scheduler, run.perturbation)
-    noise, noisy, timesteps = original(args, noise_scheduler, latents, *rest, **kwargs)
+    made = original(args, noise_scheduler, latents, *rest, **kwargs)
+    if len(made) != 3:
+        raise FixError(
+            f"{original.__name__}: expected noise, noisy latents and timesteps from it, found {len(made)} "
+            "values: this sd-scripts is newer than this plugin, so update sdxl-fixes, or give --fixes none"
+        )
+    noise, noisy, timesteps = made
     step.timesteps = timesteps
     if keep is not None:
         keep.noised(step, latents, noise, timesteps)

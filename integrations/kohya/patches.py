@@ -195,6 +195,9 @@ PATCHES = (
           "previews sample the trained schedule, trailing, x0 not clipped (upstream: SDXL's own, leading, "
           "clipped at 1)"),
 
+    Patch(("previews",), f"{_PIPELINE}:SdxlStableDiffusionLongPromptWeightingPipeline.__call__",
+          ("self", "prompt", "negative_prompt"), previews.called, "none is made with another scheduler"),
+
     Patch(("saving",), f"{_SAVING}:get_sai_model_spec", ("state_dict", "args"), checkpoint.model_spec,
           "the schedule's record and prediction type in the metadata"),
     Patch(("saving",), f"{_MODELS}:save_file", ("tensors", "filename"), checkpoint.save_file,

@@ -7,12 +7,28 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sdxl_fixes.checkpoint import samplable
+from sdxl_fixes.errors import FixError
 from sdxl_fixes.log import warn
+from sdxl_fixes.trainers.run import Run
 
 from .run import SESSION
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
+
+
+_OURS = "_sdxl_fixes_run"  # an attribute of the schedulers that are made here
+
+
+def called(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A preview is made. Raises FixError if it is not with a scheduler of ours."""
+    run = SESSION.on("previews")
+    if run is not None and getattr(self.scheduler, _OURS, None) is not run:
+        raise FixError(
+            "this sd-scripts does not make the scheduler of its previews where we look for it, so they would "
+            "sample SDXL's own schedule: leave out --sample_prompts, or give --fixes all,-previews"
+        )
+    return original(self, *args, **kwargs)
 
 
 def scheduler(original: Callable[..., SchedulerMixin], **kwargs: Any) -> SchedulerMixin:
@@ -23,6 +39,12 @@ def scheduler(original: Callable[..., SchedulerMixin], **kwargs: Any) -> Schedul
     run = SESSION.on("previews")
     if run is None:
         return made
+    made = _following(made, run)
+    setattr(made, _OURS, run)
+    return made
+
+
+def _following(made: SchedulerMixin, run: Run) -> SchedulerMixin:
     from sdxl_fixes.schedulers import CLASSES, config_for, fix_scheduler
 
     schedule = samplable(run.schedule) if run.prediction_type == "epsilon" else run.schedule

@@ -67,6 +67,7 @@ _WEIGHTS = {
     "scale_v_pred_loss_like_noise_pred": "scale_v_prediction_loss_like_noise_prediction",
     "v_pred_like_loss": "add_v_prediction_like_loss",
 }
+_AFTER_STEPS = ("sample_images_common",)  # called before the first step, too
 FIXES = {
     "schedule": Fix(
         {"zero_terminal_snr": None, "terminal_sigma": None, "prediction_type": (FLOW,), "match_base": None},
@@ -90,9 +91,9 @@ FIXES = {
     ),
     "buckets": Fix({"chunk_buckets": None}, options=("chunk_layout",), due="start"),
     "keep": Fix({"keep_base": None}),
-    "validation": Fix({"stable_loss_steps": None}, options=("stable_loss_images",)),
-    "heldout": Fix({"heldout_steps": None}, options=("heldout_dir", "heldout_split")),
-    "ema": Fix({"ema_decay": None}, options=("ema_evaluated",), due="later"),
+    "validation": Fix({"stable_loss_steps": None}, options=("stable_loss_images",), first=_AFTER_STEPS),
+    "heldout": Fix({"heldout_steps": None}, options=("heldout_dir", "heldout_split"), first=_AFTER_STEPS),
+    "ema": Fix({"ema_decay": None}, options=("ema_evaluated",), due="later", first=_AFTER_STEPS),
     "resume": Fix({"exact_resume": None}, due="start"),
     "speed": Fix({"speed": None}, due="start", parts={f"speed_{part}": part for part in PARTS}),
     "previews": Fix(due="later", wanted=changes_schedule),
@@ -285,14 +286,14 @@ def _no_place(script: str | None, asked: frozenset[str], args: argparse.Namespac
     return found
 
 
-def _full(args: argparse.Namespace) -> bool:
+def saves_full(args: argparse.Namespace) -> bool:
     """Whether whole models are saved."""
     return SESSION.script_name() in (None, "sdxl_train.py") and not hasattr(args, "network_module")
 
 
-def _pickled(args: argparse.Namespace) -> str:
+def pickled(args: argparse.Namespace) -> str:
     """What is saved if that is a pickle, as half a sentence; else ""."""
-    kind, full = getattr(args, "save_model_as", ""), _full(args)
+    kind, full = getattr(args, "save_model_as", ""), saves_full(args)
     if full and getattr(args, "use_safetensors", False):
         return ""
     if kind is None:  # upstream's default of full models
@@ -303,17 +304,17 @@ def _pickled(args: argparse.Namespace) -> str:
 
 def _check_pickled(run: Run) -> None:
     """Raise FlagError if what is saved could not say that it is sampled otherwise than SDXL's own way."""
-    trained, pickled = Sampling(run.schedule, run.prediction_type), _pickled(run.args)
-    if "saving" in run.on and pickled and trained != STOCK:
+    trained, words = Sampling(run.schedule, run.prediction_type), pickled(run.args)
+    if "saving" in run.on and words and trained != STOCK:
         raise FlagError(
-            f"{pickled}, which cannot say that the model is sampled as {trained}, and no stamp can mend "
+            f"{words}, which cannot say that the model is sampled as {trained}, and no stamp can mend "
             "that: give --save_model_as safetensors, or --fixes all,-saving"
         )
 
 
 def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
     args, root = run.args, SESSION.patches.root
-    pickled = _pickled(args) if "saving" in run.on else ""
+    without = pickled(args) if "saving" in run.on else ""
     prompts = []
     if options := run.options:
         prompts.append(
@@ -324,14 +325,14 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
         prompts.append(f"for speed {', '.join(part for part in PARTS if part in parts(args))}")
     files = []
     if "saving" in run.on:
-        full = _full(args)
-        names = markers(run.schedule, run.prediction_type) if full and not pickled else ()
+        full = saves_full(args)
+        names = markers(run.schedule, run.prediction_type) if full and not without else ()
         spec = metadata(run.schedule, run.prediction_type)["modelspec.prediction_type"]
         tensors = [f"markers {' '.join(names)}"] if names else []
         said = ["schedule record", *tensors, *([f"modelspec {spec}"] if spec else [])]
         beside = ["scheduler config beside it"] if full else []
         folder = str(getattr(args, "save_model_as", None)).startswith("diffusers")
-        files.append("its scheduler" if folder else pickled or ", ".join([*said, *beside]))
+        files.append("its scheduler" if folder else without or ", ".join([*said, *beside]))
     if "previews" in run.on:
         files.append("previews sample the same")
     known = version(root) if root is not None else ""
@@ -349,11 +350,11 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
     can_resume = "resume" not in SCRIPTS.get(SESSION.script_name() or "", {"resume": ""})
     if given(args, "resume") and "resume" not in run.on and can_resume:
         warn(
-            "--resume continues weights, optimizer and learning rate; steps and epochs are counted from 0 "
-            "again and the data is dealt anew: states saved with --exact_resume go on exactly with it"
+            f"--resume continues weights, optimizer and learning rate; {resumed(args)}: states saved with "
+            "--exact_resume go on exactly with it"
         )
-    if pickled:
-        warn(f"{pickled}, which carries neither record nor markers: take --save_model_as safetensors")
+    if without:
+        warn(f"{without}, which carries neither record nor markers: take --save_model_as safetensors")
     model = Path(getattr(args, "pretrained_model_name_or_path", None) or "")
     if is_pickle(model) and model.is_file() and run.base is None:
         say(f"{model} is a pickle, which is never opened here, so it cannot be told how it was trained")
@@ -364,6 +365,15 @@ def _tell(run: Run, may_act: frozenset[str], dropped: list[str]) -> None:
         elif base != trained:
             differs = f"{name} says that it is sampled as {base}, and your flags train {trained}"
             warn(f"{differs}: the saved file will say what was trained; {_flags_for(base)}")
+
+
+def resumed(args: argparse.Namespace) -> str:
+    """What upstream's own resuming does to the place in the training."""
+    if getattr(args, "skip_until_initial_step", False):
+        return "as many batches are skipped, but random numbers are drawn anew"
+    # the network trainer reads how many steps were done
+    done = "whole epochs that are done are left out" if hasattr(args, "network_module") else "so are epochs"
+    return f"steps are counted from 0 again, {done}, and the data is dealt anew"
 
 
 def _flags_for(base: Sampling) -> str:

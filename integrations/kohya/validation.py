@@ -66,6 +66,7 @@ def step_done(
     run = SESSION.run
     if run is None:
         return original(pipe_class, accelerator, args, epoch, steps, *rest, **kwargs)
+    SESSION.reached(original.__name__)
     if epoch == 0 and run.heldout is not None:
         _, vae, _, text_encoders, *_ = rest
         heldout.begin(accelerator, vae, text_encoders)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,15 +75,19 @@ class Average:
         )
 
     def beside(self, file: str | Path) -> Path:
-        """Where the average of the model in ``file`` goes (``NAME-ema``), remembered; averages whose model
-        the trainer has removed meanwhile are removed."""
+        """Where the average of the model in ``file`` goes (``NAME-ema``), remembered."""
+        self.tidy()
         path = Path(file)
+        made = path.with_name(f"{path.stem}-ema{path.suffix}")
+        self._written.append((path, made))
+        return made
+
+    def tidy(self) -> None:
+        """Remove the averages, files or folders, whose model the trainer has removed meanwhile."""
         for model, average in self._written:
             if not model.exists():
-                average.unlink(missing_ok=True)
-        made = path.with_name(f"{path.stem}-ema{path.suffix}")
-        self._written = [pair for pair in self._written if pair[0].exists()] + [(path, made)]
-        return made
+                _remove(average)
+        self._written = [pair for pair in self._written if pair[0].exists()]
 
     def save(self, folder: str | Path) -> None:
         """Into a state's folder, by the main process."""
@@ -135,6 +140,13 @@ class Average:
             for tensor, p in zip(state["shadow_params"], self.parameters, strict=True)
         ]
         self._model.load_state_dict({**state, "decay": self.decay, "shadow_params": shadow})
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_average(accelerator: Accelerator) -> None:

@@ -30,6 +30,7 @@ class Fix:
              first, "later" at no fixed time
     parts    further work that is due with it: flag -> name of the function that must have been reached if the
              flag is given
+    first    further work that must have been seen by the end of the first step: names of functions
     wanted   decides by the arguments, in place of ``flags``, where more than flags decides
     """
 
@@ -38,6 +39,7 @@ class Fix:
     options: tuple[str, ...] = ()
     due: str = "step"
     parts: Mapping[str, str] = field(default_factory=dict)
+    first: tuple[str, ...] = ()
     wanted: Callable[[argparse.Namespace], bool] | None = None
 
     def asked(self, args: argparse.Namespace) -> bool:

@@ -94,12 +94,10 @@ class Run:
                 found |= kept.step(step, accelerator) or {}
         return found
 
-    def fix_of(self, mark: str) -> str:
-        """The fix that a mark of its work belongs to."""
-        return next(
-            (name for name in self.on if mark == name or mark in self.trainer.fixes[name].parts.values()),
-            mark,
-        )
+    def fixes_of(self, mark: str) -> list[str]:
+        """The fixes that a mark of work belongs to."""
+        fixes = self.trainer.fixes
+        return [name for name in self.on if mark in (name, *fixes[name].parts.values(), *fixes[name].first)]
 
 
 def prepare(
@@ -170,6 +168,7 @@ def prepare(
         )
         for when in ("step", "start")
     }
+    due["start"] |= {mark for name in on for mark in trainer.fixes[name].first}
     return Run(
         trainer=trainer,
         args=args,

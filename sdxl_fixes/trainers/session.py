@@ -67,6 +67,11 @@ class Session:
         """Whether it ever has."""
         return mark in self._seen
 
+    @property
+    def trained(self) -> bool:
+        """Whether a training step was seen."""
+        return self._guarded
+
     def called(self, patch: Patch) -> None:
         """A replaced function is being called: for :class:`PatchSet`."""
         if self.run is None and "run" not in patch.fixes:
@@ -133,7 +138,7 @@ class Session:
             )
         missed = sorted((run.due["step"] - self.step.reached) | (run.due["start"] - self._seen))
         if missed:
-            fixes = sorted({run.fix_of(mark) for mark in missed})
+            fixes = sorted({fix for mark in missed for fix in run.fixes_of(mark)})
             parts = [mark for mark in missed if mark not in fixes]
             raise FixError(
                 f"{', '.join(fixes)} asked for but not reached in this training step: this {self.name} does "
@@ -203,6 +208,8 @@ def run_script(
         sys.exit(f"sdxl-fixes: {error}")
     finally:
         session.launched = False
+    if not session.trained:  # no data, or the script was asked for something else, which it says
+        return
     if session.on("ema") is not None and rank() == 0 and not session.has_reached("ema"):
         sys.exit(
             "sdxl-fixes: the training is done, but --ema_decay saved no average: its script saves no model"

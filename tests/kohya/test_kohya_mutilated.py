@@ -207,6 +207,16 @@ def held_in_a_table(root):
     edit(root, FT, ("loss_util.conditional_loss", "config_util.library.registry.LOSSES['all']"))
 
 
+SAMPLING = "library/sampling.py"
+
+
+def sampled_elsewhere(root):
+    """What is called after every step is another function, and the one that we know stays behind."""
+    text = (root / SAMPLING).read_text()
+    (root / SAMPLING).write_text(text + text[text.index("def sample_im") :].replace("_common", "_of_2027"))
+    edit(root, FT, ("sampling.sample_images_common", "sampling.sample_images_of_2027"))
+
+
 SNR = "loss * noise_scheduler.all_snr[timesteps].clamp(max=5) / (noise_scheduler.all_snr[timesteps] + 1)"
 STOPPED = {
     "renamed": (renamed("conditional_loss", LOSS), r"the fix '(loss|timesteps|weighting)'.*conditional_loss: expected a function"),
@@ -232,6 +242,10 @@ STOPPED = {
         ),
         r"a loss was computed before any latents were noised|asked for but not reached",
     ),
+    "noising gives more": (
+        inlined("latents, seen, timesteps), timesteps", "latents, seen, timesteps), timesteps, None", LOSS),
+        "get_noise_noisy_latents_and_timesteps: expected noise, noisy latents and timesteps from it, found 4",
+    ),
     "noise added inline": (
         inlined("noise_scheduler.add_noise(latents, seen, timesteps)",
                 "(lambda a: a**0.5 * latents + (1 - a) ** 0.5 * seen)(noise_scheduler.alphas_cumprod[timesteps].view(4, 1, 1, 1))", LOSS),
@@ -254,6 +268,11 @@ STOPPED = {
         ],
         r"schedule asked for but not reached",
     ),
+    "sampled elsewhere": (sampled_elsewhere, r"validation asked for but not reached in this training step.*sample_images_common"),
+    "another scheduler for previews": (
+        inlined('[get_my_scheduler(sample_sampler="ddim", v_parameterization=args.v_parameterization)]', "[DDIMScheduler()]", SAMPLING),
+        "does not make the scheduler of its previews where we look for it",
+    ),
     "arguments never shown": (never_verified, r"has not shown its arguments where we look for them.*nothing was trained"),
     "nor accelerate's backward": (never_verified_nor_backward, r"has not shown its arguments where we look for them"),
     "arguments shown late": (verified_late, r"prepare_scheduler_for_custom_training.* was called before .* showed its arguments"),
@@ -268,6 +287,7 @@ RUNTIME = (
     "arguments shown late",
     "nor accelerate's backward",
     "noise added inline",
+    "noising gives more",
     "loss changed before its mask",
 )  # not in the names
 
@@ -352,6 +372,30 @@ def test_a_file_that_was_saved_past_us_ends_the_run_with_the_command_that_mends_
     assert (trainer / "out" / "model.safetensors").exists()
 
 
+def test_a_flag_that_the_trainer_has_itself_is_refused_where_it_is_given(trainer, right, capsys):
+    """Its own average and ours would both be kept."""
+    add = "    custom_train_functions.add_custom_train_arguments(parser)\n"
+    edit(trainer, "training.py", (add, f'    parser.add_argument("--ema_decay", type=float)\n{add}'))
+    with pytest.raises(SystemExit):
+        run(trainer, FT, *ALL, "--ema_decay", "0.9")
+    assert "--ema_decay is a flag of this sd-scripts, too, and both would act" in capsys.readouterr().err
+    forget()
+    run(trainer, FT, "--ema_decay", "0.9", "--fixes", "none")
+    assert not list((trainer / "out").glob("*-ema*"))
+    forget()
+    run(trainer, FT, *ALL)
+    assert losses(trainer) == right[FT]
+
+
+def test_a_full_model_that_was_written_past_us_has_its_record_alone_which_is_said(trainer):
+    """Another writer takes the metadata, and neither markers nor the config beside the file."""
+    file = "library/sdxl_model_util.py"
+    edit(trainer, file, ("    save_file(", "    __import__('safetensors.torch').torch.save_file("))
+    with pytest.raises(SystemExit, match="no model file that was saved carries its schedule"):
+        run(trainer, FT, *ALL)
+    assert not list((trainer / "out").glob("*.json"))
+
+
 def test_fixes_that_are_not_asked_for_may_be_out_of_reach(trainer):
     STOPPED["renamed"][0](trainer)
     run(trainer, FT, "--zero_terminal_snr", "--v_parameterization")
@@ -381,6 +425,22 @@ def test_a_config_goes_with_every_file_that_is_saved_uploaded_and_removed(traine
         f"/step0000000{n}.{end}" for n in (1, 2, 3) for end in ("safetensors", "scheduler_config.json")
     ]
     assert all(src == f"{trainer / 'out'}{suffix}" for src, suffix, _ in uploaded)
+
+
+def test_an_average_and_its_config_go_with_the_model_that_is_removed(trainer):
+    run(trainer, FT, *ALL, "--save_every_n_steps", "1", "--ema_decay", "0.9")
+    names = {f"{name}{end}" for name in ("step00000002", "step00000003", "model") for end in ("", "-ema")}
+    found = {file.name.partition(".")[0] for file in (trainer / "out").glob("*.*") if "pt" not in file.suffix}
+    assert found == names
+
+
+def test_weights_that_no_step_averaged_are_not_saved_as_an_average(trainer):
+    edit(trainer, FT, ("sampling.sample_images_common(None, accelerator, args, None, number + 1)", "pass"))
+    with pytest.raises(
+        SystemExit, match=r"model\.safetensors is saved, and no optimizer step was seen before"
+    ):
+        run(trainer, FT, "--ema_decay", "0.9")
+    assert {file.name for file in (trainer / "out").glob("*.safetensors")} == {"model.safetensors"}
 
 
 def test_without_saving_nothing_is_beside_a_file(trainer):

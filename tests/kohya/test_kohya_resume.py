@@ -1,6 +1,7 @@
 """--exact_resume on the made-up trainer, in this process: every state of a run, resumed, gives its rest,
 bit for bit; what cannot be gone on from is one sentence."""
 
+import argparse
 import json
 import textwrap
 from collections import Counter
@@ -13,6 +14,7 @@ from closed_form import average as closed_form
 from made_up_trainer import build, edit, forget, run
 from safetensors.torch import load_file
 
+from sdxl_fixes.kohya import run as kohya_run
 from sdxl_fixes.kohya.doctor import problems
 from sdxl_fixes.kohya.order import DATA, Item, Order, seed_everything
 from sdxl_fixes.trainers.ema import FILE
@@ -198,6 +200,19 @@ def test_from_two_ranks_one_trains_the_rest_of_the_epoch_and_every_step_that_was
     assert [rate for *_, rate, _ in rest] == pytest.approx([0.01 / (4 + k) for k in range(6)])
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({}, "steps are counted from 0 again, so are epochs"),
+        ({"network_module": "networks.lora"}, "from 0 again, whole epochs that are done are left out"),
+        ({"network_module": "x", "skip_until_initial_step": True}, "as many batches are skipped"),
+    ],
+)
+def test_what_upstream_s_resuming_does_is_said_of_each_script(flags, said):
+    """train_network.py leaves out the epochs that train_state.json has whole; seen in the real one."""
+    assert said in kohya_run.resumed(argparse.Namespace(**flags))
+
+
 def test_without_the_flag_upstream_s_way_goes_on_and_says_what_does_not(trainer, capsys):
     go(trainer, FT, "--max_train_steps", "2")
     state = str(trainer / "out" / "step2-state")
@@ -205,7 +220,7 @@ def test_without_the_flag_upstream_s_way_goes_on_and_says_what_does_not(trainer,
     capsys.readouterr()
     run(trainer, FT, "--max_train_steps", "3", "--pictures", "5", "--resume", state, "--loss_type", "huber")
     said = " ".join(capsys.readouterr().err.split())
-    assert "steps and epochs are counted from 0 again" in said
+    assert "steps are counted from 0 again, so are epochs, and the data is dealt anew" in said
     assert (
         "was trained with no --loss_type, --stratified_timesteps, and this run is with --loss_type huber"
         in said

@@ -1,6 +1,7 @@
 """The average of the trained weights: against its closed form in float64, and everything around it."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -110,14 +111,22 @@ def test_what_cannot_be_averaged_is_one_sentence(tmp_path):
             Average(0.9).update(other)
 
 
-def test_an_average_goes_with_the_model_that_the_trainer_removes(tmp_path):
+@pytest.mark.parametrize("suffix", [".safetensors", ""])
+def test_an_average_goes_with_the_model_that_the_trainer_removes(tmp_path, suffix):
     average = Average(0.9)
-    models = [tmp_path / f"m-{n}.safetensors" for n in range(3)]
+    models = [tmp_path / f"m-{n}{suffix}" for n in range(3)]
+
+    def save(path):
+        if suffix:
+            path.touch()
+        else:  # diffusers' folders
+            (path / "unet").mkdir(parents=True)
+
     for model in models:
-        model.touch()
-        average.beside(model).touch()
+        save(model)
+        save(average.beside(model))
         for old in models[: models.index(model) - 1 if model != models[0] else 0]:
-            old.unlink(missing_ok=True)
-    average.beside(tmp_path / "m.safetensors")
+            old.unlink(missing_ok=True) if suffix else shutil.rmtree(old, ignore_errors=True)
+    average.beside(tmp_path / f"m{suffix}")
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == [name for n in (1, 2) for name in (f"m-{n}-ema.safetensors", f"m-{n}.safetensors")]
+    assert left == sorted(f"m-{n}{end}{suffix}" for n in (1, 2) for end in ("-ema", ""))

@@ -315,11 +315,17 @@ ENDS = [(True, "0", False), (False, "0", True), (False, "1", False)]
 def test_files_that_say_nothing_end_it_with_what_mends_them(launch, session, saved, rank, stops, monkeypatch):
     monkeypatch.setenv("RANK", rank)
     session.begin(run("saving"))
-    source = "session.reached('saving')\n" if saved else ""
+    step = "session.backward(lambda *_: None, None)\n"
+    source = step + ("session.reached('saving')\n" if saved else "")
     if not stops:
         return launch(source)
     with pytest.raises(SystemExit, match=r"no model file .*: sdxl-fixes stamp FILE --prediction_type eps"):
         launch(source)
+
+
+def test_a_script_that_trained_nothing_is_not_said_to_have_saved_nothing(launch, session):
+    session.begin(run("saving"))
+    launch("print('No data found')\n")
 
 
 def test_the_timestep_sampler_hears_of_every_optimizer_step_and_of_no_other_backward(session):

@@ -43,6 +43,7 @@ def train(args):
     prepare_scheduler_for_custom_training(noise_scheduler, accelerator.device)
     if args.zero_terminal_snr:
         custom_train_functions.fix_noise_scheduler_betas_for_zero_terminal_snr(noise_scheduler)
+    sampling.sample_images_common(None, accelerator, args, 0, 0)
     steps, times, recorder = [], [], logging_util.LossRecorder()
     for number, item in enumerate(group):
         batch = collate([item])

@@ -62,6 +62,7 @@ class NetworkTrainer:
         prepare_scheduler_for_custom_training(noise_scheduler, accelerator.device)
         if args.zero_terminal_snr:
             custom_train_functions.fix_noise_scheduler_betas_for_zero_terminal_snr(noise_scheduler)
+        sampling.sample_images_common(None, accelerator, args, 0, 0)
         steps, times, recorder = [], [], logging_util.LossRecorder()
         for number, batch in enumerate(training.batches(args)):
             loss, step = self.process_batch(batch, unet, noise_scheduler, args)

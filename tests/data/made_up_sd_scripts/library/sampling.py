@@ -11,4 +11,6 @@ def get_my_scheduler(*, sample_sampler, v_parameterization):
 def sample_images_common(pipe_class, accelerator, args, epoch, steps, *rest):
     if args.sample_every_n_steps and epoch is None and steps % args.sample_every_n_steps == 0:
         args.previews = [get_my_scheduler(sample_sampler="ddim", v_parameterization=args.v_parameterization)]
-        SdxlStableDiffusionLongPromptWeightingPipeline()("prompt")
+        pipeline = SdxlStableDiffusionLongPromptWeightingPipeline()
+        pipeline.scheduler = args.previews[0]
+        pipeline("prompt")
