@@ -31,6 +31,8 @@ def model_spec(original: Callable[..., dict[str, str]], *args: Any, **kwargs: An
                 spec.pop(key, None)
             else:
                 spec[key] = value
+        if not saves_full(run.args):  # a network has kohya's own word for it, too: its flag
+            spec["ss_zero_terminal_snr"] = str(Sampling(run.schedule, run.prediction_type).zero_terminal)
         spec[ROOM_KEY] = " " * ROOM
     return spec
 

@@ -3,11 +3,12 @@ what is saved."""
 
 import argparse
 import json
+import math
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from models import model
+from models import KINDS, model, write
 
 from sdxl_fixes import NoiseSchedule
 from sdxl_fixes.checkpoint import Sampling, read_record
@@ -17,6 +18,7 @@ from sdxl_fixes.kohya import run as kohya_run
 from sdxl_fixes.kohya.flags import OURS
 from sdxl_fixes.kohya.run import SESSION
 from sdxl_fixes.model_files.header import ROOM_KEY
+from sdxl_fixes.model_files.model_file import ModelFile
 from sdxl_fixes.model_files.stamp import stamp_file
 
 SDXL = NoiseSchedule.sdxl()
@@ -86,8 +88,6 @@ def test_the_advice_is_followed_without_a_warning_and_carries_record_and_markers
 
 
 def test_markers_alone_and_folders_speak_too(start, tmp_path):
-    from models import KINDS, write
-
     base = write(tmp_path / "m.safetensors", {**KINDS["checkpoint"], "v_pred": [0], "ztsnr": [0]})
     assert (
         "give --match_base, or --v_parameterization --zero_terminal_snr" in start(base)[1]
@@ -123,6 +123,22 @@ def test_a_base_that_says_nothing_changes_nothing(base, start, tmp_path, monkeyp
     assert checkpoint.model_spec(lambda: {"a": "b"}) == {"a": "b"}
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [(dict(terminal_sigma=math.inf), "True"), (dict(terminal_sigma=300.0), "False"), (V_ZERO, "True")],
+)
+def test_a_network_says_zero_terminal_snr_by_kohyas_word_too(flags, says, start, tmp_path):
+    """Upstream's word is its flag, which --terminal_sigma inf leaves off; its save puts the model's words
+    after its own."""
+    lora = dict(network_module="networks.lora", network_train_unet_only=True, v_parameterization=True)
+    run, _ = start(tmp_path / "nowhere", **{**lora, **flags})
+    words = {"ss_zero_terminal_snr": str(flags.get("zero_terminal_snr", False)), "ss_output_name": "x"}
+    file = write(tmp_path / "lora.safetensors", KINDS["lora"], {**words, **checkpoint.model_spec(dict)})
+    found = ModelFile.read(file)
+    assert not found.contradictions(Sampling(run.schedule, run.prediction_type))
+    assert found.header.metadata["ss_zero_terminal_snr"] == says
+
+
 def test_saves_leave_room_for_a_later_stamp(start, tmp_path):
     start(tmp_path / "nowhere", v_parameterization=True)
     spec = checkpoint.model_spec(dict)
@@ -130,8 +146,6 @@ def test_saves_leave_room_for_a_later_stamp(start, tmp_path):
 
 
 def test_a_base_that_says_v_by_modelspec_alone_and_a_lora_that_is_continued_are_noticed(start, tmp_path):
-    from models import KINDS, write
-
     spoken = write(tmp_path / "spec.safetensors", KINDS["checkpoint"], {"modelspec.prediction_type": "v"})
     run, said = start(spoken)
     assert "give --match_base, or --v_parameterization\n" in said and "saving" in run.on
@@ -146,8 +160,6 @@ def test_a_base_that_says_v_by_modelspec_alone_and_a_lora_that_is_continued_are_
 
 
 def test_a_base_whose_record_is_broken_is_named(start, tmp_path):
-    from models import KINDS, write
-
     base = write(
         tmp_path / "b.safetensors",
         KINDS["checkpoint"],
