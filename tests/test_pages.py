@@ -155,7 +155,11 @@ def test_names_in_our_modules_exist(page):
             found = importlib.import_module("sdxl_fixes")
             for i, part in enumerate(parts[1:], 2):
                 if not hasattr(found, part):
-                    importlib.import_module(".".join(parts[:i]))
+                    try:
+                        importlib.import_module(".".join(parts[:i]))
+                    except ModuleNotFoundError as error:
+                        assert error.name == "torchao", error  # an extra: the module is there
+                        break
                 found = getattr(found, part)
 
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from .run import SESSION
+from sdxl_fixes.errors import FixError
+
+from .run import BY_TIMESTEP, SESSION, without_them
 
 
 def mse_loss(
@@ -22,6 +24,12 @@ def mse_loss(
     if run is None or step.timesteps is None or not SESSION.called_by_script():
         return original(input, target, *args, **kwargs)
     timesteps, step.noised = step.of(input), False
+    step.counted += len(input) if torch.is_grad_enabled() else 0
+    if step.counted > len(step.timesteps) and run.on & BY_TIMESTEP:
+        raise FixError(
+            "F.mse_loss was called again after the loss of a step's latents, and which of them is the step's "
+            f"is not known: give --fixes {without_them(run)}"
+        )
     if step.answer is not None and run.keep is not None:
         target = run.keep.target(step, input, target)
         SESSION.reached("keep")

@@ -136,6 +136,11 @@ class ScriptSession(Session):
         return caller() is self.script
 
 
+def without_them(run: Run) -> str:
+    """The value of --fixes for a script in which the timesteps of a loss are not known."""
+    return ",".join(("all", *(f"-{fix}" for fix in sorted(run.on & BY_TIMESTEP))))
+
+
 def caller() -> dict[str, Any]:
     """The globals of the nearest function on the stack that is not ours."""
     frame = sys._getframe(1)

@@ -15,7 +15,7 @@ from sdxl_fixes.schedule import NoiseSchedule
 from sdxl_fixes.trainers.run import Run
 
 from . import previews
-from .run import BY_TIMESTEP, SESSION, refuse_edm
+from .run import BY_TIMESTEP, SESSION, refuse_edm, without_them
 from .timesteps import check_size
 
 if TYPE_CHECKING:
@@ -90,12 +90,11 @@ def _remember(timesteps: torch.Tensor, run: Run) -> None:
     """For the loss, which is not told. Raises FixError where latents were noised twice before it."""
     step, training = SESSION.step, torch.is_grad_enabled()
     if training and step.noised and run.on & BY_TIMESTEP:
-        fixes = ",".join(f"-{fix}" for fix in sorted(run.on & BY_TIMESTEP))
         raise FixError(
             "latents were noised twice before a loss was computed, so whose timesteps it is of is not known: "
-            f"give --fixes all,{fixes}"
+            f"give --fixes {without_them(run)}"
         )
-    step.timesteps, step.noised = timesteps, training
+    step.timesteps, step.noised, step.counted = timesteps, training, 0
 
 
 def _following(scheduler: SchedulerMixin, run: Run) -> SchedulerMixin:

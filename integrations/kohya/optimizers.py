@@ -62,7 +62,7 @@ def released(
     try:
         made: Optimizer = getattr(importlib.import_module(module), kind)(parameters, lr=lr, **options)
     except ModuleNotFoundError as error:
-        raise FlagError(f"--optimizer_args name={name!r}: {error}: pip install torchao") from error
+        raise FlagError(f"--optimizer_args name={name!r} needs {error.name}: pip install torchao") from error
     for number, group in enumerate(made.param_groups):
         for parameter in group["params"]:
             parameter.register_post_accumulate_grad_hook(partial(_step, made, number))

@@ -67,7 +67,7 @@ _WEIGHTS = {
     "scale_v_pred_loss_like_noise_pred": "scale_v_prediction_loss_like_noise_prediction",
     "v_pred_like_loss": "add_v_prediction_like_loss",
 }
-_AFTER_STEPS = ("sample_images_common",)  # called before the first step, too
+AFTER_STEPS = "sample_images_common"  # called before the first step, too
 FIXES = {
     "schedule": Fix(
         {"zero_terminal_snr": None, "terminal_sigma": None, "prediction_type": (FLOW,), "match_base": None},
@@ -91,9 +91,9 @@ FIXES = {
     ),
     "buckets": Fix({"chunk_buckets": None}, options=("chunk_layout",), due="start"),
     "keep": Fix({"keep_base": None}),
-    "validation": Fix({"stable_loss_steps": None}, options=("stable_loss_images",), first=_AFTER_STEPS),
-    "heldout": Fix({"heldout_steps": None}, options=("heldout_dir", "heldout_split"), first=_AFTER_STEPS),
-    "ema": Fix({"ema_decay": None}, options=("ema_evaluated",), due="later", first=_AFTER_STEPS),
+    "validation": Fix({"stable_loss_steps": None}, options=("stable_loss_images",), first=(AFTER_STEPS,)),
+    "heldout": Fix({"heldout_steps": None}, options=("heldout_dir", "heldout_split"), first=(AFTER_STEPS,)),
+    "ema": Fix({"ema_decay": None}, options=("ema_evaluated",), due="later", first=(AFTER_STEPS,)),
     "resume": Fix({"exact_resume": None}, due="start"),
     "speed": Fix({"speed": None}, due="start", parts={f"speed_{part}": part for part in PARTS}),
     "previews": Fix(due="later", wanted=changes_schedule),

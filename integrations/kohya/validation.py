@@ -16,7 +16,7 @@ from sdxl_fixes.names import FLOW
 from sdxl_fixes.trainers.ema import Average
 
 from . import ema, heldout
-from .run import SESSION
+from .run import AFTER_STEPS, SESSION
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -66,7 +66,7 @@ def step_done(
     run = SESSION.run
     if run is None:
         return original(pipe_class, accelerator, args, epoch, steps, *rest, **kwargs)
-    SESSION.reached(original.__name__)
+    SESSION.reached(AFTER_STEPS)
     if epoch == 0 and run.heldout is not None:
         _, vae, _, text_encoders, *_ = rest
         heldout.begin(accelerator, vae, text_encoders)

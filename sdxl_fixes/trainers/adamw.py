@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torchao.optim import _AdamW
+
+try:
+    from torchao.optim import _AdamW
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{__name__} needs torchao: pip install torchao", name=error.name) from error
 
 
 class AdamW(_AdamW):  # type: ignore[misc]

@@ -110,6 +110,7 @@ class StepState:
 
     timesteps: torch.Tensor | None = None  # [B], of the latents that were noised
     noised: bool = False  # whether that was in training, and no loss was computed since
+    counted: int = 0  # samples of which a loss was computed since
     sampled: bool = False  # whether the run's sampler drew them
     size: tuple[int, int] | None = None  # height and width of the latents that the timesteps are drawn for
     later: torch.Tensor | None = None  # [B], weights that the trainer applies itself

@@ -34,6 +34,7 @@ def parse_args(input_args=None):
     parser.add_argument("--no_loss", action="store_true")
     parser.add_argument("--no_velocity", action="store_true")
     parser.add_argument("--noise_again", type=int, default=None)
+    parser.add_argument("--auxiliary_loss", action="store_true")
     parser.add_argument("--skipped_step", type=int, default=None)
     parser.add_argument("--unet", action="store_true")
     parser.add_argument("--save_nothing", action="store_true")
@@ -123,6 +124,11 @@ def main(args):
                 F.mse_loss(model_pred.float(), target.float(), reduction="none").mean([1, 2, 3]) * weights
             ).mean()
         loss = loss + prior_loss
+        if args.auxiliary_loss:
+            loss = loss + F.mse_loss(
+                model_pred.float(),
+                model_pred.detach().float().mean([2, 3], keepdim=True).expand_as(model_pred),
+            )
         if number == args.skipped_step:
             continue
         accelerator.backward(loss)

@@ -306,6 +306,16 @@ def test_a_step_that_the_script_skips_after_its_loss_leaves_the_others_as_they_a
     assert len(skipped) == 1 and torch.equal(skipped[0]["timesteps"], whole[1]["timesteps"])
 
 
+@pytest.mark.parametrize(
+    "flags", [("--snr_gamma", "5"), ("--loss_type", "huber", "--with_prior_preservation")]
+)
+def test_a_second_loss_of_a_step_is_not_taken_for_the_step_s(train, flags):
+    assert "F.mse_loss was called again after the loss of a step's latents" in refusal(
+        train, *flags, "--auxiliary_loss"
+    )
+    assert len(train("--float32_noising", "--auxiliary_loss")) == 2  # which is upstream's own there
+
+
 def test_noise_alone_is_added_as_often_as_the_script_likes(train):
     twice, once = (train("--float32_noising", *again) for again in (("--noise_again", "0"), ()))
     assert same(twice, once)
@@ -750,10 +760,11 @@ def test_the_loss_is_reduced_as_the_script_asks(reduction, monkeypatch):
     from sdxl_fixes.trainers.step import StepLoss
 
     schedule = NoiseSchedule.sdxl()
-    run = argparse.Namespace(timesteps=None, step_loss=StepLoss(schedule, "epsilon"))
+    run = argparse.Namespace(on=frozenset(("loss",)), timesteps=None, step_loss=StepLoss(schedule, "epsilon"))
     monkeypatch.setattr(SESSION, "run", run)
     monkeypatch.setattr(SESSION, "called_by_script", lambda: True)
     monkeypatch.setattr(SESSION.step, "timesteps", torch.tensor([0, 999]))
+    monkeypatch.setattr(SESSION.step, "counted", 0)
     parts = torch.arange(32.0).reshape(2, 4, 2, 2), torch.ones(2, 4, 2, 2)
     mine = loss.mse_loss(None, *parts, reduction=reduction)
     assert torch.equal(mine, torch.nn.functional.mse_loss(*parts, reduction=reduction))
