@@ -72,7 +72,10 @@ class HeldOut:
     def name(self, pictures: Sequence[Picture]) -> None:
         """``pictures`` are held out, in every process the same. Raises FixError if there are none."""
         if not pictures:
-            raise FixError("--heldout_steps: no picture is held out: give --heldout_dir a folder of pictures")
+            raise FixError(
+                "--heldout_steps: no picture is held out: give --heldout_dir a folder of pictures that are "
+                "not trained on"
+            )
         self.total, self.pictures = len(pictures), list(pictures)[self.rank :: self.processes]
 
     @torch.no_grad()
