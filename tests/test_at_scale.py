@@ -3,7 +3,9 @@ have cost."""
 
 import json
 import sys
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from at_scale import Rates, duration, report, steps, stored
@@ -40,12 +42,9 @@ def test_the_bucket_plan_s_row_is_of_a_whole_epoch(monkeypatch, capsys):
     pytest.importorskip("resource", reason="POSIX")
     import buckets_at_scale
 
-    read, islice = [], buckets_at_scale.itertools.islice
-    monkeypatch.setattr(
-        buckets_at_scale.itertools,
-        "islice",
-        lambda batches, n: read.append(list(islice(batches, n))) or read[0],
-    )
+    read = []
+    some = SimpleNamespace(islice=lambda batches, n: read.append(list(islice(batches, n))) or read[0])
+    monkeypatch.setattr(buckets_at_scale, "itertools", some)
     monkeypatch.setattr(sys, "argv", ["buckets_at_scale.py", "5e3"])
     buckets_at_scale.main()
     row = json.loads(capsys.readouterr().out)

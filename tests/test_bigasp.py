@@ -198,7 +198,7 @@ def test_what_another_run_left_is_not_gone_on_with_or_removed(module, tmp_path, 
         (rank, (*ranked, "--rounds", 0), "--rounds 0: expected 1 or more"),
         (encode, (*encoded, "--part", 0), "--part 0: expected 1 or more"),
         (encode, (*encoded, "--table", pairs), "--table .*pairs lacks the column path"),
-        (encode, (*encoded, "--table", out), "--table .*out: there is no such file"),
+        (encode, (*encoded, "--table", tmp_path / "gone"), "--table .*gone: there is no such file"),
         (made, ("--folder", out), "out holds pictures of another run"),
     ):
         monkeypatch.setattr(sys, "argv", ["script.py", *map(str, flags)])

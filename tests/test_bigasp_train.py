@@ -481,18 +481,24 @@ def test_a_killed_training_has_one_log_and_one_run(training, killed, tmp_path, m
         tmp_path / "log.jsonl",
     )
     log.write_text('{"step": 1, "samples": 8, "loss": 7, "norm": 7}\n')  # of one that saved nothing
+    (tmp_path / "log.old.jsonl").write_text("an earlier one's")
     killed(5, tmp_path, *flags)
     before = log.read_text()
-    assert before.count("\n") == 4 and (tmp_path / "log.old.jsonl").exists()
+    assert before.count("\n") == 4 and "7" in (tmp_path / "log.old2.jsonl").read_text()
+    assert (tmp_path / "log.old.jsonl").read_text() == "an earlier one's"
     log.write_text(before + '{"step": 5, "sam')
-    training(tmp_path, *flags, "--resume", "--weight_decay", 0.5)
+    training(tmp_path, *flags, "--resume", "--weight_decay", 0.5, "--fused_adamw")
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     steps = len(rows)
     assert [row["step"] for row in rows] == [*range(1, steps + 1)] and steps >= 5
     assert log.read_text().startswith("\n".join(before.splitlines()[:3]))
     assert {*decays[:8]} == {0.1} and {*decays[-4:]} == {0.5}  # a state's would be 0.1
     said = capsys.readouterr().out
-    assert "goes on with --weight_decay 0.5 (was 0.1)" in said and "2 line(s) after the checkpoint" in said
+    assert (
+        "--weight_decay 0.5 (was 0.1)" in said
+        and "--fused_adamw True (was False)" in said
+        and "2 line(s) after the checkpoint" in said
+    )
     if tracker == "tensorboard":
         events = reader.EventAccumulator(str(tmp_path / "bigasp"))
         events.Reload()

@@ -57,7 +57,7 @@ def parse_args() -> argparse.Namespace:
     for name, least in {"part": 1, "batch_size": 1, "readers": 1, "seed": 0}.items():
         if getattr(args, name) < least:
             raise SystemExit(f"--{name} {getattr(args, name)}: expected {least} or more")
-    if not args.table.is_file():
+    if not args.table.exists():
         raise SystemExit(f"--table {args.table}: there is no such file")
     return args
 

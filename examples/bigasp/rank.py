@@ -166,7 +166,7 @@ def check(args: argparse.Namespace) -> pd.DataFrame:
             raise SystemExit(f"--{name} {getattr(args, name)}: expected {least} or more")
     for name, columns in {"pairs": {"winner", "loser"}, "table": {"path"}}.items():
         file = getattr(args, name)
-        if not file.is_file():
+        if not file.exists():
             raise SystemExit(f"--{name} {file}: there is no such file")
         found = pd.read_parquet(file)
         if lacking := columns - {*found.columns}:

@@ -137,7 +137,7 @@ def check(args: argparse.Namespace, given: set[str]) -> None:
         raise SystemExit(f"--log_with {args.log_with}: no tracker of that name is installed: pip install it")
     _check_speed(args)
     for name, file in (("table", args.table), ("sample_prompts", args.sample_prompts)):
-        if file and not file.is_file():
+        if file and not (file.exists() if name == "table" else file.is_file()):  # or a folder of parquet
             raise SystemExit(f"--{name} {file}: there is no such file")
     _check_output(args.output)
     if args.sample_prompts:

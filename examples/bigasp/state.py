@@ -66,8 +66,8 @@ def read(folder: Path) -> dict[str, Any]:
         return {**found, "lasting": found["lasting"]}
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(
-            f"--resume: {folder} has no {FILE} of this train.py ({error}): remove the folder, or give "
-            "another --output"
+            f"--resume: {folder} has no {FILE} of this train.py ({error}): "
+            "begin anew in another --output, with --model and a model's folder"
         ) from error
 
 
@@ -103,9 +103,10 @@ def cut_log(folder: Path, samples: int) -> int:
     log = folder / LOG
     if not log.exists():
         return 0
-    lines = log.read_text("utf-8", errors="replace").splitlines()
+    text = log.read_text("utf-8", errors="replace")
+    lines = text.splitlines()
     kept = [line for line in lines if _samples(line) <= samples]
-    if len(kept) < len(lines):
+    if len(kept) < len(lines) or not text.endswith("\n"):
         with replacing(log) as partial:
             partial.write_text("".join(f"{line}\n" for line in kept), "utf-8")
     return len(lines) - len(kept)
@@ -124,4 +125,10 @@ def set_aside(folder: Path, samples: bool) -> list[str]:
     go on in them. Their new names."""
     names = (LOG, "samples.html")[: 1 + samples]
     found = [path for path in (folder / name for name in names) if path.exists()]
-    return [path.replace(path.with_name(f"{path.stem}.old{path.suffix}")).name for path in found]
+    return [path.rename(_free(path)).name for path in found]
+
+
+def _free(path: Path) -> Path:
+    """``NAME.old``, ``NAME.old2``, ...: the first that nothing has."""
+    names = (path.with_name(f"{path.stem}.old{n or ''}{path.suffix}") for n in (0, *range(2, 1000)))
+    return next(name for name in names if not name.exists())

@@ -226,6 +226,9 @@ class Training:
             group["weight_decay"] = self.args.weight_decay
             if "fused" in group:
                 group["fused"] = self.args.fused_adamw
+            for moments in (self.optimizer.state.get(p, {}) for p in group["params"]):
+                if group.get("fused") and "step" in moments:  # a state that was not fused has it on the CPU
+                    moments["step"] = moments["step"].to(moments["exp_avg"].device, torch.float32)
         self.accelerator.step = 0  # every process begins an optimizer step, however many batches it has
         if self.ema:
             self.ema.load(folder)

@@ -15,6 +15,7 @@ from sdxl_fixes.model_files.model_file import SCHEDULER_CONFIG, beside
 from sdxl_fixes.model_files.stamp import write_scheduler_config
 from sdxl_fixes.trainers import states
 
+from . import ema
 from .resume import RESUME
 from .run import SESSION, pickled, saves_full
 
@@ -59,8 +60,7 @@ def save_and_remove(original: Callable[..., Any], args: Any, *rest: Any, **kwarg
         return original(args, *rest, **kwargs)
     before = set(Path(args.output_dir).glob("*.safetensors"))
     result = original(args, *rest, **kwargs)
-    if run.ema is not None:
-        run.ema.tidy()
+    ema.tidy(run)
     for gone in before - set(Path(args.output_dir).glob("*.safetensors")):
         _config_of(gone).unlink(missing_ok=True)
     return result

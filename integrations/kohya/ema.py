@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sdxl_fixes.errors import FixError
+from sdxl_fixes.trainers.run import Run
 
 from .run import SESSION
 
@@ -24,11 +25,21 @@ def save(original: Callable[..., Any], output: str, *args: Any, **kwargs: Any) -
                 f"--ema_decay: {output} is saved, and no optimizer step was seen before, so there is no "
                 "average: leave the flag out"
             )
+        tidy(run)
         file = run.ema.beside(output)
         with run.ema.applied():
             original(str(file), *args, **kwargs)
         SESSION.reached("ema")
     return result
+
+
+def tidy(run: Run) -> None:
+    """The averages go of models that the trainer has removed, which it does with these flags alone: what is
+    gone without them was moved."""
+    if run.ema is not None and (
+        getattr(run.args, "save_last_n_steps", None) or getattr(run.args, "save_last_n_epochs", None)
+    ):
+        run.ema.tidy()
 
 
 def watch(accelerator: Accelerator) -> None:

@@ -76,7 +76,6 @@ class Average:
 
     def beside(self, file: str | Path) -> Path:
         """Where the average of the model in ``file`` goes (``NAME-ema``), remembered."""
-        self.tidy()
         path = Path(file)
         made = path.with_name(f"{path.stem}-ema{path.suffix}")
         self._written.append((path, made))

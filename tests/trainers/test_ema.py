@@ -124,9 +124,10 @@ def test_an_average_goes_with_the_model_that_the_trainer_removes(tmp_path, suffi
 
     for model in models:
         save(model)
+        average.tidy()
         save(average.beside(model))
         for old in models[: models.index(model) - 1 if model != models[0] else 0]:
             old.unlink(missing_ok=True) if suffix else shutil.rmtree(old, ignore_errors=True)
-    average.beside(tmp_path / f"m{suffix}")
+    average.tidy()
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == sorted(f"m-{n}{end}{suffix}" for n in (1, 2) for end in ("-ema", ""))

@@ -15,7 +15,7 @@ def parse():
     parser.add_argument("--huber_schedule", default="snr")
     parser.add_argument("--huber_c", type=float, default=0.1)
     parser.add_argument("--huber_scale", type=float, default=1.0)
-    for name in ("min_timestep", "max_timestep", "sample_every_n_steps", "save_every_n_steps", "max_token_length"):
+    for name in ("min_timestep", "max_timestep", "sample_every_n_steps", "save_every_n_steps", "save_last_n_steps", "max_token_length"):
         parser.add_argument(f"--{name}", type=int)
     for name in ("zero_terminal_snr", "v_parameterization", "masked_loss", "ip_noise_gamma_random_strength", "diffusers", "regularise"):
         parser.add_argument(f"--{name}", action="store_true")

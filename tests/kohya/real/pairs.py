@@ -55,7 +55,7 @@ BOTH = {
     "multires noise": ("--multires_noise_iterations", "4"),
     "stratified": ("--stratified_timesteps",),
     "density": ("--timestep_density", "logit_normal", "--timestep_density_weighted"),
-    "terminal share": ("--terminal_timestep_share", "0.3"),
+    "terminal share": (*ZERO, "--terminal_timestep_share", "0.3"),
     "timestep range": ("--min_timestep", "100", "--max_timestep", "900"),
     "chunk buckets": ("--max_token_length", "225", "--chunk_buckets"),
     "average": ("--ema_decay", "0.5", "--ema_evaluated", *STABLE, *PROMPTS, "--sample_every_n_steps", "2"),
