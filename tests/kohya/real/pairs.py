@@ -345,6 +345,8 @@ def main():
             for name, (check, *of) in plan.items():
                 if args.cases and not any(case in name for case in args.cases):
                     continue
+                if name == "loha" and not (Path(checkout) / "networks" / "loha.py").exists():
+                    continue  # 0.10.1 has none
                 started = time.monotonic()
                 with tempfile.TemporaryDirectory() as folder:
                     (Path(folder) / "assets").symlink_to(assets)
