@@ -61,14 +61,8 @@ READ = (  # kohya's own that we read with them
     *("torch_compile", "use_safetensors", "controlnet_model_name_or_path", "weights"),
     *("optimizer_type", "learning_rate", "max_grad_norm", "full_bf16", "full_fp16", "mixed_precision"),
     *("fused_backward_pass", "fused_optimizer_groups", "use_8bit_adam", "deepspeed"),
-    *(
-        "max_train_steps",
-        "max_train_epochs",
-        "save_last_n_steps",
-        "save_last_n_epochs",
-        "skip_until_initial_step",
-    ),
-    *("validation_split", "validation_seed"),
+    *("max_train_steps", "max_train_epochs", "validation_split", "validation_seed"),
+    *("save_last_n_steps", "save_last_n_epochs", "skip_until_initial_step"),
 )
 # difflib's ratio; noise_offset_type, which kohya_ss writes and sd-scripts ignores, has 0.83 with noise_offset
 ALIKE = 0.85
