@@ -458,6 +458,13 @@ class Wandb(SimpleNamespace):
         self.told.append(values)
 
 
+def test_a_log_that_lacks_its_last_line_s_end_is_mended(example, tmp_path):
+    """What is appended to it would else be on that line, and both would be lost."""
+    (tmp_path / "log.jsonl").write_text('{"samples": 8}\n{"samples": 16}')
+    assert example.state.cut_log(tmp_path, 16) == 0
+    assert (tmp_path / "log.jsonl").read_text() == '{"samples": 8}\n{"samples": 16}\n'
+
+
 @pytest.mark.parametrize("tracker", ["wandb", pytest.param("tensorboard", marks=pytest.mark.slow)])
 def test_a_killed_training_has_one_log_and_one_run(training, killed, tmp_path, monkeypatch, capsys, tracker):
     import accelerate.tracking
